@@ -1,0 +1,24 @@
+"""logitstore: an offline cache of next-token distributions for training speculative-decoding drafts.
+
+Reading a store needs NumPy, zarr and fsspec alone: this package loads neither torch nor ray nor transformers.
+"""
+
+from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError, LogitStoreError
+from logitstore.reader import Document, Shard, Store, open
+from logitstore.rows import Rows
+from logitstore.spec import StoreSpec
+from logitstore.verify import verify
+
+__all__ = [
+    "DamagedShardError",
+    "Document",
+    "IdentityError",
+    "LayerNotFoundError",
+    "LogitStoreError",
+    "Rows",
+    "Shard",
+    "Store",
+    "StoreSpec",
+    "open",
+    "verify",
+]

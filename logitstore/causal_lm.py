@@ -1,0 +1,222 @@
+"""A Hugging Face causal LM as a backbone and a head: the torch code that the dump and the trainer share.
+
+Not imported by `import logitstore`. N rows, V true vocabulary, H hidden size, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from logitstore.spec import ModelSpec, TokenizerSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LOGITS_PER_CHUNK = 2**24
+"""Logits of one chunk of rows: 64 MiB in float32."""
+
+
+class SplitLM:
+    """A causal LM in two halves, so that the head runs on chosen rows alone.
+
+    Attributes:
+        model: The whole model.
+        vocab_size: The true vocabulary V; logits beyond it, of padding rows of the embedding, never come out.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        config = model.config.get_text_config()
+        self._scale = getattr(config, "logit_scale", None) or 1.0
+        if getattr(config, "logits_scaling", None):
+            self._scale /= config.logits_scaling
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows whose logits are made at once."""
+        return max(1, LOGITS_PER_CHUNK // self.vocab_size)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Runs the backbone.
+
+        Args:
+            input_ids: Int64 [B, T], right-padded. No mask is needed: attention is causal, so that nothing after a
+                token reaches it.
+
+        Returns:
+            [B, T, H], after the last norm.
+        """
+        hidden: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Runs the head.
+
+        Args:
+            hidden: [N, H].
+
+        Returns:
+            Float32 [N, V].
+        """
+        head: torch.nn.Module = self.model.get_output_embeddings()
+        logits: Tensor = head(hidden)[:, : self.vocab_size].float()
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares the two halves with the model as a whole, on a few tokens.
+
+        Raises:
+            ValueError: The model does something else between its backbone and its logits.
+        """
+        ids = torch.arange(min(8, self.vocab_size), device=self.device)[None]
+        training = self.model.training
+        self.model.eval()
+        whole = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
+        halves = self.logits(self.hidden(ids)[0])
+        self.model.train(training)
+        # bf16 matrix products of other shapes differ in the last bits
+        if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
+            raise ValueError(
+                f"model must have logits that are its output embedding applied to its backbone, got "
+                f"model={self.model.name_or_path} ({type(self.model).__name__}), whose logits differ by up to "
+                f"{float((whole - halves).abs().max()):.3g}; this architecture is not supported"
+            )
+
+
+def load_config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    """Reads a model's configuration, without its weights.
+
+    Raises:
+        ValueError: There is no such model, or it is not a causal LM's configuration.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model must be a Hugging Face id or a folder with a config.json, got model={name}: {_first_line(error)}"
+        ) from error
+
+
+def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer must be a Hugging Face id or a folder with tokenizer files, got tokenizer={name}: "
+            f"{_first_line(error)}"
+        ) from error
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    device: torch.device | str,
+) -> PreTrainedModel:
+    """Loads a causal LM for inference."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return model.to(device).eval()
+
+
+def model_spec(name: str, config: PreTrainedConfig, dtype: str) -> ModelSpec:
+    """Describes a model without loading it.
+
+    Args:
+        name: As given by the user.
+        config: Its configuration.
+        dtype: What it will run in; "auto" takes the configuration's.
+    """
+    text = config.get_text_config()
+    if dtype == "auto":
+        stated = getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32"
+        dtype = str(stated).removeprefix("torch.")
+    return ModelSpec(name=name, revision=_revision(name, config), dtype=dtype, padded_vocab_size=int(text.vocab_size))
+
+
+def _revision(name: str, config: PreTrainedConfig) -> str:
+    """The hub's commit; for a folder a digest of its configuration and of the ends of its weight files.
+
+    The first MiB of a file holds the names, shapes and first weights: enough to tell two trainings of one
+    architecture apart, and quick for a terabyte of weights.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None) or "unknown")
+    sha = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") and p.is_file()):
+        size = path.stat().st_size
+        sha.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            sha.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            sha.update(file.read(2**20))
+    return f"sha256:{sha.hexdigest()}"
+
+
+def tokenizer_spec(tokenizer: PreTrainedTokenizerBase, *, uses_chat_template: bool) -> TokenizerSpec:
+    """Describes a tokenizer by what it does, not where it lies."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    merges: list[Any] = []
+    if tokenizer.is_fast:
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])  # type: ignore[attr-defined]
+    joined = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    template = tokenizer.chat_template if uses_chat_template else None
+    return TokenizerSpec(
+        name=tokenizer.name_or_path,
+        fingerprint=_sha256(json.dumps([vocabulary, joined])),
+        vocab_size=vocabulary[-1][1] + 1,
+        chat_template=None if template is None else _sha256(json.dumps(template, sort_keys=True)),
+    )
+
+
+def check_vocabulary(spec: ModelSpec, tokenizer: TokenizerSpec, what: str) -> None:
+    """Raises ValueError if a model has fewer output rows than the tokenizer has tokens."""
+    if spec.padded_vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"{what} must have a vocabulary of at least {tokenizer.vocab_size} as the store's tokenizer "
+            f"{tokenizer.name}, got vocab_size={spec.padded_vocab_size} of {spec.name}; give a model of the same family"
+        )
+
+
+def _sha256(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,223 @@
+"""What a store holds, from what, and how: the metadata kept as JSON in the groups' attributes.
+
+`StoreSpec` is in the attributes of the root group and says what the tokens are; `TargetSpec` and `LossSpec` are in the
+attributes of their layers. Never credentials, never storage options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from logitstore.codec import Codebook
+from logitstore.errors import FormatError, IdentityError
+
+FORMAT_VERSION = 1
+ROW_CHUNK = 2**14
+"""Rows in one inner chunk of a per-row array."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSpec:
+    """Which tokenizer made the token ids."""
+
+    name: str
+    """Where it was loaded from; informational."""
+    fingerprint: str
+    """sha256 of its vocabulary and merges."""
+    vocab_size: int
+    """The true vocabulary: largest token id + 1. Models may pad theirs beyond it."""
+    chat_template: str | None
+    """sha256 of the chat template where one was used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which documents the tokens are."""
+
+    source: str
+    """Path, URL or hf: name as given, without credentials."""
+    digest: str | None
+    """sha256 over names, sizes and change marks of the files; None where the source has none (hf: names)."""
+    columns: Literal["text", "prompt_response", "messages", "input_ids"]
+    """Which columns the documents were made from."""
+    mask_policy: Literal["all", "response", "given"]
+    """Which predictions count: all of a text, those of response tokens, or what a loss_mask column says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Which entries of a distribution a row keeps."""
+
+    name: Literal["topk", "nucleus"] = "topk"
+    """topk: the k likeliest. nucleus: the smallest set that reaches `mass`, between k_min and k entries."""
+    k: int = 64
+    """Most entries kept at a row."""
+    mass: float = 1.0
+    """Probability that a nucleus must reach; 1 for topk."""
+    k_min: int = 1
+    """Fewest entries kept at a row."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("topk", "nucleus"):
+            raise ValueError(f"scheme must be topk or nucleus, got scheme={self.name}")
+        if not 1 <= self.k <= 65535:
+            raise ValueError(f"k must be between 1 and 65535, got k={self.k}; 64 is usual")
+        if not 1 <= self.k_min <= self.k:
+            raise ValueError(f"k_min must be between 1 and k={self.k}, got k_min={self.k_min}")
+        if not 0.0 < self.mass <= 1.0:
+            raise ValueError(f"mass must be above 0 and at most 1, got mass={self.mass}; 0.98 is usual")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError if k is more than there are tokens."""
+        if self.k > vocab_size:
+            raise ValueError(f"k must be at most the vocabulary size {vocab_size}, got k={self.k}; give a smaller --k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which model computed a layer."""
+
+    name: str
+    """Hugging Face id or folder; informational."""
+    revision: str
+    """Commit of the hub, or a digest of the folder's configuration and weights."""
+    dtype: str
+    """What it ran in, such as bfloat16."""
+    padded_vocab_size: int
+    """Rows of its output embedding; those beyond the tokenizer's vocabulary never enter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """The `target` layer: the model, the truncation, the codes."""
+
+    model: ModelSpec
+    scheme: Scheme
+    codebook: Codebook = field(default_factory=Codebook)
+    temperature: float = 1.0
+    """Logprobs are normalised at this temperature; always 1 in this format version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """A `losses/<name>` layer: the model whose losses it holds."""
+
+    model: ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """Everything needed to refuse a store's misuse."""
+
+    tokenizer: TokenizerSpec
+    data: DataSpec
+    max_length: int
+    """Most tokens of a document; longer ones were split into windows."""
+    shard_rows: int = 2**18
+    """Most rows of a shard. Above 2**14 a multiple of it."""
+    num_shards: int
+    """Shards that the documents fill."""
+    format_version: int = FORMAT_VERSION
+    target: TargetSpec | None = None
+    """Not part of the root's attributes: read from the layer."""
+    losses: dict[str, LossSpec] = field(default_factory=dict)
+    """Likewise, by name."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got max_length={self.max_length}")
+        if self.shard_rows < self.max_length:
+            raise ValueError(
+                f"shard_rows must be at least max_length={self.max_length} because documents are never split over "
+                f"shards, got shard_rows={self.shard_rows}; give a larger --shard_rows or a smaller --max_length"
+            )
+        if self.shard_rows > ROW_CHUNK and self.shard_rows % ROW_CHUNK:
+            raise ValueError(
+                f"shard_rows must be a multiple of {ROW_CHUNK} when above it, got shard_rows={self.shard_rows}; "
+                f"give {-(-self.shard_rows // ROW_CHUNK) * ROW_CHUNK}"
+            )
+
+
+def to_json(spec: StoreSpec | TargetSpec | LossSpec) -> dict[str, Any]:
+    """Returns what is kept in the attributes of the spec's group."""
+    values = dataclasses.asdict(spec)
+    if isinstance(spec, StoreSpec):
+        del values["target"], values["losses"]
+    return values
+
+
+def from_json(cls: type[T], values: object, where: str) -> T:
+    """Builds a spec from JSON values, checking every type: a store may come from anywhere.
+
+    Args:
+        cls: StoreSpec, TargetSpec, LossSpec or one of their parts.
+        values: What the attributes hold.
+        where: What to call it in a message.
+
+    Raises:
+        FormatError: Another format version, or fields that are missing, unknown or of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise FormatError(f"{where} must be a JSON object, got {where}={values!r:.80}; this is no logitstore store")
+    if cls is StoreSpec and (version := values.get("format_version")) != FORMAT_VERSION:
+        raise FormatError(
+            f"format_version must be {FORMAT_VERSION}, got format_version={version!r:.80}; "
+            "open the store with the version of logitstore that wrote it"
+        )
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(fields)):
+        raise FormatError(f"{where} must have known fields only, got {unknown[0]!r:.80}; a newer version wrote it")
+    converted = {}
+    for name, f in fields.items():
+        if name in values:
+            converted[name] = _convert(hints[name], values[name], f"{where}.{name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise FormatError(f"{where} must have a field {name!r}, got none; the metadata is incomplete")
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise FormatError(f"{where} is malformed: {error}") from error
+
+
+def _convert(hint: Any, value: object, where: str) -> Any:  # noqa: ANN401
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(hint, types.UnionType):
+        allowed = typing.get_args(hint)
+        if value is None and type(None) in allowed:
+            return None
+        return _convert(allowed[0], value, where)
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise FormatError(f"{where} must be one of {list(typing.get_args(hint))}, got {where}={value!r:.80}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint in (int, float, str) and type(value) is hint:
+        return value
+    raise FormatError(f"{where} must be of type {getattr(hint, '__name__', hint)}, got {where}={value!r:.80}")
+
+
+INFORMATIONAL = frozenset({"name", "source", "digest", "num_shards"})
+"""Fields that may differ between two specs of the same thing: where it lies, not what it is."""
+
+
+def check_same(stored: object, given: object, what: str, next_step: str) -> None:
+    """Compares two specs field by field, all but the informational ones.
+
+    Raises:
+        IdentityError: They differ; names the first field that does and both its values.
+    """
+    for f in dataclasses.fields(stored):  # type: ignore[arg-type]
+        old, new = getattr(stored, f.name), getattr(given, f.name)
+        if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
+            check_same(old, new, f"{what}.{f.name}", next_step)
+        elif old != new and (f.name not in INFORMATIONAL or isinstance(stored, Scheme)):
+            raise IdentityError(f"{what}.{f.name} must be {old!r} as in the store, got {f.name}={new!r}; {next_step}")
