@@ -64,9 +64,9 @@ def losses_layer(name: str) -> str:
     Raises:
         ValueError: The name cannot be a folder's.
     """
-    if not NAME_PATTERN.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name) or name.endswith(".json"):
         raise ValueError(
-            f"reference name must be letters, digits, dots, dashes or underscores, got name={name!r:.80}; "
+            f"reference name must be letters, digits, dots, dashes or underscores and not end in .json, got name={name!r:.80}; "
             "give --reference NAME=MODEL with such a NAME"
         )
     return f"losses/{name}"

@@ -128,7 +128,7 @@ class Store:
             raise StoreNotFoundError(f"url must be that of a store, got url={storage.url}; there is no zarr.json in it")
         spec = stored_spec(StoreSpec, attributes, "store")
         target = storage.group_attributes("target")
-        names = storage.names("losses")
+        names = [name for name in storage.names("losses") if name != "zarr.json"]
         losses = {name: storage.group_attributes(layout.losses_layer(name)) for name in names}
         self.spec = StoreSpec(
             **{name: getattr(spec, name) for name in spec.__dataclass_fields__ if name not in ("target", "losses")},
