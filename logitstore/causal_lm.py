@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-LOGITS_PER_CHUNK = 2**24
-"""Logits of one chunk of rows: 64 MiB in float32."""
+LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
+"""Logits of one chunk of rows: 8 MiB in float32, which a CPU's cache nearly holds; 256 MiB keep a GPU busy."""
 
 
 class SplitLM:
@@ -47,8 +47,8 @@ class SplitLM:
 
     @property
     def rows_per_chunk(self) -> int:
-        """Rows whose logits are made at once."""
-        return max(1, LOGITS_PER_CHUNK // self.vocab_size)
+        """Rows whose logits are made at once; a matrix product of fewer than 64 wastes its reading of the head."""
+        return max(64, LOGITS_PER_CHUNK.get(self.device.type, 2**26) // self.vocab_size)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Runs the backbone.
@@ -109,11 +109,14 @@ def load_config(name: str, *, revision: str | None, trust_remote_code: bool) -> 
         ValueError: There is no such model, or it is not a causal LM's configuration.
     """
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must be a Hugging Face id or a folder with a config.json, got model={name}: {_first_line(error)}"
         ) from error
+    return config
 
 
 def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -151,7 +154,9 @@ def load_model(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    return model.to(device).eval()
+    model.eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers types its wrapper wrongly
+    return model
 
 
 def model_spec(name: str, config: PreTrainedConfig, dtype: str) -> ModelSpec:
@@ -194,7 +199,7 @@ def tokenizer_spec(tokenizer: PreTrainedTokenizerBase, *, uses_chat_template: bo
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges: list[Any] = []
     if tokenizer.is_fast:
-        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])  # type: ignore[attr-defined]
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
     joined = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     template = tokenizer.chat_template if uses_chat_template else None
     return TokenizerSpec(

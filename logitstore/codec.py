@@ -43,7 +43,8 @@ class Codebook:
     @cached_property
     def table(self) -> NDArray[np.float32]:
         """Float32 [256]: the logprob that each code stands for, descending from 0."""
-        return (-self.range_nats * (np.arange(256) / 255.0) ** self.exponent).astype(np.float32)
+        table: NDArray[np.float32] = (-self.range_nats * (np.arange(256) / 255.0) ** self.exponent).astype(np.float32)
+        return table
 
     @cached_property
     def boundaries(self) -> NDArray[np.float32]:
@@ -119,3 +120,29 @@ def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> Rows:
         label_logprob=arrays["label_logprob"],
         entropy=arrays["entropy"],
     )
+
+
+def decode_bounds(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> tuple[Rows, Rows]:
+    """Returns the rows at the least and at the most that the stored codes allow.
+
+    A code is the nearest one, so that the logprob that was encoded lies between the boundaries beside it; below the
+    last boundary it may be anything. The tail's log was rounded to `MANTISSA_BITS`. Entries are in the order of
+    `decode`; kept probabilities and tail sum to at most 1 in the first and at least 1 in the second, up to the float32
+    arithmetic of whoever encoded them. Label logprob and entropy are as stored.
+    """
+    least = np.append(-codebook.boundaries, np.float32(-np.inf))[arrays["logprobs"]]
+    most = np.insert(-codebook.boundaries, 0, np.float32(0.0))[arrays["logprobs"]]
+    # relative to the stored value, not to the true one: twice the rounding is more than enough
+    widening = np.float32(2.0**-MANTISSA_BITS)
+    rows = [
+        Rows(
+            counts=arrays["counts"].astype(np.int64),
+            token_ids=arrays["token_ids"],
+            logprobs=logprobs,
+            tail_mass=np.exp(arrays["tail"] * factor),
+            label_logprob=arrays["label_logprob"],
+            entropy=arrays["entropy"],
+        )
+        for logprobs, factor in ((least, 1 + widening), (most, 1 - widening))
+    ]
+    return rows[0], rows[1]

@@ -80,7 +80,7 @@ def describe(
         computed_from=computed_from,
         seconds=round(seconds, 3),
         writer=f"{socket.gethostname()}:{os.getpid()}",
-        written=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 

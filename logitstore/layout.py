@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from logitstore.spec import ROW_CHUNK
 
 if TYPE_CHECKING:
+    import zarr
     from numpy.typing import NDArray
 
 ENTRY_CHUNK = 2**16
@@ -66,8 +66,8 @@ def losses_layer(name: str) -> str:
     """
     if not NAME_PATTERN.fullmatch(name) or name.endswith(".json"):
         raise ValueError(
-            f"reference name must be letters, digits, dots, dashes or underscores and not end in .json, got name={name!r:.80}; "
-            "give --reference NAME=MODEL with such a NAME"
+            "reference name must be letters, digits, dots, dashes or underscores and not end in .json, "
+            f"got name={name!r:.80}; give --reference NAME=MODEL with such a NAME"
         )
     return f"losses/{name}"
 

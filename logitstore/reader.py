@@ -347,7 +347,7 @@ class Store:
             raise DamagedShardError(layer, shard, f"{name} that cannot be decoded ({error})") from error
 
 
-def open(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> Store:  # noqa: A001
+def open(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> Store:
     """Opens a store for reading.
 
     Args:

@@ -73,7 +73,7 @@ class Storage:
     def __reduce__(self) -> tuple[type[Storage], tuple[str, dict[str, Any]]]:
         return Storage, (self._raw_url, self._options)
 
-    def _zarr_store(self, mode: str) -> zarr.abc.store.Store:
+    def _zarr_store(self, mode: str) -> zarr.storage.LocalStore | zarr.storage.FsspecStore:
         if self.is_local:
             return zarr.storage.LocalStore(self.root, read_only=mode == "r")
         return zarr.storage.FsspecStore.from_url(
@@ -164,4 +164,4 @@ class Storage:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise FormatError(f"{path} must be JSON, got {data[:40]!r}; run `logitstore verify` on the store") from error
+            raise FormatError(f"{path} must be JSON, got {data[:40]!r}; run `logitstore verify`") from error

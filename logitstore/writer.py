@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from logitstore.commits import Commit
     from logitstore.storage import Storage
 
-S = TypeVar("S", StoreSpec, TargetSpec, LossSpec)
+S = TypeVar("S", bound="StoreSpec | TargetSpec | LossSpec")
 
 OTHER_STORE = "give another --store, or delete this one"
 

@@ -1,0 +1,244 @@
+"""Writes documents, the target's rows and references' losses into a store, on Ray actors.
+
+    python jobs/dump_logits.py --store cache.zarr --target MODEL --data train.jsonl
+    ray job submit --working-dir . -- python jobs/dump_logits.py --store s3://bucket/cache.zarr --target MODEL \
+        --data hf:NAME
+    python jobs/dump_logits.py --store cache.zarr --reference NAME=MODEL        losses on a finished store, no target
+
+Run the same command again to go on after any kind of end: committed shards are skipped.
+Exit status: 0 done; 2 a mistake in the arguments, nothing was computed; 3 some shards were set aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from _errors import user_errors
+
+from logitstore.causal_lm import check_vocabulary, load_config, load_tokenizer, model_spec
+from logitstore.cli import read_options
+from logitstore.errors import LayerNotFoundError
+from logitstore.layout import losses_layer
+from logitstore.reader import Store
+from logitstore.spec import LossSpec, ModelSpec, Scheme, TargetSpec, TokenizerSpec
+from logitstore.storage import Storage
+from logitstore.writer import add_layer, check_layer
+
+if TYPE_CHECKING:
+    from logitstore.dump.worker import ModelSource
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--store", required=True, metavar="URL", help="folder or fsspec URL of the store, made if missing")
+    p.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options for the store's file system")
+
+    data = p.add_argument_group("documents (not needed once a store has them)")
+    data.add_argument("--data", metavar="DATA", help="path or URL of JSONL, Parquet or text, or hf:name[:split]")
+    data.add_argument("--tokenizer", metavar="MODEL", help="default: the target's")
+    data.add_argument("--max_length", type=int, default=2048, help="tokens of a document; longer ones become windows")
+    data.add_argument("--shard_rows", type=int, default=2**18, help="most rows of a shard (default %(default)s)")
+    data.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
+
+    models = p.add_argument_group("models")
+    models.add_argument("--target", metavar="MODEL", help="Hugging Face id or folder of the target")
+    models.add_argument("--revision", help="the target's branch, tag or commit")
+    models.add_argument("--reference", action="append", default=[], metavar="NAME=MODEL",
+                        help="adds losses/NAME of a model; repeatable, with or without --target")  # fmt: skip
+    models.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                        help="of all models' weights; auto takes each checkpoint's")  # fmt: skip
+    models.add_argument("--attn_implementation", help="of transformers: sdpa, eager, flash_attention_2, ...")
+    models.add_argument("--trust_remote_code", action="store_true", help="run code from the models' repositories")
+
+    rows = p.add_argument_group("what a row keeps")
+    rows.add_argument("--scheme", default="topk", choices=("topk", "nucleus"))
+    rows.add_argument("--k", type=int, default=64, help="most entries of a row (default %(default)s)")
+    rows.add_argument("--mass", type=float, help="nucleus: probability that the entries reach (default 0.98)")
+    rows.add_argument("--k_min", type=int, help="nucleus: fewest entries of a row (default 4)")
+
+    cluster = p.add_argument_group("cluster")
+    cluster.add_argument("--num_actors", type=int, help="default: one per GPU, or one without GPUs")
+    cluster.add_argument("--gpus_per_actor", type=float, help="share of a GPU per actor, 0 for the CPU")
+    cluster.add_argument("--cpus_per_actor", type=float, help="default: 1 beside a GPU, else all CPUs shared out")
+    cluster.add_argument("--batch_tokens", type=int, default=16384,
+                         help="most tokens of a forward, padding included (default %(default)s)")  # fmt: skip
+    cluster.add_argument("--no_progress", action="store_true", help="no progress bars")
+    return p
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs the job; returns its figures, which the command line prints as JSON."""
+    args = parser().parse_args(argv)
+    # Slow imports wait until the arguments are known to parse.
+    import ray
+
+    from logitstore.dump.pipeline import DumpPlan, run_dump
+    from logitstore.dump.worker import ModelSource
+
+    with user_errors():
+        storage = Storage(args.store, read_options(args.storage_options))
+        sources = _references(args.reference)
+        scheme = _scheme(args)
+        for name in ("num_actors", "cpus_per_actor", "batch_tokens", "num_proc"):
+            if (value := getattr(args, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {name}={value}")
+        if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
+            raise ValueError(f"gpus_per_actor must be at least 0, got gpus_per_actor={args.gpus_per_actor}")
+        if not args.target and not sources and not args.data:
+            raise ValueError("target must be given, got none; give --target, --reference or --data to say what to do")
+        target = None if args.target is None else _describe(args, args.target, args.revision)
+        references = {name: _describe(args, model, None) for name, model in sources.items()}
+        store = _documents(args, storage, scheme, target, references)
+        if args.target is None and sources:
+            _check_target_complete(store)
+        wanted: dict[str, TargetSpec | LossSpec] = {}
+        if target is not None:
+            wanted["target"] = TargetSpec(model=target, scheme=scheme)
+        wanted |= {losses_layer(name): LossSpec(model=spec) for name, spec in references.items()}
+        for layer, layer_spec in wanted.items():
+            check_layer(storage, layer, layer_spec)
+        for layer, layer_spec in wanted.items():
+            add_layer(storage, store.spec, layer, layer_spec)
+
+    def source(name: str, revision: str | None, spec: ModelSpec) -> ModelSource:
+        return ModelSource(
+            name=name,
+            revision=revision,
+            dtype=spec.dtype,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    plan = DumpPlan(
+        target=None if target is None else source(args.target, args.revision, target),
+        references={name: source(model, None, references[name]) for name, model in sources.items()},
+        num_actors=args.num_actors,
+        gpus_per_actor=args.gpus_per_actor,
+        cpus_per_actor=args.cpus_per_actor,
+        batch_tokens=args.batch_tokens,
+    )
+    summary: dict[str, Any] = {"store": storage.url, "documents": store.num_documents, "store_rows": store.num_rows}
+    if not wanted:
+        return summary
+    if not ray.is_initialized():
+        # No address: a submitted job joins its cluster, RAY_ADDRESS is heeded, otherwise a local Ray starts.
+        ray.init(logging_level=logging.WARNING)
+    report = run_dump(storage, plan, progress=not args.no_progress)
+    summary |= {
+        "layers": list(wanted),
+        "rows": report.rows,
+        "entries": report.entries,
+        "seconds": round(report.seconds, 2),
+        "rows_per_second": round(report.rows / report.seconds, 1) if report.rows else 0.0,
+        "shards_done": report.shards_done,
+        "shards_skipped": report.shards_skipped,
+        "bytes_per_row": {layer: round(storage.num_bytes(layer) / store.num_rows, 2) for layer in ("tokens", *wanted)},
+        "set_aside": {str(shard): reason for shard, reason in report.failed.items()},
+    }
+    return summary
+
+
+def _scheme(args: argparse.Namespace) -> Scheme:
+    if args.scheme == "topk":
+        for name in ("mass", "k_min"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name} must be left out, got {name}={getattr(args, name)} with --scheme topk; "
+                                 "give --scheme nucleus")  # fmt: skip
+        return Scheme(name="topk", k=args.k)
+    mass = 0.98 if args.mass is None else args.mass
+    return Scheme(name="nucleus", k=args.k, mass=mass, k_min=min(4, args.k) if args.k_min is None else args.k_min)
+
+
+def _references(given: list[str]) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    for value in given:
+        name, separator, model = value.partition("=")
+        if not separator or not model:
+            raise ValueError(f"reference must be NAME=MODEL, got reference={value}; such as --reference ref=path/to/it")
+        losses_layer(name)
+        if name in sources:
+            raise ValueError(f"reference names must differ, got {name} twice; give each model its own name")
+        sources[name] = model
+    return sources
+
+
+def _describe(args: argparse.Namespace, name: str, revision: str | None) -> ModelSpec:
+    config = load_config(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    return model_spec(name, config, args.dtype)
+
+
+def _documents(
+    args: argparse.Namespace,
+    storage: Storage,
+    scheme: Scheme,
+    target: ModelSpec | None,
+    references: dict[str, ModelSpec],
+) -> Store:
+    """Checks all models against the documents' tokenizer, then prepares the documents or opens the prepared store."""
+
+    def check(tokenizer: TokenizerSpec) -> None:
+        if target is not None:
+            scheme.check_vocabulary(tokenizer.vocab_size)
+            check_vocabulary(target, tokenizer, "target")
+        for name, spec in references.items():
+            check_vocabulary(spec, tokenizer, f"reference {name}")
+
+    if args.data is None:
+        store = Store(storage)
+        if missing := store.layers["tokens"].missing:
+            raise LayerNotFoundError(
+                f"tokens must be complete, got {len(missing)} of {store.spec.num_shards} shards missing in "
+                f"{store.url}; give --data again to finish preparing"
+            )
+        check(store.spec.tokenizer)
+        return store
+    from logitstore.dump.documents import prepare
+
+    from logitstore.causal_lm import tokenizer_spec
+
+    name = args.tokenizer or args.target
+    if name is None:
+        raise ValueError("tokenizer must be given with --data where there is no --target, got none; give --tokenizer")
+    tokenizer = load_tokenizer(
+        name,
+        revision=args.revision if name == args.target else None,
+        trust_remote_code=args.trust_remote_code,
+    )
+    check(tokenizer_spec(tokenizer, uses_chat_template=False))
+    same_place = args.store.partition("://")[0] == args.data.partition("://")[0] and "://" in args.store
+    return prepare(
+        storage,
+        args.data,
+        tokenizer,
+        max_length=args.max_length,
+        shard_rows=args.shard_rows,
+        num_proc=args.num_proc,
+        storage_options=read_options(args.storage_options) if same_place else None,
+        progress=not args.no_progress,
+    )
+
+
+def _check_target_complete(store: Store) -> None:
+    if "target" not in store.layers:
+        raise LayerNotFoundError(f"store must have target rows for losses, got {store.url} without; give --target too")
+    if missing := store.layers["target"].missing:
+        raise LayerNotFoundError(
+            f"target must be complete for losses, got {len(missing)} of {store.spec.num_shards} shards missing in "
+            f"{store.url}; run the dump with --target again to finish it"
+        )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    result = main()
+    print(json.dumps(result, indent=1))
+    if result.get("set_aside"):
+        numbers = ", ".join(result["set_aside"])
+        print(f"error: shards {numbers} were set aside; run the same command again to try them alone", file=sys.stderr)
+        raise SystemExit(3)

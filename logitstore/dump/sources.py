@@ -1,0 +1,242 @@
+"""What --data names: the files behind it, and their records one by one. Knows nothing of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+from datasets.exceptions import DatasetsError
+from fsspec.implementations.local import LocalFileSystem
+
+from logitstore.storage import open_fs, without_credentials
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FORMATS: dict[str, Literal["jsonl", "parquet", "text"]] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The files, or the hub's data set, that --data names; nothing is read yet."""
+
+    name: str
+    """As given, without credentials."""
+    format: Literal["jsonl", "parquet", "text", "hub"]
+    files: tuple[str, ...] = ()
+    """Path of each file in its file system, in the order in which their documents come."""
+    digest: str | None = None
+    """sha256 over names, sizes and change marks of the files."""
+    fs: Any = field(default=None, repr=False)
+    """The fsspec file system they are in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """Records as a table on disk, and how to read them from a batch of its rows. Goes to the processes that tokenise."""
+
+    source: Source
+    paths: tuple[str, ...]
+    """Local copy of each file."""
+
+    def read(self, batch: dict[str, list[Any]], indices: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields (row, record) of a batch; lines without a character but spaces are no records.
+
+        Raises:
+            ValueError: A line is no JSON object; names the file and the line.
+        """
+        if self.source.format not in ("jsonl", "text"):
+            for i, index in enumerate(indices):
+                yield index, {name: values[i] for name, values in batch.items()}
+            return
+        for index, line in zip(indices, batch["text"], strict=True):
+            if not (text := line.removeprefix("\ufeff")).strip():
+                continue
+            if self.source.format == "text":
+                yield index, {"text": text}
+                continue
+            try:
+                record = json.loads(text)
+            except ValueError as error:
+                raise self.bad_line(index, text, str(error)) from error
+            if not isinstance(record, dict):
+                raise self.bad_line(index, text, f"{type(record).__name__} instead of an object")
+            yield index, record
+
+    def bad_line(self, index: int, text: str, reason: str) -> ValueError:
+        """Describes a malformed line."""
+        return ValueError(
+            f"data must have one JSON object per line, got {text[:60]!r} in {self.place(index)} ({reason}); "
+            "mend or remove that line"
+        )
+
+    def place(self, index: int) -> str:
+        """Says where a row of the table comes from: line and file, or the record's number from 0."""
+        if self.source.format not in ("jsonl", "text"):
+            return f"record {index} of {self.source.name}"
+        for path, name in zip(self.paths, self.source.files, strict=True):
+            with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as lines:
+                for number, _ in enumerate(lines, 1):
+                    if index == 0:
+                        return f"line {number} of {name}"
+                    index -= 1
+        raise IndexError(f"index must be that of a line, got {index} lines more than there are")
+
+
+def find_source(data: str, storage_options: dict[str, Any] | None) -> Source:
+    """Lists the files that --data names, without reading any.
+
+    Args:
+        data: Path or URL of a file, a glob or a folder; or hf:name[:split].
+        storage_options: What the URL's file system needs.
+
+    Raises:
+        ValueError: There is nothing there, or files of no or several known formats.
+        MissingDriverError: No installed package opens such a URL.
+    """
+    name = without_credentials(data)
+    if data.startswith("hf:") and not data.startswith("hf://"):
+        return Source(name=name, format="hub")
+    fs, path = open_fs(data, storage_options)
+    fs.invalidate_cache()
+    # An existing file first: its name may hold brackets, which would make a glob of it.
+    if fs.isfile(path):
+        files = [path]
+    elif fs.isdir(path):
+        base = path.rstrip("/") + "/"
+        files = [
+            file
+            for file in sorted(fs.find(path))
+            if not any(part.startswith((".", "_")) for part in file.removeprefix(base).split("/"))
+        ]
+    else:
+        files = sorted(file for file in fs.glob(path) if fs.isfile(file)) if any(c in path for c in "*?[") else []
+    if not files:
+        raise ValueError(
+            f"data must name a file, a folder or a glob that matches files, got data={name}, where there is none; "
+            "check the path, or give hf:name for a data set of the hub"
+        )
+    formats = {FORMATS.get(_suffixes(file)[0]) for file in files}
+    known = formats.pop()
+    if formats or known is None:
+        raise ValueError(
+            f"data must be files of one format out of {', '.join(FORMATS)} (compressed or not), got data={name} with "
+            f"{', '.join(sorted({_suffixes(file)[0] or 'no suffix' for file in files}))}; give a glob that picks those meant"
+        )
+    sha = hashlib.sha256()
+    for file in files:
+        sha.update(json.dumps([file, fs.info(file)["size"], str(fs.ukey(file))]).encode())
+    return Source(name=name, format=known, files=tuple(files), digest=f"sha256:{sha.hexdigest()}", fs=fs)
+
+
+def _suffixes(file: str) -> tuple[str, str]:
+    """Returns the suffix that tells the format, and that of a compression or ''."""
+    path = PurePosixPath(file)
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    return PurePosixPath(file.removesuffix(compression)).suffix.lower(), compression
+
+
+def open_records(
+    source: Source, folder: Path, choose: Callable[[list[str]], list[str]]
+) -> tuple[datasets.Dataset, Records, list[str]]:
+    """Makes a table on disk of all records: of their lines for JSONL and text, else of the chosen columns.
+
+    Lines are parsed later, in the processes that tokenise: in parallel, each record as it was written rather than
+    cast to the types of the first ones, and with its line number at hand for a message.
+
+    Args:
+        source: As found.
+        folder: Where copies and tables may lie for as long as the records are used.
+        choose: Picks from the names of all columns those that are of use, or raises ValueError.
+
+    Returns:
+        The table, how to read its rows, and the chosen columns.
+
+    Raises:
+        ValueError: The files are not what their suffix says, or hold no record.
+    """
+    paths: tuple[str, ...] = ()
+    if source.format == "hub":
+        dataset = _load_hub(source)
+    else:
+        paths = _fetch(source, folder)
+        try:
+            if source.format == "parquet":
+                columns = choose(pyarrow.parquet.read_schema(paths[0]).names)
+                dataset = datasets.Dataset.from_parquet(list(paths), columns=columns, cache_dir=str(folder / "tables"))
+            else:
+                text = datasets.Features({"text": datasets.Value("string")})
+                dataset = datasets.Dataset.from_text(list(paths), features=text, cache_dir=str(folder / "tables"))
+        except (DatasetsError, pa.ArrowException, OSError, EOFError, ValueError) as error:
+            if "corresponds to no data" in str(error):  # what datasets says of files without a single line
+                raise _empty(source) from error
+            raise ValueError(
+                f"data must be readable as {source.format}, got data={source.name}: {_unreadable(source, paths, error)}"
+            ) from error
+    if not len(dataset):
+        raise _empty(source)
+    # without the file system: it may hold credentials, and the processes that tokenise need none
+    records = Records(source=Source(name=source.name, format=source.format, files=source.files), paths=paths)
+    if source.format in ("hub", "parquet"):
+        columns = choose(dataset.column_names)
+        return dataset.select_columns(columns), records, columns
+    for index, row in enumerate(dataset):
+        for _, record in records.read({"text": [row["text"]]}, [index]):
+            return dataset, records, choose(list(record))
+    raise _empty(source)
+
+
+def _empty(source: Source) -> ValueError:
+    return ValueError(f"data must hold at least one document, got data={source.name} with none; check the file")
+
+
+def _fetch(source: Source, folder: Path) -> tuple[str, ...]:
+    """Brings the files to a folder under plain names: datasets takes brackets for a glob.
+
+    Remote ones are copied here because datasets refuses any URL, a bucket's too, where HF_HUB_OFFLINE is set.
+    """
+    paths = [str(folder / f"{i:06d}{''.join(_suffixes(file))}") for i, file in enumerate(source.files)]
+    if isinstance(source.fs, LocalFileSystem):
+        for file, path in zip(source.files, paths, strict=True):
+            Path(path).symlink_to(file)
+    else:
+        source.fs.get(list(source.files), paths)
+    return tuple(paths)
+
+
+def _load_hub(source: Source) -> datasets.Dataset:
+    name, _, split = source.name.removeprefix("hf:").partition(":")
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(
+            f"data must name a data set that can be loaded, and a split of it, got data={source.name}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def _unreadable(source: Source, paths: tuple[str, ...], error: Exception) -> str:
+    """Says what is wrong in one line; names the file and the line of bytes that are no text."""
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        for path, name in zip(paths, source.files, strict=True):
+            with fsspec.open(path, "rb", compression="infer") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        line.decode()
+                    except UnicodeDecodeError as bad:
+                        return f"line {number} of {name} is not UTF-8 ({bad.reason}); mend or remove that line"
+    return str(cause).strip().splitlines()[0]
