@@ -120,7 +120,7 @@ def _info(store: Store, storage: Storage, *, as_json: bool) -> int:
             scheme = layer["scheme"]
             nucleus = f", mass {scheme['mass']:g}, at least {scheme['k_min']}" if scheme["name"] == "nucleus" else ""
             per_row = layer["entries"] / layer["rows"] if layer["rows"] else 0.0
-            print(f"  scheme   {scheme['name']}, at most {scheme['k']} entries{nucleus}; {per_row:.1f} a row on average")
+            print(f"  scheme   {scheme['name']}, at most {scheme['k']} entries{nucleus}; on average {per_row:.1f} a row")
         for array, num_bytes in layer["bytes"].items():
             print(f"  {array:<14}{num_bytes:>14,} bytes{num_bytes / layer['rows'] if layer['rows'] else 0:>9.2f} a row")
     return 0

@@ -60,11 +60,13 @@ class Codebook:
     def max_errors(self) -> NDArray[np.float32]:
         """Float32 [256]: half the wider step beside each code, the most by which coding moves a logprob, in nats."""
         steps = np.diff(-self.table)
-        return np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0)).astype(np.float32) / 2
+        wider: NDArray[np.float32] = np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0)).astype(np.float32)
+        return wider / 2
 
     def encode(self, logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Returns the nearest code of each logprob; same shape."""
-        return np.searchsorted(self.boundaries, -logprobs).astype(np.uint8)
+        codes: NDArray[np.uint8] = np.searchsorted(self.boundaries, -logprobs).astype(np.uint8)
+        return codes
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -32,7 +33,7 @@ def create_store(storage: Storage, spec: StoreSpec) -> None:
     """
     if (found := storage.group_attributes("")) is not None:
         stored = stored_spec(StoreSpec, found, "store")
-        check_same(stored, spec, "store", OTHER_STORE)
+        check_same(stored, replace(spec, target=None, losses={}), "store", OTHER_STORE)
         # The number of shards is informational elsewhere (a store may grow), but a resumed one has these documents.
         if stored.num_shards != spec.num_shards:
             raise FormatError(

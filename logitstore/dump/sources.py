@@ -38,6 +38,8 @@ class Source:
     format: Literal["jsonl", "parquet", "text", "hub"]
     files: tuple[str, ...] = ()
     """Path of each file in its file system, in the order in which their documents come."""
+    names: tuple[str, ...] = ()
+    """What to call each file in a message: its URL without credentials, or its local path."""
     digest: str | None = None
     """sha256 over names, sizes and change marks of the files."""
     fs: Any = field(default=None, repr=False)
@@ -46,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """Records as a table on disk, and how to read them from a batch of its rows. Goes to the processes that tokenise."""
+    """How to read records from rows of the table that holds them. Goes to the processes that tokenise."""
 
     source: Source
     paths: tuple[str, ...]
@@ -87,7 +89,7 @@ class Records:
         """Says where a row of the table comes from: line and file, or the record's number from 0."""
         if self.source.format not in ("jsonl", "text"):
             return f"record {index} of {self.source.name}"
-        for path, name in zip(self.paths, self.source.files, strict=True):
+        for path, name in zip(self.paths, self.source.names, strict=True):
             with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as lines:
                 for number, _ in enumerate(lines, 1):
                     if index == 0:
@@ -132,14 +134,23 @@ def find_source(data: str, storage_options: dict[str, Any] | None) -> Source:
     formats = {FORMATS.get(_suffixes(file)[0]) for file in files}
     known = formats.pop()
     if formats or known is None:
+        suffixes = sorted({_suffixes(file)[0] or "no suffix" for file in files})
         raise ValueError(
             f"data must be files of one format out of {', '.join(FORMATS)} (compressed or not), got data={name} with "
-            f"{', '.join(sorted({_suffixes(file)[0] or 'no suffix' for file in files}))}; give a glob that picks those meant"
+            f"{', '.join(suffixes)}; give a glob that picks those meant"
         )
     sha = hashlib.sha256()
     for file in files:
         sha.update(json.dumps([file, fs.info(file)["size"], str(fs.ukey(file))]).encode())
-    return Source(name=name, format=known, files=tuple(files), digest=f"sha256:{sha.hexdigest()}", fs=fs)
+    local = isinstance(fs, LocalFileSystem)
+    return Source(
+        name=name,
+        format=known,
+        files=tuple(files),
+        names=tuple(files if local else [without_credentials(fs.unstrip_protocol(file)) for file in files]),
+        digest=f"sha256:{sha.hexdigest()}",
+        fs=fs,
+    )
 
 
 def _suffixes(file: str) -> tuple[str, str]:
@@ -168,28 +179,16 @@ def open_records(
     Raises:
         ValueError: The files are not what their suffix says, or hold no record.
     """
-    paths: tuple[str, ...] = ()
     if source.format == "hub":
+        paths: tuple[str, ...] = ()
         dataset = _load_hub(source)
     else:
         paths = _fetch(source, folder)
-        try:
-            if source.format == "parquet":
-                columns = choose(pyarrow.parquet.read_schema(paths[0]).names)
-                dataset = datasets.Dataset.from_parquet(list(paths), columns=columns, cache_dir=str(folder / "tables"))
-            else:
-                text = datasets.Features({"text": datasets.Value("string")})
-                dataset = datasets.Dataset.from_text(list(paths), features=text, cache_dir=str(folder / "tables"))
-        except (DatasetsError, pa.ArrowException, OSError, EOFError, ValueError) as error:
-            if "corresponds to no data" in str(error):  # what datasets says of files without a single line
-                raise _empty(source) from error
-            raise ValueError(
-                f"data must be readable as {source.format}, got data={source.name}: {_unreadable(source, paths, error)}"
-            ) from error
+        dataset = _load_files(source, paths, folder / "tables", choose)
     if not len(dataset):
         raise _empty(source)
     # without the file system: it may hold credentials, and the processes that tokenise need none
-    records = Records(source=Source(name=source.name, format=source.format, files=source.files), paths=paths)
+    records = Records(source=Source(name=source.name, format=source.format, names=source.names), paths=paths)
     if source.format in ("hub", "parquet"):
         columns = choose(dataset.column_names)
         return dataset.select_columns(columns), records, columns
@@ -217,6 +216,27 @@ def _fetch(source: Source, folder: Path) -> tuple[str, ...]:
     return tuple(paths)
 
 
+def _load_files(
+    source: Source, paths: tuple[str, ...], cache: Path, choose: Callable[[list[str]], list[str]]
+) -> datasets.Dataset:
+    columns: list[str] = []
+    if source.format == "parquet":
+        try:
+            found = pyarrow.parquet.read_schema(paths[0]).names
+        except pa.ArrowException as error:
+            raise _unreadable(source, paths, error) from error
+        columns = choose(found)
+    try:
+        if source.format == "parquet":
+            return datasets.Dataset.from_parquet(list(paths), columns=columns, cache_dir=str(cache))
+        text = datasets.Features({"text": datasets.Value("string")})
+        return datasets.Dataset.from_text(list(paths), features=text, cache_dir=str(cache))
+    except (DatasetsError, OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # what datasets says of files without a single line
+            raise _empty(source) from error
+        raise _unreadable(source, paths, error) from error
+
+
 def _load_hub(source: Source) -> datasets.Dataset:
     name, _, split = source.name.removeprefix("hf:").partition(":")
     try:
@@ -228,15 +248,21 @@ def _load_hub(source: Source) -> datasets.Dataset:
         ) from error
 
 
-def _unreadable(source: Source, paths: tuple[str, ...], error: Exception) -> str:
+def _unreadable(source: Source, paths: tuple[str, ...], error: Exception) -> ValueError:
     """Says what is wrong in one line; names the file and the line of bytes that are no text."""
     cause = error.__cause__ or error
+    reason = (str(cause) or type(cause).__name__).strip().splitlines()[0]
     if isinstance(cause, UnicodeDecodeError):
-        for path, name in zip(paths, source.files, strict=True):
-            with fsspec.open(path, "rb", compression="infer") as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        line.decode()
-                    except UnicodeDecodeError as bad:
-                        return f"line {number} of {name} is not UTF-8 ({bad.reason}); mend or remove that line"
-    return str(cause).strip().splitlines()[0]
+        reason = f"{_undecodable_line(source, paths)} is not UTF-8; mend or remove that line"
+    return ValueError(f"data must be readable as {source.format}, got data={source.name}: {reason}")
+
+
+def _undecodable_line(source: Source, paths: tuple[str, ...]) -> str:
+    for path, name in zip(paths, source.names, strict=True):
+        with fsspec.open(path, "rb", compression="infer") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    return f"line {number} of {name}"
+    return source.name

@@ -1,0 +1,286 @@
+"""Records and a tokenizer -> documents with loss masks -> the `tokens` layer of a store. No model, no Ray.
+
+Row i of a document holds token i, and its mask says whether the prediction made there, of token i + 1, counts.
+What records are is in sources.py, how one becomes documents in encoding.py. D documents, S shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from tqdm import tqdm
+
+from logitstore import commits, writer
+from logitstore.causal_lm import tokenizer_spec
+from logitstore.dump.encoding import COLUMNS, Encoder, Kind, choose_columns
+from logitstore.dump.sources import find_source, open_records
+from logitstore.errors import IdentityError
+from logitstore.reader import Store
+from logitstore.spec import ROW_CHUNK, DataSpec, StoreSpec, check_same
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from logitstore.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+BATCH = 256
+"""Records tokenised at once."""
+
+FEATURES = {"ids": datasets.List(datasets.Value("int32")), "mask": datasets.List(datasets.Value("uint8"))}
+
+
+def assign_shards(lengths: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
+    """Assigns documents to shards: whole, in order, as many to each as fit.
+
+    Args:
+        lengths: [D], none above shard_rows.
+        shard_rows: Most rows of a shard.
+
+    Returns:
+        [S + 1]: shard s holds documents bounds[s]..bounds[s + 1].
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        first_row = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, first_row + shard_rows, side="right")))
+    return np.array(bounds, dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """All documents, in a table on disk."""
+
+    table: pa.Table
+    """Columns ids and mask, lists."""
+    lengths: NDArray[np.int64]
+    """[D]: tokens of each; 0 for a dropped one."""
+
+    def shard(self, first: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Returns documents first..stop as the arrays of a shard of `tokens`."""
+        lengths = self.lengths[first:stop]
+        return {
+            "ids": self._values("ids", first, stop).view(np.uint32),
+            "loss_mask": self._values("mask", first, stop),
+            "lengths": lengths[lengths > 0].astype(np.uint32),
+        }
+
+    def _values(self, column: str, first: int, stop: int) -> NDArray[Any]:
+        chunks = self.table.column(column).slice(first, stop - first).chunks
+        return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks])
+
+
+def tokenize(dataset: datasets.Dataset, encoder: Encoder, num_proc: int, folder: Path) -> Documents:
+    """Tokenises all records into a table in a folder.
+
+    Raises:
+        ValueError: A record is malformed, or no document is left.
+    """
+    num_proc = min(num_proc, -(-len(dataset) // BATCH))
+    # The folder is fresh, so no result of another tokenizer or version is found in it; a fingerprint of our own spares
+    # datasets from computing one by pickling the tokenizer.
+    mapped = dataset.map(
+        encoder,
+        batched=True,
+        batch_size=BATCH,
+        with_indices=True,
+        num_proc=num_proc if num_proc > 1 else None,
+        remove_columns=dataset.column_names,
+        features=datasets.Features({**FEATURES, "unlocated": datasets.Value("int32")}),
+        cache_file_name=str(folder / "documents.arrow"),
+        new_fingerprint=uuid.uuid4().hex,
+        desc="Tokenising",
+    )
+    table = mapped.data.table
+    lengths = pyarrow.compute.list_value_length(table.column("ids")).to_numpy().astype(np.int64)
+    unlocated = pyarrow.compute.sum(table.column("unlocated")).as_py() or 0
+    dropped = int((lengths == 0).sum())
+    name = encoder.records.source.name
+    if dropped == len(lengths):
+        if encoder.kind == "messages":
+            raise ValueError(
+                f"messages must yield at least one response token, got none in data={name} ({unlocated} assistant "
+                "turns not found in the chat template's text); give assistant messages after a user's, or a tokenizer "
+                "whose chat template has {% generation %} around them"
+            )
+        raise ValueError(
+            f"data must hold at least one document of 2 tokens of which one counts, got data={name} with none; "
+            "check the columns and the loss mask"
+        )
+    if unlocated:
+        logger.warning("%s: %d assistant turns are not found in the template's text, do not count", name, unlocated)
+    if dropped:
+        logger.warning("%s: dropped %d of %d windows, in which no prediction counts", name, dropped, len(lengths))
+    return Documents(table=table, lengths=lengths)
+
+
+def prepare(
+    storage: Storage,
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    shard_rows: int,
+    num_proc: int,
+    storage_options: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Store:
+    """Writes the `tokens` layer of a store, or what is missing of it.
+
+    Args:
+        storage: The store's root.
+        data: Path or URL of JSONL, Parquet or text (a file, a folder, a glob), or hf:name[:split].
+        tokenizer: With a chat template where the data are messages.
+        max_length: Most tokens of a document; longer ones are split into windows.
+        shard_rows: Most rows of a shard; above 2**14 rounded up to a multiple of it.
+        num_proc: Processes that tokenise.
+        storage_options: What the data's file system needs. Never stored.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: The data or an option is no good. Nothing has been written then.
+        IdentityError: The store was made with another tokenizer, other options or other documents.
+        MissingDriverError: No installed package opens the data's URL.
+    """
+    if num_proc < 1:
+        raise ValueError(f"num_proc must be at least 1, got num_proc={num_proc}")
+    if shard_rows > ROW_CHUNK:
+        shard_rows = -(-shard_rows // ROW_CHUNK) * ROW_CHUNK
+    source = find_source(data, storage_options)
+
+    def spec_of(columns: Kind, mask_policy: Literal["all", "response", "given"]) -> StoreSpec:
+        return StoreSpec(
+            tokenizer=tokenizer_spec(tokenizer, uses_chat_template=columns == "messages"),
+            data=DataSpec(source=source.name, digest=source.digest, columns=columns, mask_policy=mask_policy),
+            max_length=max_length,
+            shard_rows=shard_rows,
+            num_shards=0,
+        )
+
+    attributes = storage.group_attributes("")
+    stored = None if attributes is None else writer.stored_spec(StoreSpec, attributes, "store")
+    spec = spec_of("text", "all")  # refuses bad options before anything is read
+    if stored is not None:
+        spec = spec_of(stored.data.columns, stored.data.mask_policy)
+        check_same(stored, spec, "store", writer.OTHER_STORE)
+        complete = len(commits.committed_shards(storage, "tokens")) == stored.num_shards
+        if complete and source.digest is not None and source.digest == stored.data.digest:
+            return Store(storage)
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="logitstore-", dir=cache) as name, _progress_bars(progress):
+        folder = Path(name)
+        dataset, records, columns = open_records(source, folder, choose_columns)
+        kind = next(kind for kind, needed in COLUMNS.items() if needed[0] == columns[0])
+        if kind == "messages":
+            _check_chat_tokenizer(tokenizer)
+        responses = kind in ("messages", "prompt_response")
+        spec = spec_of(kind, "response" if responses else "given" if "loss_mask" in columns else "all")
+        if stored is not None:
+            check_same(stored, spec, "store", writer.OTHER_STORE)
+        encoder = Encoder(
+            records=records,
+            tokenizer=tokenizer,
+            columns=columns,
+            kind=kind,
+            vocab_size=spec.tokenizer.vocab_size,
+            max_length=max_length,
+        )
+        documents = tokenize(dataset, encoder, num_proc, folder)
+        bounds = assign_shards(documents.lengths, shard_rows)
+        spec = dataclasses.replace(spec, num_shards=len(bounds) - 1)
+        _write(storage, spec, stored, documents, bounds, progress)
+    return Store(storage)
+
+
+def _write(
+    storage: Storage,
+    spec: StoreSpec,
+    stored: StoreSpec | None,
+    documents: Documents,
+    bounds: NDArray[np.int64],
+    progress: bool,
+) -> None:
+    """Writes the missing shards, once the committed ones are known to hold these very documents."""
+    committed = commits.committed_shards(storage, "tokens") if stored is not None else set()
+    other = f"the store holds other documents than data={spec.data.source}; {writer.OTHER_STORE}"
+    if stored is not None and stored.num_shards != spec.num_shards:
+        raise IdentityError(
+            f"num_shards must be {stored.num_shards} as in the store, got num_shards={spec.num_shards}; {other}"
+        )
+    spans = [(int(first), int(stop)) for first, stop in pairwise(bounds)]
+    for commit in commits.read_commits(storage, "tokens", sorted(committed)):
+        arrays = documents.shard(*spans[commit.shard])
+        size = {"documents": len(arrays["lengths"]), "rows": len(arrays["ids"])}
+        found = commits.describe("tokens", commit.shard, arrays, **size, computed_from=None, seconds=0.0).digest
+        if found != commit.digest:
+            old = f"{commit.digest[:19]} as in the store"
+            raise IdentityError(f"tokens of shard {commit.shard} must be {old}, got {found[:19]}; {other}")
+    writer.create_store(storage, spec)
+    tokens = writer.LayerWriter(storage, spec, "tokens")
+    missing = [shard for shard in range(spec.num_shards) if shard not in committed]
+    for shard in tqdm(missing, desc="Writing tokens", unit="shard", disable=not progress):
+        started = time.monotonic()
+        arrays = documents.shard(*spans[shard])
+        size = {"documents": len(arrays["lengths"]), "rows": len(arrays["ids"])}
+        tokens.write(shard, arrays, **size, computed_from=None, started=started)
+
+
+def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer must have a chat template for data with messages, got tokenizer={tokenizer.name_or_path} "
+            "without; give --tokenizer of an instruction-tuned model, or data with prompt and response"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer must be a fast one for data with messages, got tokenizer={tokenizer.name_or_path} "
+            f"({type(tokenizer).__name__}); only those tell which characters a token stands for"
+        )
+
+
+@contextlib.contextmanager
+def _progress_bars(progress: bool) -> Iterator[None]:
+    """Turns datasets' own progress bars off for a while, unless they are wanted."""
+    if progress or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def preview(store: Store, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 80) -> str:
+    """Shows the first document, tokens whose prediction counts between « and », so that people can check the mask."""
+    document = store.shard(0, layers=("tokens",)).document(0)
+    counted = np.concatenate([[False], document.loss_mask[:-1]])
+    first = max(0, int(counted.argmax()) - max_tokens // 2)
+    stop = min(len(counted), first + max_tokens)
+    borders = [first, *(np.flatnonzero(np.diff(counted[first:stop])) + first + 1).tolist(), stop]
+    runs = [
+        ("«{}»" if counted[i] else "{}").format(tokenizer.decode(document.ids[i:j].tolist()))
+        for i, j in pairwise(borders)
+    ]
+    text = ("… " if first else "") + "".join(runs) + (" …" if stop < len(counted) else "")
+    return f"document 0, {int(counted.sum())} of {len(counted)} tokens count: {text}"

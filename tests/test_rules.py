@@ -1,0 +1,68 @@
+"""The rules of the house, by reading the code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path for top in ("logitstore", "trainer", "jobs") for path in (ROOT / top).rglob("*.py"))
+
+
+def imports(path):
+    """Every module that a file names in an import, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def breaks(path, *forbidden):
+    return [name for name in imports(path) for f in forbidden if name == f or name.startswith(f + ".")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    top = path.relative_to(ROOT).parts[0]
+    if top == "logitstore":
+        assert not breaks(path, "trainer", "jobs")
+        if path.name != "pipeline.py":
+            assert not breaks(path, "ray")
+        if "dump" not in path.parts:
+            assert not breaks(path, "logitstore.dump")
+    if top == "trainer":
+        assert not breaks(path, "ray", "jobs", "logitstore.dump")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_reading_a_store_loads_neither_torch_nor_ray_nor_transformers(tiny_store):
+    code = (
+        "import sys, logitstore, logitstore.cli\n"
+        f"logitstore.open({tiny_store!r})[3]\n"
+        "print([m for m in ('torch', 'ray', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
+
+
+def test_scoring_and_trainer_load_no_ray():
+    code = "import sys, logitstore.dump.worker, trainer; print('ray' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "False"
+
+
+def test_public_names_are_few_and_sorted():
+    import logitstore
+
+    assert logitstore.__all__ == sorted(logitstore.__all__)
+    assert len(logitstore.__all__) <= 12
+    assert all(hasattr(logitstore, name) for name in logitstore.__all__)

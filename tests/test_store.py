@@ -1,0 +1,356 @@
+"""The store: what goes in comes out, damage and mix-ups do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from conftest import VOCAB_SIZE, dense_logprobs, topk_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import logitstore
+from logitstore import cli, codec, commits, writer
+from logitstore.codec import Codebook
+from logitstore.errors import FormatError, MissingDriverError, StoreNotFoundError
+from logitstore.spec import Scheme, from_json
+from logitstore.storage import Storage, without_credentials
+
+
+@pytest.fixture
+def copy(tiny_store, tmp_path):
+    """A store that a test may damage."""
+    return shutil.copytree(tiny_store, tmp_path / "cache.zarr")
+
+
+def test_documents_by_number_are_those_of_the_shards(tiny_store):
+    store = logitstore.open(tiny_store)
+    assert store.num_documents == len(store) == 24
+    assert sorted(store.layers) == ["losses/reference", "target", "tokens"]
+    number = 0
+    for shard in store.shards():
+        for i in range(len(shard)):
+            document, same = shard.document(i), store[number]
+            np.testing.assert_array_equal(document.ids, same.ids)
+            np.testing.assert_array_equal(document.rows.token_ids, same.rows.token_ids)
+            np.testing.assert_array_equal(document.rows.counts > 0, document.loss_mask)
+            span = slice(shard.starts[i], shard.starts[i + 1])
+            np.testing.assert_array_equal(store.loss("reference")[number], shard.losses["reference"][span])
+            number += 1
+    assert number == 24
+    assert store.num_rows == sum(len(store[i].ids) for i in range(24))
+    np.testing.assert_array_equal(store[-1].ids, store[23].ids)
+
+
+def test_rows_of_a_document_are_those_of_the_oracle(tiny, tiny_store):
+    from transformers import AutoModelForCausalLM
+
+    store = logitstore.open(tiny_store)
+    document = store[17]
+    model = AutoModelForCausalLM.from_pretrained(tiny.target).eval()
+    true = topk_rows(dense_logprobs(model, document.ids), document.ids, document.loss_mask, 16)
+    assert document.rows.logprobs.dtype == np.float32
+    np.testing.assert_array_equal(document.rows.token_ids, true.token_ids)
+    step = store.spec.target.codebook.max_errors[store.spec.target.codebook.encode(true.logprobs)]
+    # A row's logprobs also move together, by at most its largest coding error, so that they sum to 1 with the tail.
+    assert (np.abs(document.rows.logprobs - true.logprobs) <= step + step.max() + 1e-5).all()
+    np.testing.assert_allclose(document.rows.tail_mass, true.tail_mass, rtol=3e-3)
+
+
+def test_gap_is_the_difference_of_two_losses(tiny_store):
+    store = logitstore.open(tiny_store)
+    gap = store.gap("reference", "reference")
+    assert len(gap) == 24
+    np.testing.assert_array_equal(np.isnan(gap[5]), ~store[5].loss_mask)
+    assert np.nanmax(np.abs(gap[5])) == 0
+
+
+def test_unknown_loss_is_refused_with_those_there_are(tiny_store):
+    with pytest.raises(logitstore.LayerNotFoundError, match=r"one of \['reference'\].*got reference=refrence"):
+        logitstore.open(tiny_store).loss("refrence")
+
+
+@pytest.mark.parametrize("document", [24, -25])
+def test_document_outside_the_store_is_an_index_error(tiny_store, document):
+    with pytest.raises(IndexError, match=f"between -24 and 23, got document={document}"):
+        logitstore.open(tiny_store)[document]
+
+
+def test_the_same_store_through_another_file_system(tiny_store):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(tiny_store, "/bucket/cache.zarr", recursive=True)
+    local, remote = logitstore.open(tiny_store), logitstore.open("memory://bucket/cache.zarr")
+    for document in (0, 11, 23):
+        np.testing.assert_array_equal(local[document].rows.logprobs, remote[document].rows.logprobs)
+    assert logitstore.verify(remote) == []
+
+
+ARRAYS = [
+    *(f"tokens/{name}" for name in ("ids", "loss_mask", "lengths")),
+    *(f"target/{name}" for name in ("counts", "token_ids", "logprobs", "tail", "label_logprob", "entropy")),
+    *(f"losses/reference/{name}" for name in ("ce", "label_logprob")),
+]
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete", "swap"])
+def test_damage_is_found_and_named(copy, array, damage):
+    folder = Path(copy) / array / "c"
+    victim = folder / "1"
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[len(content) // 3] ^= 0x10
+        victim.write_bytes(content)
+    elif damage == "truncate":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        victim.write_bytes(b"")
+    elif damage == "delete":
+        victim.unlink()
+    else:
+        shutil.copy(folder / "0", victim)
+    layer = array.rsplit("/", 1)[0]
+    if damage == "swap" and (folder / "0").read_bytes() == bytes(content):
+        pytest.fail("the shards must differ for this test to show anything")
+    store = logitstore.open(copy)
+    assert [(problem.layer, problem.shard) for problem in logitstore.verify(store)][0] == (layer, 1)
+    with pytest.raises(logitstore.DamagedShardError, match=f"shard 1 of layer '{layer}'"):
+        store.read_shard(1)
+    assert len(store.read_shard(0)) > 0
+
+
+def test_losses_of_other_target_rows_are_stale_not_used(copy):
+    path = Path(copy) / "commits/losses/reference/000001.json"
+    record = json.loads(path.read_text())
+    record["computed_from"] = "sha256:" + "0" * 64
+    path.write_text(json.dumps(record))
+    store = logitstore.open(copy)
+    with pytest.raises(logitstore.IdentityError, match="shard 1 of layer 'losses/reference' must be computed from"):
+        store.read_shard(1)
+    assert [(problem.layer, problem.shard) for problem in logitstore.verify(store)] == [("losses/reference", 1)]
+
+
+def test_a_shard_is_not_there_without_its_commit(copy):
+    (Path(copy) / "commits/target/000001.json").unlink()
+    store = logitstore.open(copy)
+    assert store.layers["target"].missing == [1]
+    with pytest.raises(logitstore.LayerNotFoundError, match=r"got shard=1 of layer 'target'.* of 3 are"):
+        store.read_shard(1)
+    with pytest.raises(logitstore.LayerNotFoundError, match="shard=1"):
+        store[int(store._first_document[1])]
+
+
+def test_a_store_whose_tokens_are_not_all_there_ends_at_the_first_gap(copy):
+    (Path(copy) / "commits/tokens/000001.json").unlink()
+    store = logitstore.open(copy)
+    assert store.num_shards == 1
+    assert 0 < store.num_documents < 24
+
+
+def test_writing_again_gives_the_same_bytes(copy):
+    store = logitstore.open(copy)
+    before = {path: path.read_bytes() for path in (Path(copy) / "target").rglob("c/*")}
+    arrays = store.read_arrays("target", 1)
+    commit = store.commit("target", 1)
+    again = writer.LayerWriter(Storage(copy), store.spec, "target").write(
+        1, arrays, documents=commit.documents, rows=commit.rows, computed_from=commit.computed_from, started=0.0
+    )
+    assert again.digest == commit.digest
+    assert before == {path: path.read_bytes() for path in (Path(copy) / "target").rglob("c/*")}
+
+
+def test_a_shorter_shard_leaves_nothing_of_a_longer_one(copy):
+    """What a killed writer left behind is replaced as a whole."""
+    store = logitstore.open(copy)
+    arrays = store.read_arrays("target", 1)
+    commit = store.commit("target", 1)
+    half = {**arrays, **{name: arrays[name][: commit.entries // 2] for name in ("token_ids", "logprobs")}}
+    size = {"documents": commit.documents, "rows": commit.rows, "computed_from": None, "started": 0.0}
+    into = writer.LayerWriter(Storage(copy), store.spec, "target")
+    into.write(1, half, **size)
+    group = zarr.open_group(copy, mode="r")["target"]
+    start = store.spec.shard_rows * store.spec.target.scheme.k
+    assert not group["token_ids"][start + commit.entries // 2 : 2 * start].any()
+
+
+def test_info_and_verify_on_the_command_line(copy, capsys):
+    assert cli.main(["info", str(copy)]) == 0
+    shown = capsys.readouterr().out
+    assert "24 documents" in shown
+    assert "target: complete" in shown
+    assert "topk, at most 16 entries" in shown
+    assert cli.main(["info", "--json", str(copy)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    on_disk = sum(path.stat().st_size for path in (Path(copy) / "target").rglob("c/*"))
+    assert 0 <= sum(facts["layers"]["target"]["bytes"].values()) - on_disk < 10_000  # the arrays' own zarr.json
+    assert cli.main(["verify", str(copy)]) == 0
+    (Path(copy) / "target/tail/c/0").write_bytes(b"")
+    capsys.readouterr()
+    assert cli.main(["verify", str(copy)]) == 1
+    assert "target/0: tail" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("missing.zarr", "url must be that of a store, got url=missing.zarr"),
+        ("nosuch://bucket/x", "protocol that fsspec knows, got url=nosuch://bucket/x"),
+        ("abfs://user:secret@container/x", "got url=abfs://container/x; pip install adlfs"),
+    ],
+)
+def test_a_url_that_cannot_be_opened_is_one_line(url, message, capsys):
+    assert cli.main(["info", url]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert "secret" not in shown
+
+
+def test_errors_are_also_the_builtin_ones(tmp_path):
+    for error, builtin in (
+        (StoreNotFoundError, FileNotFoundError),
+        (FormatError, ValueError),
+        (logitstore.IdentityError, ValueError),
+        (logitstore.LayerNotFoundError, LookupError),
+        (logitstore.DamagedShardError, OSError),
+        (MissingDriverError, ImportError),
+    ):
+        assert issubclass(error, builtin)
+        assert issubclass(error, logitstore.LogitStoreError)
+
+
+def change_attributes(folder, group, change):
+    path = Path(folder, group, "zarr.json")
+    metadata = json.loads(path.read_text())
+    change(metadata["attributes"])
+    path.write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.clear(), "store must be a JSON object, got store=None"),
+        (lambda a: a["logitstore"].update(format_version=7), "format_version must be 1, got format_version=7"),
+        (lambda a: a["logitstore"].update(shard_rows="many"), "shard_rows must be of type int, got .*'many'"),
+        (lambda a: a["logitstore"].update(extra=1), "known fields only, got 'extra'"),
+        (lambda a: a["logitstore"].pop("tokenizer"), "must have a field 'tokenizer'"),
+        (lambda a: a["logitstore"]["data"].update(columns="pictures"), "columns must be one of .*got .*'pictures'"),
+        (lambda a: a["logitstore"].update(max_length=1), "max_length must be at least 2, got max_length=1"),
+    ],
+)
+def test_malformed_metadata_is_refused(copy, change, message):
+    change_attributes(copy, "", change)
+    with pytest.raises(FormatError, match=message):
+        logitstore.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(shard=2), "the commit record of shard 2"),
+        (lambda r: r.update(rows=-1), "negative counts"),
+        (lambda r: r.update(rows="3"), "rows='3'"),
+        (lambda r: r.pop("digest"), "other fields"),
+        (lambda r: r.update(checksums={}), "of other arrays"),
+        (lambda r: r.update(rows=10**9), "1000000000 values per row"),
+    ],
+)
+def test_malformed_commit_is_damage(copy, change, message):
+    path = Path(copy) / "commits/tokens/000001.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(logitstore.DamagedShardError, match=message):
+        logitstore.open(copy).read_shard(1)
+
+
+def test_a_store_of_another_target_tokenizer_or_scheme_is_refused(copy):
+    spec = logitstore.open(copy).spec
+    other = replace(spec, tokenizer=replace(spec.tokenizer, fingerprint="sha256:other", name="elsewhere"))
+    with pytest.raises(logitstore.IdentityError, match=r"store.tokenizer.fingerprint must be 'sha256:.*got finger"):
+        writer.create_store(Storage(copy), other)
+    moved = replace(spec, tokenizer=replace(spec.tokenizer, name="elsewhere"))
+    writer.create_store(Storage(copy), moved)
+    for target, message in (
+        (replace(spec.target, scheme=Scheme(k=8)), r"target.scheme.k must be 16 as in the store, got k=8"),
+        (replace(spec.target, model=replace(spec.target.model, revision="1")), r"target.model.revision must be '0'"),
+    ):
+        with pytest.raises(logitstore.IdentityError, match=message):
+            writer.add_layer(Storage(copy), spec, "target", target)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "x" * 65, "zarr.json", "a b"])
+def test_reference_names_cannot_leave_the_store(copy, name):
+    from logitstore.layout import losses_layer
+
+    with pytest.raises(ValueError, match="got name="):
+        losses_layer(name)
+
+
+def test_credentials_in_a_url_are_dropped():
+    assert without_credentials("s3://key:secret@bucket/a@b") == "s3://bucket/a@b"
+    assert without_credentials("/tmp/a:b@c") == "/tmp/a:b@c"
+
+
+def test_specs_survive_json(tiny_store):
+    from logitstore.spec import StoreSpec, TargetSpec, to_json
+
+    spec = logitstore.open(tiny_store).spec
+    assert from_json(TargetSpec, json.loads(json.dumps(to_json(spec.target))), "target") == spec.target
+    assert from_json(StoreSpec, json.loads(json.dumps(to_json(spec))), "store") == replace(spec, target=None, losses={})
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(-40, 0, width=32)),
+    st.floats(1, 30),
+    st.floats(1, 4),
+)
+def test_codes_are_the_nearest_and_within_the_stated_step(logprobs, range_nats, exponent):
+    book = Codebook(range_nats=range_nats, exponent=exponent)
+    codes = book.encode(logprobs)
+    clamped = np.maximum(logprobs, book.table[-1])
+    distance = np.abs(book.table[codes] - clamped)
+    assert (distance <= np.abs(book.table[None] - clamped[:, None]).min(1) + 1e-4).all()
+    assert (distance <= book.max_errors[codes] + 1e-4).all()
+
+
+@given(hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(width=32)))
+def test_rounding_keeps_twelve_bits_and_the_special_values(values):
+    rounded = codec.round_mantissa(values)
+    finite = np.isfinite(values) & np.isfinite(rounded)
+    assert (np.abs(rounded[finite] - values[finite]) <= np.abs(values[finite]) * 2.0**-13 + 1e-41).all()
+    np.testing.assert_array_equal(rounded[~np.isfinite(values)], values[~np.isfinite(values)])
+    assert not (rounded[finite].view(np.uint32) & 0x7FF).any()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 12))
+def test_decoded_rows_sum_to_one_with_their_tail(seed, num_rows, k):
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(VOCAB_SIZE, 0.05), num_rows)
+    mask = rng.random(num_rows) < 0.7
+    ids = rng.integers(0, VOCAB_SIZE, num_rows + 1)
+    rows = topk_rows(np.log(np.maximum(p, 1e-30)), ids[:num_rows], mask & (np.arange(num_rows) < num_rows - 1), k)
+    decoded = codec.decode(codec.encode(rows, Codebook()), Codebook())
+    for i in range(num_rows):
+        row = decoded.slice(i, i + 1)
+        if len(row.token_ids):
+            assert abs(np.exp(row.logprobs.astype(float)).sum() + row.tail_mass[0] - 1) < 1e-5
+
+
+def test_commit_digest_tells_any_change(tiny_store):
+    store = logitstore.open(tiny_store)
+    arrays = store.read_arrays("losses/reference", 0)
+    size = {"documents": 1, "rows": len(arrays["ce"]), "computed_from": None, "seconds": 0.0}
+    first = commits.describe("losses/reference", 0, arrays, **size)
+    assert first.digest == store.commit("losses/reference", 0).digest
+    changed = {name: values.copy() for name, values in arrays.items()}
+    changed["ce"][np.flatnonzero(np.isfinite(changed["ce"]))[0]] += 0.5
+    assert commits.describe("losses/reference", 0, changed, **size).digest != first.digest
