@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Slow imports wait until the arguments are known to parse.
     import ray
 
-    from logitstore.dump.pipeline import DumpPlan, run_dump
+    from logitstore.dump.pipeline import DumpPlan, missing_layers, run_dump
     from logitstore.dump.worker import ModelSource
 
     with user_errors():
@@ -123,12 +123,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         cpus_per_actor=args.cpus_per_actor,
         batch_tokens=args.batch_tokens,
     )
-    summary: dict[str, Any] = {"store": storage.url, "documents": store.num_documents, "store_rows": store.num_rows}
+    summary: dict[str, Any] = {
+        "store": storage.url,
+        "documents": store.num_documents,
+        "store_rows": store.num_rows,
+        "counted_rows": store.num_counted,
+    }
     if not wanted:
         return summary
-    if not ray.is_initialized():
+    if missing_layers(Store(storage), plan) and not ray.is_initialized():
         # No address: a submitted job joins its cluster, RAY_ADDRESS is heeded, otherwise a local Ray starts.
-        ray.init(logging_level=logging.WARNING)
+        ray.init(logging_level=logging.ERROR)
     report = run_dump(storage, plan, progress=not args.no_progress)
     summary |= {
         "layers": list(wanted),
@@ -138,7 +143,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "rows_per_second": round(report.rows / report.seconds, 1) if report.rows else 0.0,
         "shards_done": report.shards_done,
         "shards_skipped": report.shards_skipped,
-        "bytes_per_row": {layer: round(storage.num_bytes(layer) / store.num_rows, 2) for layer in ("tokens", *wanted)},
+        # Only rows that count have entries and losses.
+        "bytes_per_counted_row": {layer: round(storage.num_bytes(layer) / store.num_counted, 2) for layer in wanted},
         "set_aside": {str(shard): reason for shard, reason in report.failed.items()},
     }
     return summary
@@ -198,9 +204,8 @@ def _documents(
             )
         check(store.spec.tokenizer)
         return store
-    from logitstore.dump.documents import prepare
-
     from logitstore.causal_lm import tokenizer_spec
+    from logitstore.dump.documents import prepare
 
     name = args.tokenizer or args.target
     if name is None:

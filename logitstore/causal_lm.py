@@ -93,8 +93,9 @@ class SplitLM:
         whole = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
         halves = self.logits(self.hidden(ids)[0])
         self.model.train(training)
-        # bf16 matrix products of other shapes differ in the last bits
-        if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
+        # bf16 matrix products of other shapes differ in the last bits. NaN is not this check's business.
+        size = float(whole.nan_to_num().abs().max())
+        if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * size, equal_nan=True):
             raise ValueError(
                 f"model must have logits that are its output embedding applied to its backbone, got "
                 f"model={self.model.name_or_path} ({type(self.model).__name__}), whose logits differ by up to "

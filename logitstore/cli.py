@@ -65,15 +65,18 @@ def describe(store: Store, storage: Storage) -> dict[str, Any]:
     layers = {}
     for name, layer in store.layers.items():
         commits = [store.commit(name, shard) for shard in sorted(layer.committed)]
-        rows = sum(commit.rows for commit in commits)
+        rows, counted = (sum(getattr(commit, name) for commit in commits) for name in ("rows", "counted"))
+        # Only rows that count have entries and losses; tokens are there for all.
+        per = rows if name == "tokens" else counted
         arrays = {array.name: storage.num_bytes(f"{name}/{array.name}") for array in layer_arrays(name)}
         layers[name] = {
             "shards": len(layer.committed),
             "shards_missing": len(layer.missing),
             "rows": rows,
+            "counted": counted,
             "entries": sum(commit.entries for commit in commits),
             "bytes": arrays,
-            "bytes_per_row": round(sum(arrays.values()) / rows, 2) if rows else None,
+            "bytes_per_row": {array: round(size / per, 3) if per else 0.0 for array, size in arrays.items()},
             "seconds": round(sum(commit.seconds for commit in commits), 1),
         }
         if isinstance(layer.spec, TargetSpec | LossSpec):
@@ -87,6 +90,7 @@ def describe(store: Store, storage: Storage) -> dict[str, Any]:
         "format_version": spec.format_version,
         "documents": store.num_documents,
         "rows": store.num_rows,
+        "counted": store.num_counted,
         "shards": spec.num_shards,
         "shard_rows": spec.shard_rows,
         "max_length": spec.max_length,
@@ -105,24 +109,26 @@ def _info(store: Store, storage: Storage, *, as_json: bool) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     print(f"{facts['url']}  (format {facts['format_version']})")
-    print(f"  {facts['documents']:,} documents, {facts['rows']:,} rows in {facts['shards']:,} shards of at most "
-          f"{facts['shard_rows']:,} rows, {facts['max_length']:,} tokens a document")  # fmt: skip
-    print(f"  from {facts['source']} ({facts['columns']}, mask: {facts['mask_policy']}), "
-          f"tokenizer {facts['tokenizer']} ({facts['vocab_size']:,} tokens)")  # fmt: skip
+    print(f"  {facts['documents']:,} documents, {facts['rows']:,} rows of which {facts['counted']:,} count, in "
+          f"{facts['shards']:,} shards of at most {facts['shard_rows']:,} rows")  # fmt: skip
+    print(f"  from {facts['source']} (columns: {facts['columns']}, mask: {facts['mask_policy']}), "
+          f"at most {facts['max_length']:,} tokens a document")  # fmt: skip
+    print(f"  tokenizer {facts['tokenizer']} ({facts['vocab_size']:,} tokens)")
     for name, layer in facts["layers"].items():
         total = layer["shards"] + layer["shards_missing"]
         state = "complete" if not layer["shards_missing"] else f"{layer['shards']} of {total} shards"
-        print(f"\n{name}: {state}, {layer['rows']:,} rows, {layer['bytes_per_row'] or 0:g} bytes a row")
+        kind = "row" if name == "tokens" else "counted row"
+        print(f"\n{name}: {state}, {sum(layer['bytes_per_row'].values()):.2f} bytes a {kind}")
         if "model" in layer:
             model = layer["model"]
             print(f"  model    {model['name']} ({model['dtype']}, {model['revision'][:19]})")
         if "scheme" in layer:
             scheme = layer["scheme"]
             nucleus = f", mass {scheme['mass']:g}, at least {scheme['k_min']}" if scheme["name"] == "nucleus" else ""
-            per_row = layer["entries"] / layer["rows"] if layer["rows"] else 0.0
-            print(f"  scheme   {scheme['name']}, at most {scheme['k']} entries{nucleus}; on average {per_row:.1f} a row")
+            average = layer["entries"] / layer["counted"] if layer["counted"] else 0.0
+            print(f"  scheme   {scheme['name']}, at most {scheme['k']} entries{nucleus}; {average:.1f} on average")
         for array, num_bytes in layer["bytes"].items():
-            print(f"  {array:<14}{num_bytes:>14,} bytes{num_bytes / layer['rows'] if layer['rows'] else 0:>9.2f} a row")
+            print(f"  {array:<14}{num_bytes:>14,} bytes{layer['bytes_per_row'][array]:>9.2f} a {kind}")
     return 0
 
 

@@ -60,8 +60,9 @@ class Codebook:
     def max_errors(self) -> NDArray[np.float32]:
         """Float32 [256]: half the wider step beside each code, the most by which coding moves a logprob, in nats."""
         steps = np.diff(-self.table)
-        wider: NDArray[np.float32] = np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0)).astype(np.float32)
-        return wider / 2
+        wider = np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0))
+        errors: NDArray[np.float32] = (wider / 2).astype(np.float32)
+        return errors
 
     def encode(self, logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Returns the nearest code of each logprob; same shape."""

@@ -35,6 +35,8 @@ class Commit:
     """Documents in the shard."""
     rows: int
     """Rows in the shard, of all its documents."""
+    counted: int
+    """Rows whose loss mask is 1."""
     entries: int
     """Entries in the shard; 0 for layers that have none."""
     checksums: dict[str, str]
@@ -58,6 +60,7 @@ def describe(
     *,
     documents: int,
     rows: int,
+    counted: int,
     computed_from: str | None,
     seconds: float,
 ) -> Commit:
@@ -74,6 +77,7 @@ def describe(
         shard=shard,
         documents=documents,
         rows=rows,
+        counted=counted,
         entries=len(arrays["token_ids"]) if "token_ids" in arrays else 0,
         checksums=checksums,
         digest=f"sha256:{sha.hexdigest()}",
@@ -121,9 +125,9 @@ def read_commits(storage: Storage, layer: str, shards: list[int]) -> list[Commit
 
 def _from_json(value: object, layer: str, shard: int) -> Commit:
     kinds: dict[str, tuple[type, ...]] = {
-        "layer": (str,), "shard": (int,), "documents": (int,), "rows": (int,), "entries": (int,), "checksums": (dict,),
-        "digest": (str,), "computed_from": (str, type(None)), "seconds": (int, float), "writer": (str,),
-        "written": (str,),
+        "layer": (str,), "shard": (int,), "documents": (int,), "rows": (int,), "counted": (int,), "entries": (int,),
+        "checksums": (dict,), "digest": (str,), "computed_from": (str, type(None)), "seconds": (int, float),
+        "writer": (str,), "written": (str,),
     }  # fmt: skip
     if not isinstance(value, dict) or set(value) != set(kinds):
         raise DamagedShardError(layer, shard, "a commit record with other fields")
@@ -133,7 +137,7 @@ def _from_json(value: object, layer: str, shard: int) -> Commit:
     commit = Commit(**value)
     if (commit.layer, commit.shard) != (layer, shard):
         raise DamagedShardError(layer, shard, f"the commit record of shard {commit.shard} of {commit.layer!r:.80}")
-    if min(commit.documents, commit.rows, commit.entries) < 0:
+    if min(commit.documents, commit.rows, commit.counted, commit.entries) < 0:
         raise DamagedShardError(layer, shard, "a commit record with negative counts")
     if set(commit.checksums) != {array.name for array in layer_arrays(layer)}:
         raise DamagedShardError(layer, shard, "a commit record of other arrays")

@@ -119,6 +119,13 @@ class Store:
 
     Documents are numbered from 0 through the shards in order. Only shards up to the first one whose tokens are not
     committed are seen.
+
+    Attributes:
+        spec: What the store holds, from what, and how.
+        layers: What each stage added, by name: tokens, target, losses/<name>.
+        num_shards: Shards seen.
+        num_rows: Rows in them.
+        num_counted: Rows in them whose loss mask is 1; only these have entries and losses.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -158,6 +165,7 @@ class Store:
         self._commits: dict[tuple[str, int], Commit] = {("tokens", c.shard): c for c in found_commits}
         self._first_document = np.cumsum([0, *(c.documents for c in found_commits)])
         self.num_rows = sum(c.rows for c in found_commits)
+        self.num_counted = sum(c.counted for c in found_commits)
         self._arrays: dict[str, Any] = {}
         self._cache: OrderedDict[tuple[int, tuple[str, ...]], Shard] = OrderedDict()
         self._lock = threading.Lock()

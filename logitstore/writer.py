@@ -99,6 +99,7 @@ class LayerWriter:
         *,
         documents: int,
         rows: int,
+        counted: int,
         computed_from: str | None,
         started: float,
     ) -> Commit:
@@ -109,6 +110,7 @@ class LayerWriter:
             values: The layer's arrays, by name, without padding.
             documents: Documents in the shard.
             rows: Rows in the shard.
+            counted: How many of them have loss mask 1.
             computed_from: Digest of the shard that these values were computed from.
             started: time.monotonic() when computing began, for the record.
 
@@ -125,6 +127,7 @@ class LayerWriter:
             {name: np.asarray(value) for name, value in values.items()},
             documents=documents,
             rows=rows,
+            counted=counted,
             computed_from=computed_from,
             seconds=time.monotonic() - started,
         )

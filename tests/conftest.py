@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models of a few thousand weights are slower on two threads than on one, and many times slower on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -24,6 +27,11 @@ PADDED_VOCAB_SIZE = 520
 
 def functions(limit):
     """Prompt and response pairs from the standard library: signature and docstring, then the body."""
+    return all_functions()[:limit]
+
+
+@functools.cache
+def all_functions():
     pairs = []
     for module in (inspect, ast, json, dataclasses):
         source = Path(inspect.getsourcefile(module)).read_text()
@@ -33,7 +41,7 @@ def functions(limit):
                 lines = text.split("\n")
                 split = node.body[0].end_lineno - node.lineno + 1
                 pairs.append({"prompt": "\n".join(lines[:split]) + "\n", "response": "\n".join(lines[split:])})
-    return pairs[:limit]
+    return pairs
 
 
 def write_jsonl(path, records):
@@ -146,7 +154,7 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
     for shard, members in enumerate(shards):
         ids, mask = (np.concatenate([member[j] for member in members]) for j in (0, 1))
         started = time.monotonic()
-        size = {"documents": len(members), "rows": len(ids), "started": started}
+        size = {"documents": len(members), "rows": len(ids), "counted": int(mask.sum()), "started": started}
         tokens = {"ids": ids.astype(np.uint32), "loss_mask": mask.astype(np.uint8),
                   "lengths": np.array([len(member[0]) for member in members], np.uint32)}  # fmt: skip
         commit = writer.LayerWriter(storage, spec, "tokens").write(shard, tokens, computed_from=None, **size)
@@ -203,6 +211,6 @@ def tiny_store(tiny, tmp_path_factory):
         response = [*tokenizer(pair["response"])["input_ids"][:120], tokenizer.eos_token_id]
         mask = [0] * (len(prompt) - 1) + [1] * len(response) + [0]
         documents.append((prompt + response, mask))
-    models = {name: AutoModelForCausalLM.from_pretrained(getattr(tiny, name)).eval() for name in ("target", "reference")}
+    target, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.target, tiny.reference))
     url = str(tmp_path_factory.mktemp("store") / "cache.zarr")
-    return write_store(url, documents, models["target"], tokenizer, losses={"reference": models["reference"]})
+    return write_store(url, documents, target, tokenizer, losses={"reference": reference})

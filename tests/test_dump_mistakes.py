@@ -55,7 +55,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
         (["--store", fresh, "--data", tiny.data], "tokenizer must be given"),
         (["--store", fresh, "--target", tiny.target], "got url=" + fresh),
         (["--store", "gs://bucket/x", "--target", tiny.target], "pip install gcsfs"),
-        (["--store", fresh, "--target", tiny.target, "--storage_options", "none.json"], "got storage_options=none.json"),
+        (["--store", fresh, "--target", tiny.target, "--storage_options", "no.json"], "got storage_options=no.json"),
     ):
         assert message in refused(job, capsys, *args), args
     assert not Path(fresh).exists()
@@ -66,7 +66,7 @@ def test_a_store_made_otherwise_is_refused(job, capsys, tiny, tiny_store, tmp_pa
     before = {path: path.read_bytes() for path in url.rglob("*") if path.is_file()}
     for args, message in (
         (["--target", tiny.target, "--k", "8"], "target.model.revision must be '0' as in the store"),
-        (["--target", tiny.target, "--data", tiny.data], "store.max_length must be 512 as in the store, got max_length"),
+        (["--target", tiny.target, "--data", tiny.data], "store.max_length must be 512 as in the store"),
         (["--reference", f"reference={tiny.draft}"], "losses/reference.model.revision must be '0'"),
     ):
         assert message in refused(job, capsys, "--store", str(url), *args), args

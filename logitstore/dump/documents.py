@@ -230,8 +230,9 @@ def _write(
     spans = [(int(first), int(stop)) for first, stop in pairwise(bounds)]
     for commit in commits.read_commits(storage, "tokens", sorted(committed)):
         arrays = documents.shard(*spans[commit.shard])
-        size = {"documents": len(arrays["lengths"]), "rows": len(arrays["ids"])}
-        found = commits.describe("tokens", commit.shard, arrays, **size, computed_from=None, seconds=0.0).digest
+        found = commits.describe(
+            "tokens", commit.shard, arrays, **_size(arrays), computed_from=None, seconds=0.0
+        ).digest
         if found != commit.digest:
             old = f"{commit.digest[:19]} as in the store"
             raise IdentityError(f"tokens of shard {commit.shard} must be {old}, got {found[:19]}; {other}")
@@ -241,8 +242,15 @@ def _write(
     for shard in tqdm(missing, desc="Writing tokens", unit="shard", disable=not progress):
         started = time.monotonic()
         arrays = documents.shard(*spans[shard])
-        size = {"documents": len(arrays["lengths"]), "rows": len(arrays["ids"])}
-        tokens.write(shard, arrays, **size, computed_from=None, started=started)
+        tokens.write(shard, arrays, **_size(arrays), computed_from=None, started=started)
+
+
+def _size(arrays: dict[str, NDArray[Any]]) -> dict[str, int]:
+    return {
+        "documents": len(arrays["lengths"]),
+        "rows": len(arrays["ids"]),
+        "counted": int(arrays["loss_mask"].sum(dtype=np.int64)),
+    }
 
 
 def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

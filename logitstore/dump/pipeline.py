@@ -91,15 +91,82 @@ class _Pool:
         return ray.remote(ShardDumper).options(**self._options).remote(**self._arguments)
 
     def replace(self, actor: Any) -> None:  # noqa: ANN401
-        ray.kill(actor)
-        self.actors[self.actors.index(actor)] = self._start()
+        self.actors = [self._start() if member is actor else member for member in self.actors]
+
+    def stop(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+class _Run:
+    """The loop over shards: hand out, wait, settle."""
+
+    def __init__(self, pool: _Pool, todo: dict[int, tuple[str, ...]], report: DumpReport, bar: tqdm[Any]) -> None:
+        self.pool = pool
+        self.todo = todo
+        self.report = report
+        self.bar = bar
+        self.queue = list(todo)
+        self.running: dict[Any, tuple[Any, int]] = {}
+        self.attempts = dict.fromkeys(todo, 0)
+        self.deaths = 0
+
+    def loop(self) -> None:
+        while self.queue or self.running:
+            for actor in self.pool.actors:
+                while self.queue and sum(busy is actor for busy, _ in self.running.values()) < SHARDS_IN_FLIGHT:
+                    shard = self.queue.pop(0)
+                    self.running[actor.dump.remote(shard, self.todo[shard])] = (actor, shard)
+            done, _ = ray.wait(list(self.running), num_returns=1)
+            self.settle(done[0], *self.running.pop(done[0]))
+
+    def settle(self, result: Any, actor: Any, shard: int) -> None:  # noqa: ANN401
+        try:
+            commits = ray.get(result)
+        except (ActorDiedError, ActorUnavailableError) as error:
+            if error.actor_init_failed:
+                raise RuntimeError(f"models must load on an actor, got {_last_line(error)}") from error
+            self.bury(actor, error)
+            self.fail(shard, f"its actor died ({_first_line(error)})", again=True)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            # Wrong numbers stay wrong; anything else (a bucket, a device) may pass.
+            self.fail(shard, f"{type(cause).__name__}: {_first_line(cause)}", again=not isinstance(cause, ValueError))
+        else:
+            self.report.shards_done += 1
+            self.report.rows += commits[0].rows
+            self.report.entries += sum(commit.entries for commit in commits)
+            self.bar.update(commits[0].rows)
+
+    def bury(self, actor: Any, error: Exception) -> None:  # noqa: ANN401
+        """Replaces a dead actor, once, however many of its shards come back."""
+        if not any(actor is member for member in self.pool.actors):
+            return
+        self.deaths += 1
+        if self.report.shards_done == 0 and self.deaths >= MAX_ATTEMPTS:
+            raise RuntimeError(
+                f"actors must live to finish a shard, got {self.deaths} deaths before the first "
+                f"({_first_line(error)}); too little memory is the usual cause: give a smaller --batch_tokens"
+            ) from error
+        self.pool.replace(actor)
+
+    def fail(self, shard: int, reason: str, *, again: bool) -> None:
+        self.attempts[shard] += 1
+        if again and self.attempts[shard] < MAX_ATTEMPTS:
+            logger.warning("shard %d is tried again: %s", shard, reason)
+            self.queue.append(shard)
+            return
+        logger.error("shard %d is set aside: %s", shard, reason)
+        self.report.failed[shard] = reason
+        if self.report.shards_done == 0 and len(self.report.failed) >= MAX_ATTEMPTS * self.pool.size:
+            raise RuntimeError(f"a shard must succeed now and then, got {len(self.report.failed)} failures: {reason}")
 
 
 def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> DumpReport:
     """Fills the missing shards of the plan's layers. Needs a Ray that was initialised.
 
-    Shards that are committed are skipped. A shard whose actor dies or that raises is tried again, on a fresh actor,
-    up to MAX_ATTEMPTS times, and then set aside; the others are finished.
+    Shards that are committed are skipped. A shard whose actor dies or that raises is tried again, up to MAX_ATTEMPTS
+    times, and then set aside; the others are finished.
 
     Args:
         storage: A store with tokens and with the layers created.
@@ -110,7 +177,7 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
         What was written; `failed` is empty if everything was.
 
     Raises:
-        RuntimeError: No actor lives long enough to finish a single shard.
+        RuntimeError: The models do not load, or not a single shard is finished while actor after actor dies.
     """
     store = Store(storage)
     todo = missing_layers(store, plan)
@@ -118,54 +185,18 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
     if not todo:
         return report
     pool = _Pool(storage, plan)
-    attempts = dict.fromkeys(todo, 0)
-    queue = list(todo)
-    running: dict[Any, tuple[Any, int]] = {}
-    deaths = 0
     started = time.monotonic()
     bar = tqdm(
         total=sum(store.commit("tokens", shard).rows for shard in todo),
         desc="dump", unit="row", unit_scale=True, smoothing=0.1, disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )  # fmt: skip
-    with bar:
-        while queue or running:
-            for actor in pool.actors:
-                while queue and sum(a is actor for a, _ in running.values()) < SHARDS_IN_FLIGHT:
-                    shard = queue.pop(0)
-                    running[actor.dump.remote(shard, todo[shard])] = (actor, shard)
-            done, _ = ray.wait(list(running), num_returns=1)
-            actor, shard = running.pop(done[0])
-            try:
-                commits = ray.get(done[0])
-            except (ActorDiedError, ActorUnavailableError) as error:
-                deaths += 1
-                if actor in pool.actors:
-                    if report.shards_done == 0 and deaths > MAX_ATTEMPTS * pool.size:
-                        raise RuntimeError(
-                            f"actors must live to finish a shard, got {deaths} deaths before the first: {error}; "
-                            "see the workers' logs; --batch_tokens and --num_actors decide the memory used"
-                        ) from error
-                    pool.replace(actor)
-                reason = f"its actor died ({_brief(error)})"
-            except RayTaskError as error:
-                reason = _brief(error.cause if isinstance(error.cause, Exception) else error)
-            else:
-                report.shards_done += 1
-                report.rows += commits[0].rows
-                report.entries += sum(commit.entries for commit in commits)
-                bar.update(commits[0].rows)
-                continue
-            attempts[shard] += 1
-            if attempts[shard] < MAX_ATTEMPTS:
-                logger.warning("shard %d is tried again: %s", shard, reason)
-                queue.append(shard)
-            else:
-                logger.error("shard %d is set aside after %d attempts: %s", shard, attempts[shard], reason)
-                report.failed[shard] = reason
+    try:
+        with bar:
+            _Run(pool, todo, report, bar).loop()
+    finally:
+        pool.stop()
     report.seconds = time.monotonic() - started
-    for actor in pool.actors:
-        ray.kill(actor)
     return report
 
 
@@ -179,6 +210,9 @@ def missing_layers(store: Store, plan: DumpPlan) -> dict[int, tuple[str, ...]]:
     return {shard: wanted for shard, wanted in missing.items() if wanted}
 
 
-def _brief(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]

@@ -125,6 +125,7 @@ class ShardDumper:
                 values,
                 documents=len(shard),
                 rows=len(shard.ids),
+                counted=int(shard.loss_mask.sum()),
                 computed_from=shard.tokens_digest if layer == "target" else digest,
                 started=started,
             )

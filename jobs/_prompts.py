@@ -1,0 +1,125 @@
+"""Prompts out of what --data names: what a model is given before it has to answer."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from jinja2 import TemplateError
+
+from logitstore.dump.sources import find_source, open_records
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+MAX_HALF_TOKENS = 64
+"""Most tokens of a prompt that is the first half of a text."""
+
+
+def read_prompts(
+    data: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, num_prompts: int, room: float
+) -> tuple[list[list[int]], int]:
+    """Takes the first prompts of a data set.
+
+    Args:
+        data: As --data of the jobs.
+        tokenizer: The target's.
+        vocab_size: Its true vocabulary.
+        num_prompts: How many at most.
+        room: Most tokens of a prompt; longer ones and empty ones are passed over.
+
+    Returns:
+        Token ids of each, and how many records were passed over.
+
+    Raises:
+        ValueError: The data are missing or malformed, or hold no prompt.
+        MissingDriverError: No installed package opens the data's URL.
+    """
+    prompts: list[list[int]] = []
+    left_out = 0
+    with tempfile.TemporaryDirectory(prefix="logitstore-") as folder, _no_progress_bars():
+        dataset, records, columns = open_records(find_source(data, None), Path(folder), _prompt_columns)
+        for index in range(len(dataset)):
+            for _, record in records.read(dataset[index : index + 1], [index]):
+                try:
+                    ids = _prompt_ids(record, columns, tokenizer, vocab_size)
+                except (KeyError, TypeError, ValueError, TemplateError) as error:
+                    raise ValueError(
+                        f"{columns[0]} must make a prompt, got {str(record.get(columns[0]))!r:.80} in "
+                        f"{records.place(index)} ({str(error)[:80]}); mend or remove that record"
+                    ) from error
+                if 0 < len(ids) <= room:
+                    prompts.append(ids)
+                else:
+                    left_out += 1
+            if len(prompts) == num_prompts:
+                break
+    if not prompts:
+        raise ValueError(
+            f"data must hold a prompt of 1 to {room} tokens (the models' context less max_new_tokens), got data={data} "
+            f"with none in {left_out} records; give shorter prompts or a smaller --max_new_tokens"
+        )
+    return prompts, left_out
+
+
+def _prompt_columns(names: list[str]) -> list[str]:
+    for column in ("messages", "prompt", "text", "input_ids"):
+        if column in names:
+            return [column, "loss_mask"] if column == "input_ids" and "loss_mask" in names else [column]
+    raise ValueError(
+        f"columns must include messages, prompt, text or input_ids, got columns={', '.join(names) or 'none'}; "
+        "rename the one that holds the prompts"
+    )
+
+
+def _prompt_ids(
+    record: dict[str, Any], columns: list[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> list[int]:
+    """Turns a record into token ids, as at serving time.
+
+    Raises:
+        KeyError, TypeError, ValueError, TemplateError: The record is malformed.
+    """
+    value = record[columns[0]]
+    if columns[0] == "messages":
+        if not tokenizer.chat_template:
+            raise ValueError("the target's tokenizer has no chat template")
+        turns = [i for i, message in enumerate(value) if message["role"] == "assistant"]
+        asked = value[: turns[-1]] if turns else value
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return _encode(tokenizer, str(text), special=False)
+    if columns[0] == "input_ids":
+        ids = [int(i) for i in value]
+        if not all(0 <= i < vocab_size for i in ids):
+            raise ValueError(f"ids must be at least 0 and below {vocab_size}")
+        counted = [i for i, counts in enumerate(record["loss_mask"]) if counts] if "loss_mask" in columns else []
+        return ids[: counted[0]] if counted and counted[0] else ids[: min(MAX_HALF_TOKENS, len(ids) // 2)]
+    if not isinstance(value, str):
+        raise TypeError(f"{columns[0]} must be text")
+    ids = _encode(tokenizer, value, special=True)
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        ids.pop()
+    return ids if columns[0] == "prompt" else ids[: min(MAX_HALF_TOKENS, len(ids) // 2)]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Turns datasets' own progress bars off for a while: reading a few prompts needs none."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -1,0 +1,293 @@
+"""Measures how often a target accepts a draft's tokens.
+
+    python jobs/evaluate_draft.py --target MODEL --draft MODEL --data DATA [--gamma 5]      real speculative decoding
+    python jobs/evaluate_draft.py --store URL --draft MODEL             from the cache, without the target
+    python jobs/evaluate_draft.py --target MODEL --draft MODEL --data DATA --store URL      both
+
+Records of DATA give prompts: `messages` up to their last assistant turn, or `prompt`, or the first half of the tokens
+of a `text` or of `input_ids` (at most 64 of them; with a `loss_mask`, those before the first one that counts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import transformers
+from _errors import user_errors
+from tqdm import tqdm
+
+import logitstore
+from logitstore.causal_lm import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_spec,
+    tokenizer_spec,
+)
+from logitstore.cli import read_options
+from logitstore.errors import LayerNotFoundError
+from logitstore.spec import check_same
+from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
+from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from logitstore import Store
+    from logitstore.spec import TokenizerSpec
+
+RULES = (
+    "alpha: accepted / (accepted + target calls with a rejection); tokens after a rejection are not counted",
+    "acc/drafted: accepted / drafted, tokens after a rejection included (vLLM's draft acceptance rate)",
+    "tau: emitted tokens per target call, of at most gamma + 1",
+)
+CACHE_RULES = (
+    "alpha (cache): mean of sum_v min(p_v, q_v) over the stored rows, on the documents' text, not on the target's own",
+    "tokens/call (modelled): (1 - alpha^(gamma + 1)) / (1 - alpha), as if every token were accepted independently",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports what it cannot parse like every other mistake, not by a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: arguments must parse, got: {message}; see --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--draft", required=True, metavar="MODEL", help="Hugging Face id or folder of the draft")
+    p.add_argument("--draft_revision", help="the draft's branch, tag or commit")
+    p.add_argument("--gamma", type=int, default=5, help="tokens drafted per target call (default %(default)s)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                   help="of the weights; auto takes each checkpoint's")  # fmt: skip
+    p.add_argument("--attn_implementation", help="of transformers: sdpa, eager, flash_attention_2, ...")
+    p.add_argument("--trust_remote_code", action="store_true", help="run code from the models' repositories")
+    p.add_argument("--json", metavar="FILE", help="also write all figures to this file")
+    p.add_argument("--no_progress", action="store_true", help="no progress bars")
+
+    measured = p.add_argument_group("measured by speculative decoding")
+    measured.add_argument("--target", metavar="MODEL", help="Hugging Face id or folder of the target")
+    measured.add_argument("--revision", help="the target's branch, tag or commit")
+    measured.add_argument("--data", metavar="DATA", help="path or URL of JSONL, Parquet or text, or hf:name[:split]")
+    measured.add_argument("--num_prompts", type=int, default=32, help="the first so many (default %(default)s)")
+    measured.add_argument("--max_new_tokens", type=int, default=64, help="per prompt (default %(default)s)")
+    measured.add_argument("--mode", default="both", choices=(*MODES, "both"),
+                          help="argmax, or sampled at temperature 1 from the whole vocabulary")  # fmt: skip
+    measured.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+
+    cache = p.add_argument_group("from the cache")
+    cache.add_argument("--store", metavar="URL", help="a store whose target layer is finished")
+    cache.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options for the store's files")
+    cache.add_argument("--max_documents", type=int, help="only the first so many documents of the store")
+    cache.add_argument("--batch_tokens", type=int, default=8192,
+                       help="most tokens of a forward, padding included (default %(default)s)")  # fmt: skip
+    return p
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs the job, prints its table and returns its figures."""
+    args = parser().parse_args(argv)
+    if args.no_progress:
+        transformers.logging.disable_progress_bar()
+    with user_errors():
+        plan = _check(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def load(name: str, revision: str | None) -> PreTrainedModel:
+        return load_model(
+            name,
+            revision=revision,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+            device=device,
+        )
+
+    draft = load(args.draft, args.draft_revision)
+    figures: dict[str, Any] = {"draft": args.draft, "target": args.target, "gamma": args.gamma, "device": device}
+    lines: list[str] = []
+    if plan.store is not None:
+        total = min(plan.store.num_documents, args.max_documents or plan.store.num_documents)
+        with tqdm(total=total, desc="From the cache", unit="doc", disable=args.no_progress) as bar:
+            cached = cached_acceptance(
+                draft,
+                plan.store,
+                batch_tokens=args.batch_tokens,
+                max_documents=args.max_documents,
+                progress=bar.update,
+            )
+        figures |= {"store": plan.store.url, "cached": _cached_json(cached, args.gamma)}
+        lines += _cached_table(cached, args.gamma)
+    if plan.prompts:
+        target = load(args.target, args.revision)
+        figures |= {"prompts_left_out": plan.left_out, "measured": {}}
+        results = []
+        for mode in plan.modes:
+            total = len(plan.prompts)
+            with tqdm(total=total, desc=f"Decoding, {mode}", unit="prompt", disable=args.no_progress) as bar:
+                result = measure_acceptance(
+                    target,
+                    draft,
+                    plan.prompts,
+                    mode=mode,
+                    vocab_size=plan.tokenizer.vocab_size,
+                    gamma=args.gamma,
+                    max_new_tokens=args.max_new_tokens,
+                    seed=args.seed,
+                    progress=bar.update,
+                )
+            results.append(result)
+            figures["measured"][mode] = result.to_json()
+        lines += _measured_table(results, plan.left_out)
+    print("\n".join(lines + plan.notes))
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What was found before any weights are loaded."""
+
+    tokenizer: TokenizerSpec
+    store: Store | None
+    modes: tuple[Mode, ...]
+    prompts: list[list[int]]
+    """Empty where nothing is to be decoded."""
+    left_out: int
+    """Records passed over because their prompt is empty or too long for a model."""
+    notes: list[str]
+
+
+def _check(args: argparse.Namespace) -> _Plan:
+    if (args.target is None) != (args.data is None):
+        missing = "target" if args.target is None else "data"
+        raise ValueError(f"target and data must be given together, got no {missing}; add --{missing} or drop both")
+    if args.target is None and args.store is None:
+        raise ValueError("target with data, or store, must be given, got none; add --target and --data, or --store")
+    modes = MODES if args.mode == "both" else (args.mode,)
+    for mode in modes:
+        check_settings(mode=mode, gamma=args.gamma, max_new_tokens=args.max_new_tokens)
+    for name in ("num_prompts", "max_documents", "batch_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise ValueError(f"json must be a file in a folder that is there, got json={args.json}; make the folder first")
+
+    remote = args.trust_remote_code
+    store = None if args.store is None else _open_store(args)
+    config = load_config(args.draft, revision=args.draft_revision, trust_remote_code=remote)
+    tokenizer = load_tokenizer(args.draft, revision=args.draft_revision, trust_remote_code=remote)
+    spec = tokenizer_spec(tokenizer, uses_chat_template=False)
+    draft = model_spec(args.draft, config, args.dtype)
+    if store is not None:
+        known = dataclasses.replace(store.spec.tokenizer, chat_template=None)
+        check_same(known, spec, "tokenizer", f"draft {args.draft} must have the store's vocabulary")
+    check_vocabulary(draft, spec, "draft")
+    if args.target is None:
+        return _Plan(tokenizer=spec, store=store, modes=modes, prompts=[], left_out=0, notes=[])
+
+    # Not needed for a store alone, and neither is what it imports.
+    from _prompts import read_prompts
+
+    target_config = load_config(args.target, revision=args.revision, trust_remote_code=remote)
+    target_tokenizer = load_tokenizer(args.target, revision=args.revision, trust_remote_code=remote)
+    target_spec = tokenizer_spec(target_tokenizer, uses_chat_template=False)
+    if target_spec.fingerprint != spec.fingerprint:
+        raise ValueError(
+            f"draft must have the target's tokenizer, got draft={args.draft} with {spec.vocab_size} tokens "
+            f"({spec.fingerprint[:19]}) and target={args.target} with {target_spec.vocab_size} "
+            f"({target_spec.fingerprint[:19]}); give a draft of the same family"
+        )
+    target = model_spec(args.target, target_config, args.dtype)
+    check_vocabulary(target, target_spec, "target")
+    contexts = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in (config, target_config)]
+    room = min((context for context in contexts if context), default=math.inf) - args.max_new_tokens
+    prompts, left_out = read_prompts(args.data, target_tokenizer, spec.vocab_size, args.num_prompts, room)
+    notes = []
+    if draft.padded_vocab_size != target.padded_vocab_size:
+        notes.append(
+            f"note: the draft's config has vocab_size={draft.padded_vocab_size}, the target's "
+            f"{target.padded_vocab_size}: they were decoded over the {spec.vocab_size} tokens that both have, but some "
+            "servers, vLLM among them, ask for equal sizes"
+        )
+    return _Plan(tokenizer=spec, store=store, modes=modes, prompts=prompts, left_out=left_out, notes=notes)
+
+
+def _open_store(args: argparse.Namespace) -> Store:
+    store = logitstore.open(args.store, read_options(args.storage_options))
+    if "target" not in store.layers:
+        raise LayerNotFoundError(f"store must have a target layer, got store={store.url}; dump the target first")
+    if missing := store.layers["target"].missing:
+        raise LayerNotFoundError(
+            f"target layer must be finished, got {len(missing)} of {store.spec.num_shards} shards missing in "
+            f"{store.url}; run the dump again to finish it"
+        )
+    return store
+
+
+def _cached_json(cached: CachedAcceptance, gamma: int) -> dict[str, Any]:
+    modelled = {"sampled": cached.alpha_plug_in, "greedy": cached.argmax_agreement}
+    return dataclasses.asdict(cached) | {
+        "modelled_tokens_per_call": {mode: expected_tokens_per_call(a, gamma) for mode, a in modelled.items()}
+    }
+
+
+def _cached_table(cached: CachedAcceptance, gamma: int) -> list[str]:
+    sampled, greedy = (expected_tokens_per_call(a, gamma) for a in (cached.alpha_plug_in, cached.argmax_agreement))
+    return [
+        "",
+        f"From the cache, teacher-forced: {cached.rows:,} rows of {cached.documents:,} documents",
+        f"  alpha (cache), sampled    {cached.alpha_plug_in:.4f}, between {cached.alpha_lower:.4f} and "
+        f"{cached.alpha_upper:.4f}    tokens/call at gamma {gamma} (modelled) {sampled:.2f}",
+        f"  argmax agreement, greedy  {cached.argmax_agreement:.4f}    "
+        f"tokens/call at gamma {gamma} (modelled) {greedy:.2f}",
+        f"  KL(target‖draft)          {cached.forward_kl:.4f} nats, kept entries and tail",
+        *CACHE_RULES,
+    ]
+
+
+def _measured_table(results: list[SpeculativeResult], left_out: int) -> list[str]:
+    first = results[0]
+    passed_over = f" ({left_out} passed over)" if left_out else ""
+    head = ("mode", "alpha", "acc/drafted", "tau", "calls", "drafted", "accepted", "emitted", "tok/s", "alone", "same")
+    rows = [
+        (
+            r.mode,
+            f"{r.alpha:.4f}",
+            f"{r.accepted_per_drafted:.4f}",
+            f"{r.tau:.2f}",
+            f"{r.target_calls}",
+            f"{r.drafted}",
+            f"{r.accepted}",
+            f"{r.emitted}",
+            f"{r.tokens_per_s:.1f}",
+            f"{r.plain_tokens_per_s:.1f}",
+            "-" if r.greedy_text_identical is None else f"{r.greedy_text_identical}/{r.prompts}",
+        )
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    table = ["  " + "  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in (head, *rows)]
+    return [
+        "",
+        f"Measured by speculative decoding: {first.prompts} prompts{passed_over}, gamma {first.gamma}, "
+        f"at most {first.max_new_tokens} new tokens, batch size 1",
+        *table,
+        *RULES,
+        "tok/s: with the draft; alone: the target by itself; same: prompts whose greedy text is the target's own",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Acceptance from the cache, against float64 arithmetic on whole distributions, one document at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import logitstore
+from logitstore import LayerNotFoundError, Rows, codec
+from logitstore.support import Support
+from trainer.acceptance import cached_acceptance, expected_tokens_per_call, row_acceptance
+
+DRAFTS = ("draft", "reference", "target")
+
+
+@pytest.fixture(scope="module")
+def models(tiny):
+    return {name: AutoModelForCausalLM.from_pretrained(getattr(tiny, name)).eval() for name in DRAFTS}
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store):
+    return logitstore.open(tiny_store)
+
+
+@pytest.fixture(scope="module")
+def dense(store, models):
+    """Float64 [N, V] logprobs of each model at the masked rows, in order, one document at a time."""
+    documents = [store[i] for i in range(store.num_documents)]
+    return {
+        name: np.concatenate([conftest.dense_logprobs(model, d.ids)[d.loss_mask] for d in documents])
+        for name, model in models.items()
+    }
+
+
+def true_alpha(p, q):
+    """[N]: sum_v min(p_v, q_v) of each row, by definition."""
+    return np.minimum(np.exp(p), np.exp(q)).sum(-1)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_bounds_bracket_the_true_acceptance_rate(store, models, dense, name):
+    p, q = dense["target"], dense[name]
+    alpha = true_alpha(p, q).mean()
+    found = cached_acceptance(models[name], store)
+    assert (found.rows, found.documents) == (len(p), store.num_documents)
+    assert found.alpha_lower <= alpha <= found.alpha_upper
+    assert found.alpha_lower <= found.alpha_plug_in <= found.alpha_upper
+    assert found.argmax_agreement == (p.argmax(-1) == q.argmax(-1)).mean()
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_plug_in_and_divergence_are_those_of_the_truncated_distributions(store, models, dense, name):
+    p, q = dense["target"], dense[name]
+    k = store.spec.target.scheme.k
+    order = np.argsort(-p, axis=-1, kind="stable")[:, :k]
+    buckets = []
+    for logprobs in (p, q):
+        kept = np.exp(np.take_along_axis(logprobs, order, -1))
+        buckets.append(np.concatenate([kept, 1 - kept.sum(-1, keepdims=True)], -1).clip(1e-12))
+    found = cached_acceptance(models[name], store)
+    # The plug-in errs by the codes alone: half a step is up to 3 % of a probability; where p = q all errors lower it.
+    assert found.alpha_plug_in == pytest.approx(np.minimum(*buckets).sum(-1).mean(), abs=5e-3)
+    kl = (buckets[0] * np.log(buckets[0] / buckets[1])).sum(-1).mean()
+    assert found.forward_kl == pytest.approx(kl, abs=2e-3)
+
+
+def oracle_rows(logprobs, k):
+    """Rows of N distributions; the tokens that follow are of no interest."""
+    n = len(logprobs)
+    return conftest.topk_rows(np.concatenate([logprobs, logprobs[:1]]), [0] * (n + 1), [1] * n + [0], k).slice(0, n)
+
+
+def support(rows):
+    ids, probs = rows.padded(np.arange(len(rows)))
+    ids, probs, tail = (torch.from_numpy(values) for values in (ids, probs, rows.tail_mass))
+    return Support(token_ids=ids, probs=probs, tail=tail)
+
+
+@pytest.mark.parametrize("k", [1, 3, 16, conftest.VOCAB_SIZE])
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
+def test_bounds_bracket_every_single_row(k, sharpness):
+    rng = np.random.default_rng(k)
+    p, q = (torch.from_numpy(rng.normal(0, 2 * sharpness, (200, conftest.VOCAB_SIZE))) for _ in range(2))
+    q = torch.cat([q[:100], p[100:] + 0.1 * q[100:]])  # a bad draft in one half, a good one in the other
+    p, q = (x.log_softmax(-1).numpy() for x in (p, q))
+    codebook = codec.Codebook()
+    arrays = codec.encode(oracle_rows(p, k), codebook)
+    parts = [codec.decode(arrays, codebook), *codec.decode_bounds(arrays, codebook)]
+    found = row_acceptance(torch.from_numpy(q).float(), *(support(part) for part in parts))
+    alpha = true_alpha(p, q)
+    assert (found.alpha_lower.numpy() <= alpha).all()
+    assert (alpha <= found.alpha_upper.numpy()).all()
+    assert (found.argmax_agreement.numpy() == (p.argmax(-1) == q.argmax(-1))).all()
+    if k == conftest.VOCAB_SIZE:  # nothing is cut off: the bracket is no wider than the codes make it
+        assert (found.alpha_upper - found.alpha_lower).max() < 0.05
+
+
+def test_decoded_bounds_hold_what_was_encoded():
+    rng = np.random.default_rng(0)
+    logprobs = torch.from_numpy(rng.normal(0, 6, (300, conftest.VOCAB_SIZE))).log_softmax(-1).numpy()
+    rows = oracle_rows(logprobs, 64)
+    codebook = codec.Codebook()
+    assert rows.logprobs.min() < -codebook.range_nats  # beyond the codebook's range too
+    least, most = codec.decode_bounds(codec.encode(rows, codebook), codebook)
+    assert (least.logprobs <= rows.logprobs).all()
+    assert (rows.logprobs <= most.logprobs).all()
+    assert (least.tail_mass <= rows.tail_mass).all()
+    assert (rows.tail_mass <= most.tail_mass).all()
+    inside = np.isfinite(least.logprobs)
+    assert (most.logprobs - least.logprobs)[inside].max() < 0.13  # the widest step
+
+
+@pytest.mark.parametrize("k", [16, conftest.VOCAB_SIZE])
+def test_target_as_its_own_draft_is_always_accepted(tiny, models, tmp_path, k):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    documents = [(np.arange(3, 43) * (i + 1) % 500, [0] * 9 + [1] * 30 + [0]) for i in range(4)]
+    url = conftest.write_store(str(tmp_path / "s"), documents, models["target"], tokenizer, k=k)
+    found = cached_acceptance(models["target"], logitstore.open(url))
+    assert found.argmax_agreement == 1.0
+    assert found.alpha_upper == 1.0
+    assert found.alpha_plug_in >= 0.99
+    assert found.forward_kl == pytest.approx(0.0, abs=1e-3)
+
+
+def test_batches_and_number_of_documents_change_only_what_is_read(store, models, dense):
+    whole = dataclasses.asdict(cached_acceptance(models["draft"], store))
+    small = dataclasses.asdict(cached_acceptance(models["draft"], store, batch_tokens=1))
+    assert small == pytest.approx(whole, abs=1e-6)
+    done = []
+    first = cached_acceptance(models["draft"], store, max_documents=9, progress=done.append)
+    num_rows = sum(int(store[i].loss_mask.sum()) for i in range(9))
+    assert (first.documents, sum(done), first.rows) == (9, 9, num_rows)
+    p, q = (dense[name][:num_rows].argmax(-1) for name in ("target", "draft"))
+    assert first.argmax_agreement == (p == q).mean()
+
+
+def test_training_mode_is_kept(store, models):
+    draft = models["reference"].train()
+    cached_acceptance(draft, store, max_documents=1)
+    assert draft.training
+    draft.eval()
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.0, 5), (0.6, 1), (0.9, 5)])
+def test_expected_tokens_per_call_is_the_closed_form(alpha, gamma):
+    assert expected_tokens_per_call(alpha, gamma) == pytest.approx((1 - alpha ** (gamma + 1)) / (1 - alpha))
+    assert expected_tokens_per_call(1.0, gamma) == gamma + 1
+
+
+def test_bad_arguments_are_rejected(tiny, store, models, tmp_path):
+    with pytest.raises(ValueError, match="batch_tokens=0"):
+        cached_acceptance(models["draft"], store, batch_tokens=0)
+    with pytest.raises(ValueError, match="max_documents=0"):
+        cached_acceptance(models["draft"], store, max_documents=0)
+    small = conftest.make_model(tmp_path / "small", tiny.tokenizer, hidden=16, layers=1, vocab_size=500)
+    with pytest.raises(ValueError, match="vocab_size=500"):
+        cached_acceptance(AutoModelForCausalLM.from_pretrained(small), store)
+
+
+def test_store_without_target_rows_is_rejected(tiny_store, models, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_store, copy)
+    shutil.rmtree(copy / "target")
+    with pytest.raises(LayerNotFoundError, match="target layer"):
+        cached_acceptance(models["draft"], logitstore.open(copy))
+
+
+def test_rows_keep_their_order_in_the_bounds():
+    rows = Rows(
+        counts=np.array([2, 0, 1]), token_ids=np.array([7, 3, 5], np.uint32),
+        logprobs=np.log(np.array([0.6, 0.3, 0.9], np.float32)), tail_mass=np.array([0.1, np.nan, 0.1], np.float32),
+        label_logprob=np.full(3, np.nan, np.float32), entropy=np.full(3, np.nan, np.float32),
+    )  # fmt: skip
+    for bound in codec.decode_bounds(codec.encode(rows, codec.Codebook()), codec.Codebook()):
+        assert bound.counts.tolist() == [2, 0, 1]
+        assert bound.token_ids.tolist() == [7, 3, 5]
+        assert np.isnan(bound.tail_mass[1])

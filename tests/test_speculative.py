@@ -1,0 +1,329 @@
+"""Measured acceptance against a speculative decoder written here, and the job that prints both kinds of acceptance."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import conftest
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from trainer.speculative import measure_acceptance
+
+V = conftest.VOCAB_SIZE
+EOS = 1
+GAMMA = 3
+NEW = 14
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def noisy(model, size, seed=0):
+    """A copy of a model with weights off by noise: a draft that is right now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    draft = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight += size * weight.std() * torch.randn(weight.shape, generator=generator)
+    return draft
+
+
+@pytest.fixture(scope="module")
+def models(tiny):
+    target = load(tiny.target)
+    return {"target": target, "unrelated": load(tiny.draft), "close": noisy(target, 0.1), "good": noisy(target, 0.03)}
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    texts = [pair["prompt"] for pair in conftest.functions(4)]
+    return [tokenizer(text)["input_ids"][:n] for text, n in zip(texts, (5, 1, 12, 8), strict=True)]
+
+
+def argmaxes(model, ids):
+    """The likeliest token after each of `ids`, in a forward without any cache."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, :, :V].argmax(-1).tolist()
+
+
+def decode(target, draft, prompt, *, gamma, max_new_tokens, ends):
+    """Greedy speculative decoding by its definition: returns the new tokens and the four counts."""
+    text, limit = list(prompt), len(prompt) + max_new_tokens
+    counts = {"target_calls": 0, "drafted": 0, "accepted": 0, "rejections": 0}
+    while len(text) < limit and not ends & set(text[len(prompt) :]):
+        proposal = []
+        while len(proposal) < min(gamma, limit - len(text) - 1) and not ends & set(proposal):
+            proposal.append(argmaxes(draft, text + proposal)[-1])
+        choices = argmaxes(target, text + proposal)[len(text) - 1 :]
+        agreed = [a == b for a, b in zip(proposal, choices, strict=False)]
+        n = agreed.index(False) if False in agreed else len(agreed)
+        new = [*proposal[:n], choices[n]]
+        stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+        text += new[:stop]
+        counts["target_calls"] += 1
+        counts["drafted"] += len(proposal)
+        counts["accepted"] += n
+        counts["rejections"] += n < len(proposal)
+    return text[len(prompt) :], counts
+
+
+def check_counts(target, draft, prompts, ends, gamma=GAMMA):
+    found = measure_acceptance(target, draft, prompts, mode="greedy", vocab_size=V, gamma=gamma, max_new_tokens=NEW)
+    expected = [decode(target, draft, p, gamma=gamma, max_new_tokens=NEW, ends=ends) for p in prompts]
+    totals = {name: sum(counts[name] for _, counts in expected) for name in expected[0][1]}
+    assert {name: getattr(found, name) for name in totals} == totals
+    assert found.emitted == found.plain_emitted == sum(len(text) for text, _ in expected)
+    assert found.greedy_text_identical == found.prompts == len(prompts)
+    return found
+
+
+@pytest.mark.parametrize("gamma", [1, GAMMA])
+@pytest.mark.parametrize("draft", ["unrelated", "close", "good"])
+def test_greedy_counts_are_those_of_a_decoder_by_definition(models, prompts, draft, gamma):
+    found = check_counts(models["target"], models[draft], prompts, {EOS}, gamma)
+    assert found.alpha == found.accepted / (found.accepted + found.rejections)
+    assert found.accepted_per_drafted == found.accepted / found.drafted
+    assert 1 <= found.tau == found.emitted / found.target_calls <= gamma + 1
+    if draft == "close":
+        assert 0.1 < found.alpha < 0.95  # the cases above are neither all accepted nor all rejected
+
+
+def test_text_that_ends_early_counts_no_rejection_for_what_follows(models, prompts):
+    target, draft = copy.deepcopy(models["target"]), models["good"]
+    texts = [decode(target, draft, p, gamma=GAMMA, max_new_tokens=NEW, ends=set())[0] for p in prompts]
+    for place in range(1, 6):  # at every place of a round, drafted or the target's own
+        ends = [texts[0][place], texts[2][place]]
+        target.generation_config.eos_token_id = ends
+        found = check_counts(target, draft, prompts, set(ends))
+        assert found.emitted < len(prompts) * NEW
+    target.generation_config.eos_token_id = [texts[0][2]]
+    own = measure_acceptance(target, target, prompts, mode="greedy", vocab_size=V, gamma=GAMMA, max_new_tokens=NEW)
+    assert (own.alpha, own.rejections) == (1.0, 0)
+
+
+@pytest.mark.parametrize("same_object", [True, False])
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+def test_target_as_its_own_draft_is_always_accepted(tiny, models, prompts, mode, same_object):
+    draft = models["target"] if same_object else load(tiny.target)
+    found = measure_acceptance(
+        models["target"], draft, prompts, mode=mode, vocab_size=V, gamma=GAMMA, max_new_tokens=16, seed=3
+    )
+    assert found.alpha == 1.0 if mode == "greedy" else found.alpha >= 0.999
+    # 16 tokens are four whole rounds, of which the last drafts as many as the others
+    if found.emitted == 16 * len(prompts) and found.rejections == 0:
+        assert found.tau == GAMMA + 1
+    assert found.greedy_text_identical == (len(prompts) if mode == "greedy" else None)
+
+
+def comparable(result):
+    return {k: v for k, v in dataclasses.asdict(result).items() if "seconds" not in k}
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+def test_generation_config_of_a_checkpoint_changes_nothing(tiny, models, prompts, mode, tmp_path):
+    settings = {"vocab_size": V, "gamma": GAMMA, "max_new_tokens": NEW, "mode": mode, "seed": 5}
+    plain = measure_acceptance(models["target"], models["close"], prompts, **settings)
+    leaky = []
+    for name in ("target", "close"):
+        GenerationConfig(
+            repetition_penalty=1.8, temperature=0.2, top_k=2, top_p=0.5, do_sample=True, no_repeat_ngram_size=2,
+            num_assistant_tokens=9, num_assistant_tokens_schedule="heuristic", assistant_confidence_threshold=0.9,
+            eos_token_id=EOS, pad_token_id=2,
+        ).save_pretrained(tmp_path / name)  # fmt: skip
+        model = copy.deepcopy(models[name])
+        model.generation_config = GenerationConfig.from_pretrained(tmp_path / name)
+        leaky.append(model)
+    assert comparable(measure_acceptance(*leaky, prompts, **settings)) == comparable(plain)
+    assert leaky[0].generation_config.repetition_penalty == leaky[1].generation_config.repetition_penalty == 1.8
+
+
+def test_sampling_is_repeated_by_its_seed_and_leaves_the_callers_generator_alone(models, prompts):
+    settings = {"mode": "sampled", "vocab_size": V, "gamma": GAMMA, "max_new_tokens": NEW}
+    torch.manual_seed(11)
+    expected = torch.rand(1)
+    torch.manual_seed(11)
+    first, again, other = (
+        comparable(measure_acceptance(models["target"], models["close"], prompts, **settings, seed=seed))
+        for seed in (0, 0, 99)
+    )
+    assert torch.rand(1) == expected
+    assert first == again
+    assert first | {"seed": 99} != other
+
+
+def test_sampled_acceptance_is_the_overlap_of_the_distributions(models):
+    target, draft = models["target"], models["close"]
+    # Two tokens, one drafted: each prompt is one trial with probability sum_v min(p_v, q_v) of success.
+    p, q = (torch.from_numpy(conftest.dense_logprobs(model, [7, 9])[-1]).exp() for model in (target, draft))
+    found = measure_acceptance(
+        target, draft, [[7, 9]] * 100, mode="sampled", vocab_size=V, gamma=5, max_new_tokens=2, seed=1
+    )
+    assert found.accepted + found.rejections == found.drafted == 100
+    alpha = float(torch.minimum(p, q).sum())
+    assert 0.1 < alpha < 0.9
+    assert found.alpha == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 100) ** 0.5)
+
+
+def test_padding_rows_of_the_embeddings_are_never_drafted_nor_emitted(models, prompts):
+    """Not the same number of them either: they are no tokens, and their logits are whatever the training left."""
+    target, draft = copy.deepcopy(models["target"]), copy.deepcopy(models["close"])
+    plain = check_counts(target, draft, prompts, {EOS})
+    draft.resize_token_embeddings(V + 3)
+    with torch.no_grad():
+        target.lm_head.weight[V:] = 50 * target.lm_head.weight[:1].abs().max()
+        draft.lm_head.weight[V:] = -target.lm_head.weight[V : V + 3]
+    assert comparable(check_counts(target, draft, prompts, {EOS})) == comparable(plain)
+    sampled = measure_acceptance(target, draft, prompts, mode="sampled", vocab_size=V, gamma=GAMMA, max_new_tokens=NEW)
+    assert sampled.drafted > 0
+
+
+def test_models_are_as_before(models, prompts):
+    target, draft = copy.deepcopy(models["target"]).train(), copy.deepcopy(models["close"])
+    before = [(m.generation_config, m.config.vocab_size, m.training, set(vars(m))) for m in (target, draft)]
+    measure_acceptance(target, draft, prompts[:1], mode="sampled", vocab_size=V, gamma=2, max_new_tokens=4)
+    assert [(m.generation_config, m.config.vocab_size, m.training, set(vars(m))) for m in (target, draft)] == before
+    assert not target.lm_head._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gamma": 0}, "gamma=0"),
+        ({"max_new_tokens": 1}, "max_new_tokens=1"),
+        ({"mode": "beam"}, "mode=beam"),
+        ({"vocab_size": 521}, "vocab_size=520"),
+        ({"prompts": []}, "prompts=0"),
+        ({"prompts": [[3], []]}, "prompts=2"),
+    ],
+)
+def test_bad_arguments_are_rejected(models, change, message):
+    settings = {"prompts": [[3]], "mode": "greedy", "vocab_size": V, "gamma": 2, "max_new_tokens": 4} | change
+    with pytest.raises(ValueError, match=message):
+        measure_acceptance(models["target"], models["close"], **settings)
+
+
+# --- jobs/evaluate_draft.py
+
+
+@pytest.fixture(scope="module")
+def job():
+    sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
+    import evaluate_draft
+
+    return evaluate_draft
+
+
+def test_job_evaluates_from_the_cache_and_by_decoding(job, tiny, tiny_store, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    argv = ["--target", tiny.target, "--draft", tiny.target, "--data", tiny.data, "--store", tiny_store, "--json", out]
+    argv += ["--num_prompts", 3, "--max_new_tokens", 8, "--gamma", 3, "--max_documents", 4, "--no_progress"]
+    figures = job.main([str(value) for value in argv])
+    assert json.loads(out.read_text()) == figures
+    assert figures["cached"]["argmax_agreement"] == figures["cached"]["alpha_upper"] == 1.0
+    assert figures["measured"]["greedy"]["alpha"] == 1.0
+    assert figures["measured"]["greedy"]["prompts"] == 3
+    assert figures["measured"]["sampled"]["alpha"] >= 0.999
+    printed = capsys.readouterr().out
+    for words in ("tokens after a rejection are not counted", "modelled", "teacher-forced", "3/3"):
+        assert words in printed
+
+
+def test_job_needs_no_target_for_the_cache(job, tiny, tiny_store):
+    figures = job.main(["--draft", tiny.draft, "--store", tiny_store, "--no_progress"])
+    assert figures["cached"]["rows"] > 0
+    assert "measured" not in figures
+
+
+def prompts_of(records, tokenizer, tmp_path, **settings):
+    from _prompts import read_prompts
+
+    data = conftest.write_jsonl(tmp_path / "data.jsonl", records)
+    return read_prompts(data, tokenizer, V, **({"num_prompts": 9, "room": 100} | settings))
+
+
+def test_prompts_are_what_a_model_is_asked(job, tiny, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    text = "def f(x): return x + 1\n"
+    ids = tokenizer(text)["input_ids"]
+    assert prompts_of([{"prompt": text, "response": "x"}], tokenizer, tmp_path) == ([ids], 0)
+    assert prompts_of([{"text": text}], tokenizer, tmp_path) == ([ids[: len(ids) // 2]], 0)
+    assert prompts_of([{"text": text * 40}], tokenizer, tmp_path) == ([tokenizer(text * 40)["input_ids"][:64]], 0)
+    assert prompts_of([{"input_ids": ids}], tokenizer, tmp_path) == ([ids[: len(ids) // 2]], 0)
+    masked = {"input_ids": ids, "loss_mask": [0] * 3 + [1] * (len(ids) - 3)}
+    assert prompts_of([masked], tokenizer, tmp_path) == ([ids[:3]], 0)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = {"role": "user", "content": "why"}
+    talk = [asked, {"role": "assistant", "content": "so"}]
+    expected = tokenizer("<user>why\n<assistant>", add_special_tokens=False)["input_ids"]
+    assert prompts_of([{"messages": talk}, {"messages": [asked]}], tokenizer, tmp_path) == ([expected] * 2, 0)
+
+
+def test_prompts_that_do_not_fit_are_passed_over_and_counted(job, tiny, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    records = [{"prompt": "x = 1\n" * 90}, {"prompt": ""}, {"prompt": "a"}, {"prompt": "b"}]
+    prompts, left_out = prompts_of(records, tokenizer, tmp_path, num_prompts=1)
+    assert (len(prompts), left_out) == (1, 2)
+    with pytest.raises(ValueError, match="4 records"):
+        prompts_of(records, tokenizer, tmp_path, room=0)
+
+
+@pytest.fixture(scope="module")
+def places(tiny, tiny_store, tmp_path_factory):
+    """Models without their weights (who tries to load those fails otherwise than by exit status 2), and bad data."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, source in (("target", tiny.target), ("draft", tiny.draft), ("other", tiny.draft), ("small", tiny.draft)):
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    conftest.make_tokenizer(folder / "other", vocab_size=400)
+    config = json.loads((folder / "small" / "config.json").read_text())
+    (folder / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    (folder / "malformed.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    conftest.write_jsonl(folder / "untyped.jsonl", [{"prompt": 3}])
+    conftest.write_jsonl(folder / "columns.jsonl", [{"body": "x"}])
+    return {path.name.split(".")[0]: path for path in folder.iterdir()} | {"store": tiny_store}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--gamma": 0}, "gamma=0"),
+        ({"--gamma": "many"}, "gamma"),
+        ({"--max_new_tokens": 1}, "max_new_tokens=1"),
+        ({"--num_prompts": 0}, "num_prompts=0"),
+        ({"--data": None}, "got no data"),
+        ({"--target": None}, "got no target"),
+        ({"--target": None, "--data": None}, "--store"),
+        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"--store": "nowhere.zarr"}, "nowhere.zarr"),
+        ({"--store": "{store}", "--storage_options": "nowhere.json"}, "nowhere.json"),
+        ({"--json": "no/such/folder.json"}, "folder.json"),
+        ({"--draft": "{other}"}, "tokenizer"),
+        ({"--draft": "{other}", "--target": None, "--data": None, "--store": "{store}"}, "store's vocabulary"),
+        ({"--draft": "{small}"}, "vocab_size=500"),
+        ({"--draft": "nowhere"}, "draft|nowhere"),
+        ({"--data": "{malformed}"}, "line 2"),
+        ({"--data": "{untyped}"}, "record|line"),
+        ({"--data": "{columns}"}, "columns"),
+        ({"--max_new_tokens": 512}, "max_new_tokens"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line_before_weights_are_loaded(job, tiny, places, capsys, change, message):
+    given = {"--target": "{target}", "--draft": "{draft}", "--data": tiny.data} | change
+    argv = [str(part).format(**places) for item in given.items() if item[1] is not None for part in item]
+    with pytest.raises(SystemExit) as stopped:
+        job.main(argv)
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert any(words in errors for words in message.split("|"))

@@ -1,0 +1,285 @@
+"""The trainer as a whole: it learns, saves ordinary models, repeats and resumes exactly, and refuses bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train_draft
+import yaml
+from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, make_model, make_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
+
+import logitstore
+from logitstore.causal_lm import load_model, tokenizer_spec
+from trainer import OBJECTIVES, SELECTIONS, DocumentDataset, DraftModule, DraftTrainer, collate
+
+QUIET = ["--disable_tqdm", "true", "--use_cpu", "true"]
+FAST = [*QUIET, "--learning_rate", "0.01", "--per_device_train_batch_size", "6", "--logging_steps", "2"]
+
+
+def arguments(tiny, tiny_store, output_dir, *extra):
+    return ["--store", tiny_store, "--draft", tiny.draft, "--output_dir", str(output_dir), *FAST, *extra]
+
+
+def logged(output_dir, name):
+    history = json.loads(Path(output_dir, "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def weights(folder):
+    return load_file(Path(folder, "model.safetensors"))
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tiny_store, tmp_path_factory):
+    """One adaspec run of 3 epochs of 4 steps, with a checkpoint in mid-epoch."""
+    folder = tmp_path_factory.mktemp("run") / "draft"
+    extra = ["--selection", "adaspec", "--reference", "reference", "--keep", "0.4", "--save_steps", "6"]
+    metrics = train_draft.main(arguments(tiny, tiny_store, folder, *extra))
+    return SimpleNamespace(folder=folder, metrics=metrics)
+
+
+def test_ordinary_distillation_lowers_the_divergence(tiny, tiny_store, tmp_path):
+    extra = ["--num_train_epochs", "8", "--learning_rate", "0.05"]
+    metrics = train_draft.main(arguments(tiny, tiny_store, tmp_path / "draft", *extra))
+    kl = logged(tmp_path / "draft", "kl")
+    assert kl[-1] < 0.8 * kl[0]
+    assert metrics["steps"] == 32
+    assert metrics["rows_per_second"] > 0
+    assert set(logged(tmp_path / "draft", "kept_fraction")) == {1.0}
+
+
+def test_adaspec_logs_what_it_keeps(run, tiny_store):
+    store = logitstore.open(tiny_store)
+    rows = sum(int(store[i].loss_mask.sum()) for i in range(len(store)))
+    fraction = logged(run.folder, "kept_fraction")
+    assert all(abs(kept - 0.4) < 0.01 for kept in fraction)
+    assert len(logged(run.folder, "gap_threshold")) == len(fraction) == len(logged(run.folder, "label_nll"))
+    assert run.metrics["rows_per_second"] * run.metrics["train_runtime"] == pytest.approx(3 * rows, rel=0.01)
+    assert logged(run.folder, "kl")[-1] < logged(run.folder, "kl")[0]
+
+
+def test_the_output_is_an_ordinary_model_with_the_stores_tokenizer(run, tiny, tiny_store):
+    for folder in (run.folder, run.folder / "checkpoint-6"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert model.config.vocab_size == PADDED_VOCAB_SIZE
+        fingerprint = tokenizer_spec(tokenizer, uses_chat_template=False).fingerprint
+        assert fingerprint == logitstore.open(tiny_store).spec.tokenizer.fingerprint
+    assert not same_weights(weights(run.folder), weights(tiny.draft))
+
+
+def test_the_output_drafts_for_the_target_without_changing_its_text(run, tiny):
+    target, draft = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tiny.target, run.folder))
+    prompt = torch.tensor([[5, 40, 77, 9]])
+    draft.generation_config.num_assistant_tokens = 4
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    assisted = target.generate(prompt, assistant_model=draft, **options)
+    assert torch.equal(assisted, target.generate(prompt, **options))
+
+
+def test_leftover_sampling_settings_are_not_saved(tiny, tiny_store, tmp_path):
+    shutil.copytree(tiny.draft, tmp_path / "chatty")
+    old = GenerationConfig(
+        bos_token_id=0, eos_token_id=[1, 2], repetition_penalty=1.3, do_sample=True, temperature=0.6, top_k=20
+    )
+    old.save_pretrained(tmp_path / "chatty")
+    extra = ["--draft", str(tmp_path / "chatty"), "--max_steps", "1"]
+    train_draft.main(arguments(tiny, tiny_store, tmp_path / "out", *extra))
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 2]
+    assert not {"repetition_penalty", "do_sample", "temperature", "top_k"} & set(saved)
+    assert "use_cache" not in saved or saved["use_cache"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
+
+
+def test_run_yaml_repeats_the_run(run, tmp_path):
+    metrics = train_draft.main([str(run.folder / "run.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert metrics["loss"] == run.metrics["loss"]
+    assert same_weights(weights(tmp_path / "again"), weights(run.folder))
+    first, second = (yaml.safe_load(Path(f, "run.yaml").read_text()) for f in (run.folder, tmp_path / "again"))
+    assert first | {"output_dir": None} == second | {"output_dir": None}
+
+
+def test_a_run_resumed_in_mid_epoch_equals_one_never_stopped(run, tmp_path):
+    shutil.copytree(run.folder / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    (tmp_path / "out" / "checkpoint-9").mkdir()  # a checkpoint that was not finished
+    metrics = train_draft.main(
+        [str(run.folder / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "true"]
+    )
+    assert metrics["steps"] == 12
+    assert same_weights(weights(tmp_path / "out"), weights(run.folder))
+
+
+def test_a_resumed_run_of_random_rows_keeps_the_same_ones(tiny, tiny_store, tmp_path):
+    extra = ["--selection", "random", "--max_steps", "5", "--save_steps", "2", "--save_total_limit", "9"]
+    train_draft.main(arguments(tiny, tiny_store, tmp_path / "whole", *extra))
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    train_draft.main(arguments(tiny, tiny_store, tmp_path / "parts", *extra, "--resume_from_checkpoint", checkpoint))
+    assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_accumulated_micro_batches_are_averaged(tiny, tiny_store, tmp_path):
+    def fresh():
+        draft = load_model(
+            tiny.draft, revision=None, dtype="float32", attn_implementation=None, trust_remote_code=False, device="cpu"
+        )
+        return DraftModule(
+            draft, vocab_size=VOCAB_SIZE, objective=OBJECTIVES["forward_kl"], selection=SELECTIONS["all"], keep=1.0,
+            denominator="kept",
+        )  # fmt: skip
+
+    data = DocumentDataset(logitstore.open(tiny_store))
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=3,
+        optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True,
+        disable_tqdm=True, dataloader_pin_memory=False, remove_unused_columns=False, save_strategy="no",
+    )  # fmt: skip
+    module = fresh()
+    trainer = DraftTrainer(module, args, data, AutoTokenizer.from_pretrained(tiny.tokenizer), shuffle_window=2)
+    order = list(trainer._get_train_sampler())[:6]
+    trainer.train()
+    oracle = fresh()
+    for start in (0, 2, 4):
+        (oracle(**collate([data[i] for i in order[start : start + 2]]))["loss"] / 3).backward()
+    for found, expected in zip(module.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(found, expected - 0.5 * expected.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_the_trainer_needs_no_ray():
+    script = "import sys, trainer; print([m for m in ('ray', 'logitstore.dump') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def misfits(tiny, tiny_store, tmp_path_factory):
+    """Stores and drafts that do not fit."""
+    folder = tmp_path_factory.mktemp("misfits")
+    for name in ("no_target", "unfinished", "unscored"):
+        shutil.copytree(tiny_store, folder / name)
+    shutil.rmtree(folder / "no_target" / "target")
+    (folder / "unfinished/commits/target/000001.json").unlink()
+    (folder / "unscored/commits/losses/reference/000000.json").unlink()
+    other = make_tokenizer(folder / "other_tokenizer", vocab_size=400)
+    make_model(folder / "other_draft", other)
+    make_model(folder / "narrow_draft", tiny.tokenizer, vocab_size=VOCAB_SIZE - 8)
+    shutil.copytree(tiny.draft, folder / "no_weights")
+    (folder / "no_weights" / "model.safetensors").unlink()
+    (folder / "taken").mkdir()
+    (folder / "taken" / "config.json").write_text("{}")
+    (folder / "stopped" / "checkpoint-5").mkdir(parents=True)
+    (folder / "typo.yaml").write_text("keeep: 0.4\n")
+    (folder / "list.yaml").write_text("- keep\n")
+    (folder / "broken.yaml").write_text("keep: [\n")
+    (folder / "word.yaml").write_text("keep: some\n")
+    return folder
+
+
+BAD = {
+    "no store": (["--store", "{f}/none"], "url must be that of a store, got url={f}/none"),
+    "no --store": (["--store", ""], "store must be given, got none; add --store"),
+    "no target layer": (["--store", "{f}/no_target"], "store must have a layer 'target', got layers="),
+    "unfinished target": (
+        ["--store", "{f}/unfinished"],
+        "layer 'target' must have all of its 3 shards, got 2 in {f}/unfinished (shard 1 is the first missing)",
+    ),
+    "unfinished losses": (
+        ["--store", "{f}/unscored", "--selection", "adaspec", "--reference", "reference"],
+        "layer 'losses/reference' must have all of its 3 shards, got 2",
+    ),
+    "other tokenizer": (["--draft", "{f}/other_draft"], "draft must have the tokenizer that the store was made with"),
+    "narrow vocabulary": (["--draft", "{f}/narrow_draft"], "draft must have a vocabulary of at least 512"),
+    "no draft": (["--draft", "{f}/none"], "tokenizer must be a Hugging Face id or a folder with tokenizer files"),
+    "no weights": (["--draft", "{f}/no_weights"], "draft must have weights, got draft={f}/no_weights"),
+    "unknown reference": (
+        ["--selection", "adaspec", "--reference", "other"],
+        "reference must be one of ['reference'] in {store}, got reference=other; add it with jobs/dump_logits.py",
+    ),
+    "unknown reference of all": (["--reference", "other"], "reference must be one of ['reference']"),
+    "no reference": (["--selection", "adaspec"], "reference must be given with selection=adaspec, got reference=None"),
+    "keep 0": (["--keep", "0"], "keep must be above 0 and at most 1, got keep=0.0; 0.4 is usual"),
+    "keep 2": (["--keep", "2"], "keep must be above 0 and at most 1, got keep=2.0; 0.4 is usual"),
+    "selection": (["--selection", "best"], "selection must be one of ['all', 'random', 'adaspec'], got selection=best"),
+    "objective": (["--objective", "mse"], "objective must be one of ['forward_kl'], got objective=mse"),
+    "denominator": (["--denominator", "1"], "denominator must be one of ['kept', 'masked'], got denominator=1"),
+    "window": (["--shuffle_window", "9"], "shuffle_window must be between 1 and 4"),
+    "taken": (["--output_dir", "{f}/taken"], "output_dir must be new or empty, got output_dir={f}/taken, which holds"),
+    "stopped": (["--output_dir", "{f}/stopped"], "output_dir must be new or empty, got output_dir={f}/stopped"),
+    "checkpoint": (
+        ["--resume_from_checkpoint", "{f}/stopped/checkpoint-5"],
+        "resume_from_checkpoint must be a finished checkpoint folder or true",
+    ),
+    "flag": (["--keeep", "0.4"], "unrecognized arguments: --keeep 0.4"),
+    "value": (["--keep", "some"], "argument --keep: invalid float value: 'some'"),
+    "evaluation": (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no, got eval_strategy="),
+    "liger": (["--use_liger_kernel", "true"], "use_liger_kernel must be False, got use_liger_kernel=True"),
+    "options": (["--storage_options", "{f}/none.json"], "storage_options must be a readable YAML or JSON file"),
+}
+
+
+def refuse_models(*args, **kwargs):
+    raise AssertionError("weights were loaded before the arguments were checked")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_status_2(name, tiny, tiny_store, misfits, tmp_path, capsys, monkeypatch):
+    extra, message = BAD[name]
+    if name != "no weights":
+        monkeypatch.setattr(train_draft, "load_model", refuse_models)
+    extra = [value.format(f=misfits) for value in extra]
+    with pytest.raises(SystemExit) as exit_:
+        train_draft.main([*arguments(tiny, tiny_store, tmp_path / "out", *QUIET), *extra])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert message.format(f=misfits, store=tiny_store) in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("typo.yaml", "run file must have the names of flags only, got 'keeep' in {f}/typo.yaml"),
+        ("list.yaml", "run file must be a file of `name: value` lines, got {f}/list.yaml"),
+        ("broken.yaml", "run file must be a readable YAML or JSON file, got {f}/broken.yaml: not YAML (ParserError)"),
+        ("word.yaml", "argument --keep: invalid float value: 'some'"),
+        ("none.yaml", "run file must be a readable YAML or JSON file, got {f}/none.yaml: No such file or directory"),
+    ],
+)
+def test_a_bad_run_file_is_one_line_and_exit_status_2(file, message, misfits, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train_draft.main([str(misfits / file)])
+    assert exit_.value.code == 2
+    assert message.format(f=misfits) in capsys.readouterr().err
+
+
+def test_the_script_itself_exits_with_status_2_and_one_line(tiny, tiny_store, tmp_path):
+    script = Path(train_draft.__file__)
+    found = subprocess.run(
+        [sys.executable, str(script), *arguments(tiny, tiny_store, tmp_path / "out", "--selection", "adaspec")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: reference must be given with selection=adaspec")
+    assert found.stderr.count("\n") == 1
+
+
+def test_credentials_do_not_reach_the_run_file(tiny, tiny_store, tmp_path):
+    (tmp_path / "options.yaml").write_text("auto_mkdir: false  # hunter2\n")
+    extra = ["--storage_options", str(tmp_path / "options.yaml"), "--max_steps", "1", "--hub_token", "hunter2"]
+    train_draft.main(arguments(tiny, tiny_store, tmp_path / "out", *extra))
+    text = (tmp_path / "out" / "run.yaml").read_text()
+    assert "hunter2" not in text
+    assert "auto_mkdir" not in text
+    assert yaml.safe_load(text)["storage_options"] == str(tmp_path / "options.yaml")

@@ -1,0 +1,16 @@
+"""Trains drafts for speculative decoding from a logitstore, without the target, and measures their acceptance."""
+
+from trainer.draft_trainer import DraftModule, DraftTrainer
+from trainer.objectives import OBJECTIVES
+from trainer.selection import SELECTIONS
+from trainer.stream import DocumentDataset, WindowShuffleSampler, collate
+
+__all__ = [
+    "OBJECTIVES",
+    "SELECTIONS",
+    "DocumentDataset",
+    "DraftModule",
+    "DraftTrainer",
+    "WindowShuffleSampler",
+    "collate",
+]

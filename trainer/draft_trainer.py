@@ -1,0 +1,278 @@
+"""DraftTrainer: transformers' Trainer on the documents of a store, without the target.
+
+Ranks, mixed precision, accumulation, schedules, checkpoints and logging are Trainer's own. Here are the loss, the order
+of the documents, what is logged beside the loss, and that what is saved is an ordinary Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, Trainer, TrainerCallback
+
+from logitstore.causal_lm import SplitLM
+from logitstore.support import Support
+from trainer.head import selected_losses
+from trainer.stream import WindowShuffleSampler, collate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+
+    from trainer.objectives import Objective
+    from trainer.selection import Selection
+    from trainer.stream import DocumentDataset
+
+UNSUPPORTED: dict[str, object] = {
+    "eval_strategy": "no",
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": None,
+    "use_liger_kernel": False,
+    "train_sampling_strategy": "random",
+}
+"""Training arguments that would go unheeded or fail late, and the value that they must have."""
+
+
+def check_training_arguments(args: TrainingArguments) -> None:
+    """Raises ValueError if the arguments ask for something that DraftTrainer does not do."""
+    for name, value in UNSUPPORTED.items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"{name} must be {value}, got {name}={getattr(args, name)}; training from a store does without it"
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"processes must be one for each GPU, got one for {args.n_gpu}; start the job with "
+            f"torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
+        )
+
+
+class DraftModule(nn.Module):
+    """A draft whose forward pass is the whole loss, so that DistributedDataParallel wraps what is differentiated.
+
+    Attributes:
+        draft: The Hugging Face model; its vocabulary keeps its padding.
+        reads_reference: Whether batches must hold the reference's losses.
+    """
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        *,
+        vocab_size: int,
+        objective: Objective,
+        selection: Selection,
+        keep: float,
+        denominator: Literal["kept", "masked"],
+    ) -> None:
+        super().__init__()
+        self.draft = draft
+        self.split = SplitLM(draft, vocab_size)
+        self.reads_reference = selection.needs_losses
+        self._objective = objective
+        self._selection = selection
+        self._keep = keep
+        self._denominator = denominator
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        token_ids: Tensor,
+        probs: Tensor,
+        tail: Tensor,
+        labels: Tensor,
+        reference_ce: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Computes the loss of one micro-batch, laid out by `trainer.stream.collate`.
+
+        Returns:
+            loss: Scalar, with gradient: the sum over the kept rows divided by their number or by that of all rows.
+            The rest are scalars without gradient, to be summed over micro-batches: kept and known rows, the sums of
+            KL(p‖draft) and of the label's negative logprob over the known rows, and the selection's threshold.
+        """
+        hidden = self.split.hidden(input_ids).flatten(0, 1).index_select(0, rows)
+        support = Support(token_ids=token_ids, probs=probs, tail=tail)
+        result = selected_losses(
+            self.split,
+            hidden,
+            support,
+            labels,
+            reference_ce,
+            objective=self._objective,
+            selection=self._selection,
+            keep=self._keep,
+            generator=torch.default_generator,  # Trainer saves its state in checkpoints and restores it
+        )
+        losses, known = result.objective, result.known
+        divisor = len(losses) if self._denominator == "kept" else len(support)
+        kl = known.ce - result.known_support.entropy()
+        return {
+            "loss": losses.sum() / max(1, divisor),
+            "kept": losses.new_tensor(len(losses)),
+            "known": losses.new_tensor(len(kl)),
+            "kl": kl.sum(),
+            "label_nll": known.label_nll.sum(),
+            "threshold": result.selected.threshold.nan_to_num(),
+            "thresholds": result.selected.threshold.isfinite().float(),
+            "denominator": losses.new_tensor(divisor),
+        }
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Turns on activation checkpointing of the draft's layers, as Trainer asks for it."""
+        self.draft.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=activation_checkpointing_kwargs,
+            every_n_layers=every_n_layers,
+            offload=offload,
+        )
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate forwards the epoch through one wrapper of the batch sampler; when several ranks resume in mid-epoch
+    there are two, and the sampler would repeat epoch 0.
+    """
+
+    def __init__(self, sampler: WindowShuffleSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Runs before the epoch's first batch is asked for."""
+        self._sampler.set_epoch(int(state.epoch))
+
+
+class DraftTrainer(Trainer):
+    """Trains a draft on the target rows of a store.
+
+    With gradient accumulation and on several ranks, the means of the micro-batches are averaged with equal weight.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        module: DraftModule,
+        args: TrainingArguments,
+        dataset: DocumentDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        shuffle_window: int,
+    ) -> None:
+        check_training_arguments(args)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._sampler = WindowShuffleSampler(dataset.documents_per_shard, shuffle_window, seed)
+        super().__init__(
+            model=module,
+            args=args,
+            train_dataset=dataset,
+            data_collator=collate,
+            processing_class=tokenizer,
+            callbacks=[_TellEpoch(self._sampler)],
+        )
+        self._module = module
+        self._tokenizer = tokenizer
+        self._sums: dict[str, Tensor | float] = {}
+        self._rows = 0.0
+        self._since = time.monotonic()
+
+    def _get_train_sampler(self, train_dataset: object = None) -> WindowShuffleSampler:
+        return self._sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Runs the module and adds up what is logged. `num_items_in_batch` is not used: a loss is a mean of its own."""
+        outputs = model(**inputs)
+        values = {name: value.detach() for name, value in outputs.items() if name != "loss"}
+        values["rows"] = values["kept"].new_tensor(len(inputs["rows"]))
+        values["batches"] = torch.ones_like(values["rows"])
+        self._sums = {name: value + self._sums.get(name, 0.0) for name, value in values.items()}
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to what Trainer logs the statistics of the micro-batches since the last time, over all ranks.
+
+        kl: mean KL(p‖draft), nats, of all masked rows; under a random selection of the kept ones, a fair sample.
+        label_nll: the mean negative logprob of the text itself, likewise.
+        kept_fraction, denominator: kept rows over masked rows; rows that a micro-batch's loss was divided by.
+        gap_threshold: mean loss gap that a row had to reach (adaspec).
+        rows_per_second: masked rows, all ranks together.
+        """
+        ends = "train_runtime" in logs
+        if self._sums and ("loss" in logs or ends):
+            statistics = self._statistics()
+            logs.update({} if ends else statistics)
+        if ends:
+            logs["train_rows_per_second"] = round(self._rows / max(logs["train_runtime"], 1e-9), 3)
+        super().log(logs, start_time)
+
+    def _statistics(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        stacked = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float32) for name in names])
+        sums = dict(zip(names, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+        now = time.monotonic()
+        seconds, self._since, self._sums = now - self._since, now, {}
+        self._rows += sums["rows"]
+        known = max(1.0, sums["known"])
+        found = {
+            "kl": sums["kl"] / known,
+            "label_nll": sums["label_nll"] / known,
+            "kept_fraction": sums["kept"] / max(1.0, sums["rows"]),
+            "denominator": sums["denominator"] / sums["batches"],
+            "rows_per_second": round(sums["rows"] / max(seconds, 1e-9), 1),
+        }
+        if self._module.reads_reference and sums["thresholds"]:
+            found["gap_threshold"] = sums["threshold"] / sums["thresholds"]
+        return found
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Saves the draft, not the module around it; Trainer calls this for checkpoints and for the end."""
+        if not self.args.should_save:
+            return
+        folder = str(output_dir or self.args.output_dir)
+        draft = self._module.draft
+        draft.generation_config = neutral_generation_config(draft)
+        if state_dict is not None:  # gathered by Trainer from sharded parameters
+            state_dict = {name.removeprefix("draft."): value for name, value in state_dict.items()}
+        draft.save_pretrained(folder, state_dict=state_dict)
+        self._tokenizer.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads a checkpoint's draft into the module's; the optimiser and the rest are Trainer's."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        draft = self._module.draft
+        # through from_pretrained, which knows tied weights, shards of files and renamed parameters
+        saved = type(draft).from_pretrained(resume_from_checkpoint, dtype=draft.dtype)
+        draft.load_state_dict(saved.state_dict())
+
+
+def neutral_generation_config(draft: PreTrainedModel) -> GenerationConfig:
+    """Returns a generation config with the draft's special tokens and nothing else.
+
+    A leftover repetition_penalty or temperature would distort what the draft proposes in speculative decoding.
+    """
+    old = draft.generation_config or GenerationConfig()
+    return GenerationConfig(bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id)
