@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 HELD_OUT_PERCENT = 6
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-"""Folders that are not library code. Distributions ship `test` or leave it out: without it the text is nearly the same."""
-MAX_PROMPT_CHARS = 800
-RESPONSE_CHARS = (60, 1600)
-"""Shorter bodies only delegate; a handful of very long ones would be half of the text."""
+"""Folders that are not library code. Some distributions leave `test` out: without it the text is nearly the same."""
+PROMPT_CHARS = 500
+RESPONSE_CHARS = (60, 800)
+"""Fewest and most. Shorter bodies only delegate; the few very long ones would be half of the text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +45,14 @@ def read_pairs(root: Path) -> list[Pair]:
     """Takes the documented functions and methods out of all modules below a folder.
 
     Returns:
-        Each body once, in the order of the file names: the same for the same files.
+        Each body once, in an order that is random but the same for the same files.
     """
     pairs: dict[str, Pair] = {}
     for path in sorted(root.rglob("*.py")):
         if LEFT_OUT.isdisjoint(path.relative_to(root).parts):
             for pair in _functions(path):
                 pairs.setdefault("".join(pair.response.split()), pair)
-    return list(pairs.values())
+    return sorted(pairs.values(), key=_digest)
 
 
 def _functions(path: Path) -> Iterator[Pair]:
@@ -76,7 +76,7 @@ def _functions(path: Path) -> Iterator[Pair]:
             continue  # a string or a comment that reaches further left
         text = [line[len(indent) :] if line.strip() else "\n" for line in lines[first:last]]
         pair = Pair(prompt="".join(text[: split - first]), response="".join(text[split - first :]))
-        if len(pair.prompt) <= MAX_PROMPT_CHARS and RESPONSE_CHARS[0] <= len(pair.response) <= RESPONSE_CHARS[1]:
+        if len(pair.prompt) <= PROMPT_CHARS and RESPONSE_CHARS[0] <= len(pair.response) <= RESPONSE_CHARS[1]:
             yield pair
 
 
@@ -91,8 +91,11 @@ def _definitions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
 
 def is_held_out(pair: Pair) -> bool:
     """Says on which side of the split a function is, by its text alone."""
-    digest = hashlib.sha256(f"{pair.prompt}{pair.response}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
+    return int.from_bytes(_digest(pair)[-4:], "big") % 100 < HELD_OUT_PERCENT
+
+
+def _digest(pair: Pair) -> bytes:
+    return hashlib.sha256(f"{pair.prompt}{pair.response}".encode()).digest()
 
 
 def write_jsonl(path: Path, pairs: Iterable[Pair]) -> None:
@@ -101,8 +104,8 @@ def write_jsonl(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def train_tokenizer(pairs: list[Pair], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer with <bos>, <eos> and <pad>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """Trains a byte-level BPE tokenizer that begins every text with <bos>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -115,4 +118,7 @@ def train_tokenizer(pairs: list[Pair], vocab_size: int) -> PreTrainedTokenizerFa
         show_progress=False,
     )
     backend.train_from_iterator((pair.prompt + pair.response for pair in pairs), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )

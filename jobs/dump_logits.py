@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 from _errors import user_errors
 
 from logitstore.causal_lm import check_vocabulary, load_config, load_tokenizer, model_spec
-from logitstore.cli import read_options
 from logitstore.errors import LayerNotFoundError
 from logitstore.layout import losses_layer
 from logitstore.reader import Store
 from logitstore.spec import LossSpec, ModelSpec, Scheme, TargetSpec, TokenizerSpec
-from logitstore.storage import Storage
+from logitstore.storage import Storage, read_options
 from logitstore.writer import add_layer, check_layer
 
 if TYPE_CHECKING:

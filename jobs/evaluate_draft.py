@@ -32,9 +32,9 @@ from logitstore.causal_lm import (
     model_spec,
     tokenizer_spec,
 )
-from logitstore.cli import read_options
 from logitstore.errors import LayerNotFoundError
 from logitstore.spec import check_same
+from logitstore.storage import read_options
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
 from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
 

@@ -33,7 +33,7 @@ from logitstore.causal_lm import (
     model_spec,
     tokenizer_spec,
 )
-from logitstore.storage import without_credentials
+from logitstore.storage import read_options, without_credentials
 from trainer.draft_trainer import DraftModule, DraftTrainer, check_training_arguments
 from trainer.objectives import OBJECTIVES
 from trainer.selection import SELECTIONS
@@ -67,7 +67,7 @@ class DraftArguments:
     store: str = field(default="", metadata={"help": "URL or folder of the store (required)"})
     storage_options: str | None = field(
         default=None,
-        metadata={"help": "JSON or YAML file with fsspec options for the store's URL, such as credentials"},
+        metadata={"help": "JSON file with fsspec options for the store's URL, such as credentials"},
     )
     draft: str = field(default="", metadata={"help": "Hugging Face id or folder of the draft to start from (required)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the draft on the hub"})
@@ -250,8 +250,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with user_errors():
         args, training, run = parse(sys.argv[1:] if argv is None else argv)
         checkpoint = find_checkpoint(training)
-        options = None if args.storage_options is None else _read_mapping(args.storage_options, "storage_options")
-        store = logitstore.open(args.store, options)
+        store = logitstore.open(args.store, read_options(args.storage_options))
         selection = SELECTIONS[args.selection]
         if args.reference is not None:
             store.loss(args.reference)

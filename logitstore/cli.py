@@ -13,7 +13,7 @@ from logitstore.errors import LogitStoreError
 from logitstore.layout import layer_arrays
 from logitstore.reader import Store
 from logitstore.spec import LossSpec, TargetSpec
-from logitstore.storage import Storage
+from logitstore.storage import Storage, read_options
 from logitstore.verify import places, verify
 
 if TYPE_CHECKING:
@@ -39,24 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LogitStoreError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-
-
-def read_options(path: str | None) -> dict[str, Any] | None:
-    """Reads fsspec options from a JSON file; None for no file.
-
-    Raises:
-        ValueError: The file is missing or holds something else than a JSON object.
-    """
-    if path is None:
-        return None
-    try:
-        with open(path) as file:
-            options = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"storage_options must be a JSON file, got storage_options={path}: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"storage_options must hold a JSON object, got {type(options).__name__} in {path}")
-    return options
 
 
 def describe(store: Store, storage: Storage) -> dict[str, Any]:

@@ -54,6 +54,23 @@ def without_credentials(url: str) -> str:
     return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}" if separator else url
 
 
+def read_options(path: str | None) -> dict[str, Any] | None:
+    """Reads fsspec options from a JSON file; None for no file.
+
+    Raises:
+        ValueError: The file is missing or holds something else than a JSON object.
+    """
+    if path is None:
+        return None
+    try:
+        options = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"storage_options must be a JSON file, got storage_options={path}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"storage_options must hold a JSON object, got {type(options).__name__} in {path}")
+    return options
+
+
 class Storage:
     """One root folder, local or remote, and the few things a store does with it.
 

@@ -57,5 +57,10 @@ def verify(store: Store, *, num_threads: int = 4, progress: Callable[[int], obje
 
 
 def places(store: Store) -> list[tuple[str, int]]:
-    """Lists the (layer, shard) pairs that `verify` reads."""
-    return [(name, shard) for name, layer in store.layers.items() for shard in sorted(layer.committed)]
+    """Lists the (layer, shard) pairs that `verify` reads: those of the shards that readers see."""
+    return [
+        (name, shard)
+        for name, layer in store.layers.items()
+        for shard in sorted(layer.committed)
+        if shard < store.num_shards
+    ]

@@ -37,8 +37,9 @@ def cluster():
     dashboard = free_port()
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
-            [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=1",
-             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}",
+            [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
+             "--num-cpus=1", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
+             f"--temp-dir={folder / 'ray'}",
              f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"],
             stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
@@ -76,7 +77,7 @@ def test_a_submitted_job_finishes_and_its_store_verifies(cluster, tiny, tmp_path
     store = logitstore.open(url)
     assert not any(layer.missing for layer in store.layers.values())
     assert logitstore.verify(store) == []
-    (parent,) = {path for path in (folder / "ray").rglob("working_dir_files")}
+    (parent,) = set((folder / "ray").rglob("working_dir_files"))
     files = [path.relative_to(parent).parts[1:] for path in parent.rglob("*") if path.is_file()]
     tops = {parts[0] for parts in files if parts}
     assert {"jobs", "logitstore", "trainer", "pyproject.toml"} <= tops
@@ -87,7 +88,8 @@ def test_a_submitted_job_with_a_mistake_fails_with_its_line(cluster, tiny, tmp_p
     address, _, environment = cluster
     job = subprocess.run(
         [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--",
-         "python", "jobs/dump_logits.py", "--store", str(tmp_path / "c"), "--target", tiny.target, "--data", "/no/data"],
+         "python", "jobs/dump_logits.py", "--store", str(tmp_path / "c"), "--target", tiny.target,
+         "--data", "/no/data"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert job.returncode == 1

@@ -223,7 +223,7 @@ BAD = {
     "value": (["--keep", "some"], "argument --keep: invalid float value: 'some'"),
     "evaluation": (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no, got eval_strategy="),
     "liger": (["--use_liger_kernel", "true"], "use_liger_kernel must be False, got use_liger_kernel=True"),
-    "options": (["--storage_options", "{f}/none.json"], "storage_options must be a readable YAML or JSON file"),
+    "options": (["--storage_options", "{f}/none.json"], "storage_options must be a JSON file, got storage_options="),
 }
 
 
@@ -276,10 +276,10 @@ def test_the_script_itself_exits_with_status_2_and_one_line(tiny, tiny_store, tm
 
 
 def test_credentials_do_not_reach_the_run_file(tiny, tiny_store, tmp_path):
-    (tmp_path / "options.yaml").write_text("auto_mkdir: false  # hunter2\n")
-    extra = ["--storage_options", str(tmp_path / "options.yaml"), "--max_steps", "1", "--hub_token", "hunter2"]
+    (tmp_path / "options.json").write_text('{"auto_mkdir": false, "skip_instance_cache": "hunter2"}')
+    extra = ["--storage_options", str(tmp_path / "options.json"), "--max_steps", "1", "--hub_token", "hunter2"]
     train_draft.main(arguments(tiny, tiny_store, tmp_path / "out", *extra))
     text = (tmp_path / "out" / "run.yaml").read_text()
     assert "hunter2" not in text
     assert "auto_mkdir" not in text
-    assert yaml.safe_load(text)["storage_options"] == str(tmp_path / "options.yaml")
+    assert yaml.safe_load(text)["storage_options"] == str(tmp_path / "options.json")

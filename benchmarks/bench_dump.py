@@ -1,0 +1,167 @@
+"""Dump rows/s over the bare forward of the same model and batches, in one run.
+
+    python -m benchmarks.bench_dump [--hidden 512 --layers 8 --vocab_size 8192]
+
+The bare forward is `model(input_ids).logits`, thrown away; the chunked forward is the same with the head on chunks of
+rows, which alone can be faster, so that both are compared. The dump is what an actor does: read tokens, backbone, head
+on the rows that count, truncation, codes, encoding, compression, checksums, writing to a local folder, commit; two
+shards in flight. Every row counts here, the worst case for the dump: with a loss mask it runs the head on fewer rows.
+Tokens and weights are random (Zipf ids, peaked logits): only time is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from logitstore import writer
+from logitstore.dump import scoring
+from logitstore.dump.pipeline import SHARDS_IN_FLIGHT
+from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.reader import Store
+from logitstore.spec import DataSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.storage import Storage
+
+
+def make_model(folder, args):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size, hidden_size=args.hidden, intermediate_size=args.hidden * 4,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, max_position_embeddings=args.length,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(16 * (512 / args.hidden) ** 0.5)  # peaked, as a trained model's distributions are
+    model.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def make_store(folder, args):
+    rng = np.random.default_rng(0)
+    target = TargetSpec(
+        model=ModelSpec(name="bench", revision="0", dtype=args.dtype, padded_vocab_size=args.vocab_size),
+        scheme=Scheme(name=args.scheme, k=args.k, **({"mass": 0.98, "k_min": 4} if args.scheme == "nucleus" else {})),
+    )
+    spec = StoreSpec(
+        tokenizer=TokenizerSpec(name="none", fingerprint="none", vocab_size=args.vocab_size, chat_template=None),
+        data=DataSpec(source="zipf", digest=None, columns="input_ids", mask_policy="all"),
+        max_length=args.length, shard_rows=args.shard_rows, num_shards=args.shards, target=target,
+    )  # fmt: skip
+    storage = Storage(folder)
+    writer.create_store(storage, spec)
+    writer.add_layer(storage, spec, "target", target)
+    tokens = writer.LayerWriter(storage, spec, "tokens")
+    for shard in range(args.shards):
+        lengths = []
+        while sum(lengths) <= args.shard_rows - args.length:
+            lengths.append(int(rng.integers(args.length // 4, args.length + 1)))
+        ids = (rng.zipf(1.3, sum(lengths)) % args.vocab_size).astype(np.uint32)
+        mask = np.ones(len(ids), np.uint8)
+        mask[np.cumsum(lengths) - 1] = 0
+        arrays = {"ids": ids, "loss_mask": mask, "lengths": np.array(lengths, np.uint32)}
+        tokens.write(shard, arrays, documents=len(lengths), rows=len(ids), counted=int(mask.sum()), computed_from=None,
+                     started=time.monotonic())  # fmt: skip
+    return storage
+
+
+@torch.no_grad()
+def forward(dumper, storage, args, *, chunked):
+    """Seconds of the forward alone, over the batches that the dump runs: whole, or with the head in chunks of rows."""
+    lm = dumper._target
+    shards = list(Store(storage).shards(("tokens",)))
+    work = [batch for shard in shards for batch in scoring.batches(shard, args.batch_tokens)]
+    synchronize(args)
+    started = time.perf_counter()
+    for batch in work:
+        ids = torch.from_numpy(batch.ids).to(lm.device)
+        if chunked:
+            hidden = lm.hidden(ids).flatten(0, 1)[torch.from_numpy(batch.places).to(lm.device)]
+            for start in range(0, len(hidden), lm.rows_per_chunk):
+                lm.logits(hidden[start : start + lm.rows_per_chunk])
+        else:
+            lm.model(input_ids=ids, use_cache=False).logits  # noqa: B018
+    synchronize(args)
+    return time.perf_counter() - started
+
+
+def dump(dumper, args):
+    """Seconds of the whole dump, as an actor runs it."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as pool:
+        list(pool.map(lambda shard: dumper.dump(shard, ("target",)), range(args.shards)))
+    return time.perf_counter() - started
+
+
+def spread(ratios):
+    """Median, smallest and largest of the ratios within each round."""
+    return {name: round(f(ratios), 3) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
+
+
+def synchronize(args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--shard_rows", type=int, default=4096)
+    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--batch_tokens", type=int, default=4096)
+    parser.add_argument("--scheme", choices=("topk", "nucleus"), default="nucleus")
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = make_model(folder / "model", args)
+        storage = make_store(str(folder / "cache.zarr"), args)
+        source = ModelSource(name=str(folder / "model"), dtype=args.dtype)
+        dumper = ShardDumper(storage, source, {}, batch_tokens=args.batch_tokens, device=args.device)
+        rounds = [
+            (
+                forward(dumper, storage, args, chunked=False),
+                forward(dumper, storage, args, chunked=True),
+                dump(dumper, args),
+            )
+            for _ in range(args.rounds + 1)
+        ][1:]  # the first warms up
+        store = Store(storage)
+        rows, entries = store.num_rows, sum(store.commit("target", shard).entries for shard in range(args.shards))
+    bare, chunked, full = (statistics.median(times) for times in zip(*rounds, strict=True))
+    result = {
+        "parameters": parameters,
+        "rows": rows,
+        "entries_per_row": round(entries / rows, 1),
+        "bare_forward_rows_per_s": round(rows / bare),
+        "chunked_forward_rows_per_s": round(rows / chunked),
+        "dump_rows_per_s": round(rows / full),
+        "dump_over_bare_forward": spread([bare / full for bare, _, full in rounds]),
+        "dump_over_chunked_forward": spread([chunked / full for _, chunked, full in rounds]),
+        "settings": {name: getattr(args, name) for name in vars(args)},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+    }
+    print(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    main()

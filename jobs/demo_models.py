@@ -1,0 +1,158 @@
+"""The demo's models: small Llamas, a target trained by ordinary next-token cross entropy, drafts as they begin."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from demo_corpus import Pair
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from logitstore import Store
+    from logitstore.reader import Shard
+
+MAX_LENGTH = 256
+"""Tokens of a document of the store, and of a packed sequence that the target is trained on."""
+CONTEXT = 512
+TARGET_BATCH = 2
+"""Packed sequences of a step: in minutes on two cores many small steps come further than few large ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """The shape of a model."""
+
+    name: str
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+
+
+TARGET = Size(name="target", hidden_size=192, num_layers=4, intermediate_size=512)
+DRAFTS = (
+    Size(name="small", hidden_size=96, num_layers=2, intermediate_size=256),
+    Size(name="tiny", hidden_size=64, num_layers=1, intermediate_size=128),
+)
+
+
+def save_new_model(size: Size, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> int:
+    """Saves a model with random weights and the tokenizer, as an ordinary Hugging Face folder.
+
+    Returns:
+        Its number of parameters.
+    """
+    model = _new_model(size, tokenizer, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def _new_model(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    set_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.hidden_size,
+            intermediate_size=size.intermediate_size,
+            num_hidden_layers=size.num_layers,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            # the usual 0.02 is for models ten times as wide: they learn visibly more slowly from it
+            initializer_range=0.05,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train_target(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, folder: Path, num_steps: int, logs: Path
+) -> int:
+    """Trains the target on whole functions, prompts included, and saves it with the tokenizer.
+
+    Args:
+        pairs: The functions.
+        tokenizer: What the target and all drafts share.
+        folder: Becomes an ordinary Hugging Face model.
+        num_steps: Of TARGET_BATCH packed sequences each.
+        logs: Folder for what Trainer prints beside its progress bar.
+
+    Returns:
+        Its number of parameters.
+    """
+    blocks = _packed(pairs, tokenizer)
+    model = _new_model(TARGET, tokenizer, seed=0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=TARGET_BATCH,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, num_steps // 20),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],  # type: ignore[arg-type]
+        processing_class=tokenizer,
+    )
+    with (logs / "target.txt").open("w") as log, contextlib.redirect_stdout(log):
+        trainer.train()
+    trainer.save_model()
+    return model.num_parameters()
+
+
+def _packed(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Returns int64 [blocks, MAX_LENGTH]: the documents as the store will hold them, end to end."""
+    prompts = tokenizer([pair.prompt for pair in pairs])["input_ids"]
+    responses = tokenizer([pair.response for pair in pairs], add_special_tokens=False)["input_ids"]
+    documents = (prompt + response + [tokenizer.eos_token_id] for prompt, response in zip(prompts, responses, strict=True))
+    tokens = np.concatenate([np.array(document, dtype=np.int64) for document in documents])
+    num_blocks = len(tokens) // MAX_LENGTH
+    return torch.from_numpy(tokens[: num_blocks * MAX_LENGTH].reshape(num_blocks, MAX_LENGTH))
+
+
+def held_out_losses(train: Store, held_out: Store) -> dict[str, float]:
+    """Compares the target with the unigram distribution of the training text, on held-out responses.
+
+    Args:
+        train: Store of the training text.
+        held_out: Store of the held-out text.
+
+    Returns:
+        target_nll and unigram_nll: mean negative logprob of a response token, nats.
+    """
+    counts = np.ones(train.spec.tokenizer.vocab_size)
+    for shard in train.shards(layers=("tokens",)):
+        np.add.at(counts, _labels(shard), 1)
+    unigram = -np.log(counts / counts.sum())
+    target_nll, unigram_nll = [], []
+    for shard in held_out.shards(layers=("tokens", "target")):
+        if shard.rows is not None:
+            target_nll.append(-shard.rows.label_logprob[shard.loss_mask])
+            unigram_nll.append(unigram[_labels(shard)])
+    return {
+        "target_nll": float(np.concatenate(target_nll).mean()),
+        "unigram_nll": float(np.concatenate(unigram_nll).mean()),
+    }
+
+
+def _labels(shard: Shard) -> NDArray[np.uint32]:
+    return shard.ids[np.flatnonzero(shard.loss_mask) + 1]

@@ -1,0 +1,101 @@
+"""What the demo says at its end: the table, and whether a difference in it is more than chance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+HEAD = ("draft", "method", "greedy", "sampled", "tau greedy", "tau sampled", "sampled, lower..upper", "greedy")
+"""alpha measured, tau measured, alpha from the cache."""
+
+
+def report(results: dict[str, Any]) -> list[str]:
+    """Returns the lines of the closing report.
+
+    Args:
+        results: As `jobs/demo.py` writes them to results.json.
+    """
+    drafts, target, dumps = results["drafts"], results["target"], results["dump"]
+    first = drafts[0]["evaluation"]
+    dump, held_out = dumps["train"], dumps["held_out"]
+    bytes_per_row = dump["bytes_per_counted_row"]["target"]
+    speeds = {d["draft"]: d["training"]["rows_per_second"] for d in reversed(drafts)}
+    greedy, sampled = (first["measured"][mode] for mode in ("greedy", "sampled"))
+    return [
+        "",
+        *_table(drafts),
+        "",
+        f"alpha: accepted / (accepted + calls with a rejection), over {greedy['prompts']} held-out prompts, gamma "
+        f"{first['gamma']}, at most {greedy['max_new_tokens']} new tokens;",
+        f"  one standard error is about {100 * _error(greedy):.1f} points greedy, {100 * _error(sampled):.1f} sampled. "
+        "tau: tokens per target call.",
+        f"from the cache: teacher-forced, over {first['cached']['rows']:,} rows of {held_out['documents']} held-out "
+        "documents; bounds of the sampled alpha, and argmax agreement",
+        "",
+        *_verdicts(drafts),
+        "",
+        f"store       {bytes_per_row:.1f} bytes a row ({dump['entries'] / dump['counted_rows']:.1f} entries), "
+        f"{dump['counted_rows']:,} rows that count of {dump['store_rows']:,}",
+        f"dump        {dump['rows_per_second']:,.0f} rows/s, the actors' start included",
+        "training    " + ", ".join(f"{name} {speed:,.0f} rows/s" for name, speed in reversed(speeds.items()))
+        + f" (plain distillation), {drafts[0]['training']['steps']:.0f} steps for every draft and method",
+        f"target      {target['parameters'] / 1e6:.2f} M parameters, {target['target_nll']:.2f} nats a held-out token; "
+        f"unigram {target['unigram_nll']:.2f}",
+        f"time        {results['seconds']['total']:.0f} s: "
+        + ", ".join(f"{name} {s:.0f}" for name, s in results["seconds"].items() if name != "total"),
+    ]  # fmt: skip
+
+
+def _table(drafts: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for draft in drafts:
+        measured, cached = draft["evaluation"]["measured"], draft["evaluation"]["cached"]
+        rows.append(
+            (
+                f"{draft['draft']} {draft['parameters'] / 1e6:.2f} M",
+                draft["method"],
+                *(f"{measured[mode]['alpha']:.3f}" for mode in ("greedy", "sampled")),
+                *(f"{measured[mode]['tau']:.2f}" for mode in ("greedy", "sampled")),
+                f"{cached['alpha_lower']:.3f}..{cached['alpha_upper']:.3f}",
+                f"{cached['argmax_agreement']:.3f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in (HEAD, *rows)) for i in range(len(HEAD))]
+    groups = (("", 2), ("alpha measured", 2), ("tau measured", 2), ("alpha from the cache", 2))
+    spans, column = [], 0
+    for title, count in groups:
+        spans.append(title.center(sum(widths[column : column + count]) + 2 * (count - 1)))
+        column += count
+    lines = ["  ".join(spans).rstrip()]
+    for row in (HEAD, *rows):
+        cells = [f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells))
+    lines.insert(2, "  ".join("-" * width for width in widths))
+    return lines
+
+
+def _verdicts(drafts: list[dict[str, Any]]) -> list[str]:
+    """Says for each draft which method has the highest alphas, and by how much AdaSPEC is ahead or behind."""
+    lines = []
+    for name in dict.fromkeys(draft["draft"] for draft in drafts):
+        methods = {draft["method"]: draft["evaluation"] for draft in drafts if draft["draft"] == name}
+        (adaspec,) = (evaluation for method, evaluation in methods.items() if "AdaSPEC" in method)
+        plain = methods["distillation"]
+        parts = []
+        for mode in ("greedy", "sampled"):
+            ours, theirs = adaspec["measured"][mode], plain["measured"][mode]
+            parts.append(f"{mode} {100 * (ours['alpha'] - theirs['alpha']):+.1f} ± {100 * math.hypot(_error(ours), _error(theirs)):.1f}")
+        for mode, key in (("greedy", "argmax_agreement"), ("sampled", "alpha_plug_in")):
+            parts.append(f"{mode} {100 * (adaspec['cached'][key] - plain['cached'][key]):+.1f}")
+        best = max(methods, key=lambda method: methods[method]["cached"]["argmax_agreement"])
+        lines.append(
+            f"{name}: AdaSPEC against distillation, points of alpha: measured {parts[0]}, {parts[1]}; "
+            f"from the cache {parts[2]}, {parts[3]}"
+        )
+    return lines
+
+
+def _error(result: dict[str, Any]) -> float:
+    """Standard error of a measured alpha, every looked-at token counted as independent."""
+    looked_at = result["accepted"] + result["rejections"]
+    return math.sqrt(result["alpha"] * (1.0 - result["alpha"]) / looked_at)

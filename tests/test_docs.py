@@ -1,0 +1,316 @@
+"""The documentation states the truth: the format's worked example is rebuilt, commands parse, links resolve.
+
+Blocks of docs/format.md that show the example are named in their info string (```text NAME) and must be what `shown`
+makes of the rebuilt store.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import struct
+import time
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = sorted(path for top in ("logitstore", "trainer", "jobs") for path in (ROOT / top).rglob("*.py"))
+FORMAT = (ROOT / "docs" / "format.md").read_text()
+
+IDS, LOSS_MASK, LENGTHS = [4, 1, 3, 5, 1, 2, 0], [0, 1, 1, 0, 1, 1, 0], [4, 3]
+SIXTEENTHS = {
+    1: [2, 1, 0.5, 8, 4, 0.5],
+    2: [0.25, 0.25, 0.25, 0.125, 0.125, 15],
+    4: [6, 0.5, 8, 0.5, 0.5, 0.5],
+    5: [5, 2, 1, 3, 1, 4],
+}
+"""The target's distribution at each row that counts, times 16."""
+COMPUTED = {"seconds", "writer", "written"}
+"""Fields of a commit that every run fills differently."""
+
+
+def blocks(text):
+    """{info string: content} of the fenced blocks that have one."""
+    return {info.strip(): body for info, body in re.findall(r"^```(\S[^\n]*)\n(.*?)^```$", text, re.M | re.S)}
+
+
+def example_rows():
+    from logitstore import Rows
+
+    counts, token_ids, logprobs = [], [], []
+    tail, label, entropy = (np.full(len(IDS), np.nan) for _ in range(3))
+    for i, counts_here in enumerate(LOSS_MASK):
+        if not counts_here:
+            counts.append(0)
+            continue
+        p = np.array(SIXTEENTHS[i]) / 16
+        order = np.argsort(-p, kind="stable")
+        kept = order[: min(3, int((p[order].cumsum() < 0.8).sum()) + 1)]  # nucleus of mass 0.8, at most 3 entries
+        counts.append(len(kept))
+        token_ids.extend(kept)
+        logprobs.extend(np.log(p[kept]))
+        tail[i], label[i] = 1 - p[kept].sum(), np.log(p[IDS[i + 1]])
+        entropy[i] = -(p * np.log(p)).sum()
+    return Rows(
+        counts=np.array(counts), token_ids=np.array(token_ids, np.uint32), logprobs=np.array(logprobs, np.float32),
+        tail_mass=tail.astype(np.float32), label_logprob=label.astype(np.float32), entropy=entropy.astype(np.float32),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """URL of the worked example's store: two documents in one shard, and the losses of a uniform model."""
+    from logitstore import codec, writer
+    from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+    from logitstore.storage import Storage
+
+    def model(name):
+        return ModelSpec(name=name, revision="0", dtype="float32", padded_vocab_size=8)
+
+    target = TargetSpec(model=model("example/target"), scheme=Scheme(name="nucleus", k=3, mass=0.8, k_min=1))
+    spec = StoreSpec(
+        tokenizer=TokenizerSpec(
+            name="example/target", fingerprint=f"sha256:{'0' * 64}", vocab_size=6, chat_template=None
+        ),
+        data=DataSpec(source="example.jsonl", digest=None, columns="prompt_response", mask_policy="response"),
+        max_length=4, shard_rows=8, num_shards=1, target=target,
+    )  # fmt: skip
+    url = str(tmp_path_factory.mktemp("example") / "cache.zarr")
+    storage = Storage(url)
+    writer.create_store(storage, spec)
+    writer.add_layer(storage, spec, "target", target)
+    writer.add_layer(storage, spec, "losses/uniform", LossSpec(model=model("example/uniform")))
+    size = {"documents": 2, "rows": 7, "counted": 4, "started": time.monotonic()}
+
+    def write(layer, values, computed_from):
+        return writer.LayerWriter(storage, spec, layer).write(0, values, computed_from=computed_from, **size).digest
+
+    tokens = {"ids": np.array(IDS, "<u4"), "loss_mask": np.array(LOSS_MASK, "|u1"), "lengths": np.array(LENGTHS, "<u4")}
+    digest = write("tokens", tokens, None)
+    arrays = codec.encode(example_rows(), target.codebook)
+    digest = write("target", arrays, digest)
+    rows = codec.decode(arrays, target.codebook)
+    ce, label = np.full(7, np.nan, np.float32), np.full(7, np.nan, np.float32)
+    for i in np.flatnonzero(LOSS_MASK):
+        row = rows.slice(i, i + 1)
+        left = 1 - row.counts[0] / 6
+        ce[i] = np.exp(row.logprobs.astype(float)).sum() * np.log(6) - float(row.tail_mass[0]) * np.log(left)
+        label[i] = -np.log(6)
+    write("losses/uniform", {"ce": codec.round_mantissa(ce), "label_logprob": codec.round_mantissa(label)}, digest)
+    return url
+
+
+def line(name, values):
+    shown = [f"{v:.6f}".replace("nan", "NaN") if isinstance(v, float) else str(v) for v in values.tolist()]
+    return f"{name:<14}{'  '.join(shown)}\n"
+
+
+def shown(url):
+    """What the blocks of the example must say, by name."""
+    import logitstore
+    from logitstore.codec import Codebook
+
+    store = logitstore.open(url)
+    texts = {}
+    for layer in ("tokens", "target", "losses/uniform"):
+        texts[f"text {layer}"] = "".join(line(*item) for item in store.read_arrays(layer, 0).items())
+    rows = store.read_shard(0).rows
+    decoded = []
+    for i in np.flatnonzero(LOSS_MASK):
+        row = rows.slice(i, i + 1)
+        entries = "  ".join(f"{t}: {lp:.5f}" for t, lp in zip(row.token_ids, row.logprobs, strict=True))
+        decoded.append(f"row {i}   {entries:<42}tail mass {row.tail_mass[0]:.6f}\n")
+    texts["text decoded"] = "".join(decoded)
+    book = Codebook()
+    texts["text codes"] = "".join(
+        f"code {c:>3}   logprob {book.table[c] + 0.0:>10.6f}   largest error {book.max_errors[c]:.6f}\n"
+        for c in (0, 1, 16, 53, 75, 128, 192, 255)
+    )
+    root = Path(url)
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    sizes = {file: f"{(root / file).stat().st_size:>6}" if "/c/" in file else "" for file in files}
+    texts["text files"] = "".join(f"{file:<40}{size}".rstrip() + "\n" for file, size in sizes.items())
+    return texts
+
+
+def test_worked_example_is_what_the_code_writes(example):
+    found = blocks(FORMAT)
+    for name, text in shown(example).items():
+        assert found[name] == text, name
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "target/zarr.json", "losses/uniform/zarr.json"])
+def test_attributes_in_the_document_are_those_written(example, file):
+    stated = json.loads(blocks(FORMAT)[f"json {file}"])
+    assert stated == json.loads(Path(example, file).read_text())["attributes"]
+
+
+def test_array_metadata_in_the_document_is_that_written(example):
+    stated = json.loads(blocks(FORMAT)["json target/counts/zarr.json"])
+    written = json.loads(Path(example, "target/counts/zarr.json").read_text())
+    assert stated == {name: written[name] for name in stated}
+    assert set(written) - set(stated) <= {"zarr_format", "node_type", "attributes", "storage_transformers"}
+
+
+@pytest.mark.parametrize("layer", ["tokens", "target", "losses/uniform"])
+def test_commits_in_the_document_are_those_written(example, layer):
+    file = f"commits/{layer}/000000.json"
+    stated, written = json.loads(blocks(FORMAT)[f"json {file}"]), json.loads(Path(example, file).read_text())
+    assert stated.keys() == written.keys()
+    assert {n: v for n, v in stated.items() if n not in COMPUTED} == {
+        n: v for n, v in written.items() if n not in COMPUTED
+    }
+
+
+def parse_object(data, num_chunks=1):
+    """Takes a shard's object apart by the document's words alone; raw bytes may differ between versions of Blosc."""
+    from numcodecs import blosc
+
+    index, (index_crc,) = data[-16 * num_chunks - 4 : -4], struct.unpack("<I", data[-4:])
+    assert index_crc == google_crc32c.value(index)
+    offset, length = struct.unpack("<QQ", index)
+    chunk = data[offset : offset + length - 4]
+    assert struct.unpack("<I", data[offset + length - 4 : offset + length])[0] == google_crc32c.value(chunk)
+    version, _, flags, typesize, num_bytes, _, compressed = struct.unpack("<BBBBIII", chunk[:16])
+    assert (version, flags & 1, flags >> 5, compressed) == (2, 1, 4, len(chunk))  # Blosc 1, byte shuffle, zstd
+    if flags & 2:
+        assert chunk[16:] == blosc.decompress(chunk)
+    return typesize, num_bytes, blosc.decompress(chunk)
+
+
+def test_object_taken_apart_in_the_document_is_that_written(example):
+    dump = blocks(FORMAT)["text target/counts/c/0"]
+    lines = re.findall(r"^([0-9a-f]{2}) +((?:[0-9a-f]{2} )*[0-9a-f]{2})(?: {2,}|$)", dump, re.M)
+    stated = bytes.fromhex("".join(part for _, part in lines))
+    places = np.cumsum([0, *(len(bytes.fromhex(part)) for _, part in lines)])
+    assert [int(place, 16) for place, _ in lines] == places[:-1].tolist()
+    counts = np.array([0, 3, 1, 0, 2, 3, 0, 0], "<u2")
+    assert parse_object(stated) == (2, 16, counts.tobytes())
+    assert parse_object(Path(example, "target/counts/c/0").read_bytes()) == parse_object(stated)
+
+
+def test_reader_in_the_document_needs_no_logitstore_code(example):
+    """The document's own reader, on zarr and NumPy alone, checks the shard and decodes it."""
+    import logitstore
+
+    code = blocks(FORMAT)["python reader"]
+    assert "import logitstore" not in code
+    found = {"url": example}
+    exec(compile(code, "docs/format.md", "exec"), found)
+    shard = logitstore.open(example).read_shard(0)
+    np.testing.assert_array_equal(found["arrays"]["token_ids"], shard.rows.token_ids)
+    np.testing.assert_allclose(found["logprobs"], shard.rows.logprobs, atol=1e-6)
+
+
+def test_plain_zarr_reads_the_arrays(example):
+    import zarr
+
+    group = zarr.open_group(example, mode="r")
+    np.testing.assert_array_equal(group["tokens/ids"][:], [*IDS, 0])
+    np.testing.assert_array_equal(group["tokens/lengths"][:], [*LENGTHS, 0, 0, 0, 0, 0, 0])
+    assert group["target/token_ids"].shape == (24,)
+    assert np.isnan(group["target/tail"][7])
+
+
+def test_decoded_logprobs_are_within_the_stated_error():
+    from logitstore import Rows, codec
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=rng.uniform(0.5, 4.0, size=(500, 1)), size=(500, 200))
+    logprobs = -np.sort(-(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)), axis=1)
+    kept, tail = logprobs[:, :40], np.exp(logprobs[:, 40:]).sum(1)
+    nothing = np.zeros(500, np.float32)
+    rows = Rows(
+        counts=np.full(500, 40), token_ids=np.zeros(20000, np.uint32), logprobs=kept.astype(np.float32).reshape(-1),
+        tail_mass=tail.astype(np.float32), label_logprob=nothing, entropy=nothing,
+    )  # fmt: skip
+    book = codec.Codebook()
+    arrays = codec.encode(rows, book)
+    error = np.abs(codec.decode(arrays, book).logprobs.reshape(500, 40) - kept)
+    allowed = book.max_errors[arrays["logprobs"]].reshape(500, 40)
+    inside = kept > -16
+    largest = np.where(inside, allowed, 0).max(axis=1, keepdims=True)
+    assert (error <= allowed + largest + 3e-4)[inside].all()
+    sums = np.exp(codec.decode(arrays, book).logprobs.reshape(500, 40)).sum(1) + np.exp(arrays["tail"])
+    np.testing.assert_allclose(sums, 1.0, atol=1e-5)
+
+
+def commands():
+    """Every command line of a job in a fenced block, continuation lines joined."""
+    found = []
+    for path in DOCUMENTS:
+        for body in re.findall(r"^```[^\n]*\n(.*?)^```$", path.read_text(), re.M | re.S):
+            for text in body.replace("\\\n", " ").splitlines():
+                if match := re.search(r"(?:python|torchrun)\b[^#]*?jobs/(\w+)\.py(.*)$", text):
+                    found.append(pytest.param(*match.groups(), id=f"{path.name}-{len(found)}-{match[1]}"))
+    return found
+
+
+@pytest.mark.parametrize(("job", "arguments"), commands())
+def test_commands_in_the_documents_parse(job, arguments):
+    module = importlib.import_module(job)
+    argv = shlex.split(arguments, comments=True)
+    if hasattr(module, "parser"):
+        module.parser().parse_args(argv)
+    else:
+        module.parse(argv)
+
+
+def test_logitstore_commands_in_the_documents_are_there(capsys):
+    from logitstore.cli import main
+
+    found = {name for path in DOCUMENTS for name in re.findall(r"^logitstore (\w+) s3:", path.read_text(), re.M)}
+    assert found
+    for name in found:
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+
+
+def test_read_api_of_the_readme_runs(tiny_store):
+    (code,) = re.findall(r"^```python\n(import logitstore\n.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    # the test's store has one losses layer and it lies on disk
+    code = code.replace("s3://bucket/cache.zarr", tiny_store).replace('"ref"', '"reference"')
+    found = {}
+    exec(compile(code.replace('"untrained"', '"reference"'), "README.md", "exec"), found)
+    assert len(found["ce"]) == len(found["gap"]) == len(found["doc"].ids)
+    assert found["total"] == found["store"].num_rows
+
+
+def test_assisted_generation_of_the_readme_runs(tiny, capsys):
+    (code,) = re.findall(r"^```python\n(from transformers.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    code = code.replace("Qwen/Qwen3-8B", tiny.target).replace("out/draft", tiny.draft)
+    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=8"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("def fibonacci(n):")
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_relative_links_resolve(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        to = (path.parent / file).resolve() if file else path
+        assert to.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", to.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("path", [*CODE, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_absolute_path_of_a_machine(path):
+    assert not re.findall(r"(?<![\w.:/~-])/(?:home|root|work|tmp|mnt|Users|opt|var)/\S*", path.read_text())
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_says_target_and_draft(path):
+    # teacher-forced is a term of its own: on given text
+    assert not re.findall(r"teacher(?!-forced)|student", path.read_text(), re.I)
