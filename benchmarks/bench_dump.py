@@ -25,7 +25,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitstore import writer
-from logitstore.dump import scoring
+from logitstore.batches import batches
 from logitstore.dump.pipeline import SHARDS_IN_FLIGHT
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.reader import Store
@@ -80,7 +80,7 @@ def forward(dumper, storage, args, *, chunked):
     """Seconds of the forward alone, over the batches that the dump runs: whole, or with the head in chunks of rows."""
     lm = dumper._target
     shards = list(Store(storage).shards(("tokens",)))
-    work = [batch for shard in shards for batch in scoring.batches(shard, args.batch_tokens)]
+    work = [batch for shard in shards for batch in batches(shard, args.batch_tokens)]
     synchronize(args)
     started = time.perf_counter()
     for batch in work:

@@ -147,19 +147,14 @@ def parse(argv: list[str]) -> tuple[DraftArguments, TrainingArguments, dict[str,
     return draft, training, repeated
 
 
-def _read_mapping(path: str, what: str) -> dict[str, Any]:
+def _read_run(path: str, known: set[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not YAML ({type(error).__name__})"
-        raise ValueError(f"{what} must be a readable YAML or JSON file, got {path}: {reason}") from None
+        raise ValueError(f"run file must be a readable YAML file, got {path}: {reason}; see --help") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{what} must be a file of `name: value` lines, got {path}, which holds something else")
-    return values
-
-
-def _read_run(path: str, known: set[str]) -> dict[str, Any]:
-    values = _read_mapping(path, "run file")
+        raise ValueError(f"run file must be a file of `name: value` lines, got {path}, which holds something else")
     if unknown := sorted(set(values) - known):
         raise ValueError(f"run file must have the names of flags only, got {unknown[0]!r} in {path}; see --help")
     # argparse converts and checks defaults that are strings, as if they were flags: 3e-4 is a string to YAML

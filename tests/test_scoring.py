@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import logitstore
 from logitstore import codec
+from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import scoring
 from logitstore.spec import Scheme
@@ -97,7 +98,7 @@ def test_padding_tokens_do_not_reach_real_ones(target, store):
 
 
 def test_what_fills_the_padding_does_not_matter(target, store):
-    batch = next(scoring.batches(store.shard(0), 10**6))
+    batch = next(batches(store.shard(0), 10**6))
     lm = SplitLM(target, VOCAB_SIZE)
     real = np.zeros(batch.ids.shape, dtype=bool)
     lengths = np.sort(store.shard(0).lengths)[::-1]
@@ -149,9 +150,9 @@ def test_logits_beyond_the_true_vocabulary_never_enter(target, store):
 
 def test_batches_cover_each_counted_row_once(store):
     shard = store.shard(0)
-    seen = np.concatenate([batch.rows for batch in scoring.batches(shard, 300)])
+    seen = np.concatenate([batch.rows for batch in batches(shard, 300)])
     assert sorted(seen) == np.flatnonzero(shard.loss_mask).tolist()
-    for batch in scoring.batches(shard, 300):
+    for batch in batches(shard, 300):
         assert batch.ids.size <= 300 or len(batch.ids) == 1
         np.testing.assert_array_equal(batch.ids.reshape(-1)[batch.places], shard.ids[batch.rows])
         np.testing.assert_array_equal(batch.labels, shard.ids[batch.rows + 1])

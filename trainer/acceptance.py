@@ -1,8 +1,7 @@
 """Acceptance rate of a draft from the cache: teacher-forced, on the stored rows, without the target.
 
 How often a target accepts the draft's token after *its own documents'* text; what a served model accepts after text
-that it wrote itself is measured by `trainer.speculative`. N rows, K entries per row at most, V vocabulary, B batch,
-T tokens.
+that it wrote itself is measured by `trainer.speculative`. N rows, K entries per row at most, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from logitstore import codec
+from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM, check_vocabulary, model_spec
 from logitstore.errors import LayerNotFoundError
 from logitstore.support import Support, on_support, soft_cross_entropy
@@ -21,11 +20,13 @@ from logitstore.support import Support, on_support, soft_cross_entropy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from logitstore import Rows, Shard, Store
+    from logitstore import Rows, Store
+    from logitstore.batches import Batch
     from logitstore.spec import TargetSpec
 
 BOUND_SLACK = 1e-5
@@ -166,14 +167,14 @@ def cached_acceptance(
             if left == 0:
                 break
             scored = _ShardScorer(lm, store, store.spec.target, index)
-            for documents in _batches(scored.shard, batch_tokens, left):
-                num_documents += len(documents)
-                for part in scored.score(documents):
+            num_documents += len(scored.shard.lengths[:left])
+            for batch in batches(scored.shard, batch_tokens, left):
+                for part in scored.score(batch):
                     num_rows += len(part.alpha_lower)
                     totals = torch.stack([getattr(part, name) for name in sums]).sum(-1).tolist()
                     sums = {name: old + new for (name, old), new in zip(sums.items(), totals, strict=True)}
                 if progress is not None:
-                    progress(len(documents))
+                    progress(len(batch.ids))
     finally:
         draft.train(training)
     if not num_rows:
@@ -183,18 +184,6 @@ def cached_acceptance(
         )
     means = {name: total / num_rows for name, total in sums.items()}
     return CachedAcceptance(documents=num_documents, rows=num_rows, **means)
-
-
-def _batches(shard: Shard, batch_tokens: int, max_documents: int | None) -> Iterator[NDArray[np.intp]]:
-    """Groups the first documents of a shard by length, so that little of a batch is padding."""
-    documents = np.argsort(shard.lengths[:max_documents], kind="stable")
-    start = 0
-    while start < len(documents):
-        stop = start + 1
-        while stop < len(documents) and (stop + 1 - start) * shard.lengths[documents[stop]] <= batch_tokens:
-            stop += 1
-        yield documents[start:stop]
-        start = stop
 
 
 class _ShardScorer:
@@ -208,21 +197,15 @@ class _ShardScorer:
         self._rows = (codec.decode(arrays, target.codebook), *codec.decode_bounds(arrays, target.codebook))
 
     @torch.no_grad()
-    def score(self, documents: NDArray[np.intp]) -> Iterator[RowAcceptance]:
-        """Scores the masked rows of some documents, a chunk of rows at a time."""
-        lengths, starts = self.shard.lengths[documents], self.shard.starts[documents]
-        places = starts[:, None] + np.arange(lengths.max())
-        inside = np.arange(lengths.max()) < lengths[:, None]
-        places = np.where(inside, places, 0)
-        ids = np.where(inside, self.shard.ids[places], 0).astype(np.int64)
-        masked = inside & self.shard.loss_mask[places]
-        rows = places[masked]
+    def score(self, batch: Batch) -> Iterator[RowAcceptance]:
+        """Scores the rows of a batch that count, a chunk of rows at a time."""
         device = self._lm.device
-        hidden = self._lm.hidden(torch.from_numpy(ids).to(device))[torch.from_numpy(masked).to(device)]
-        for start in range(0, len(rows), self._lm.rows_per_chunk):
+        hidden = self._lm.hidden(torch.from_numpy(batch.ids).to(device)).flatten(0, 1)
+        hidden = hidden[torch.from_numpy(batch.places).to(device)]
+        for start in range(0, len(hidden), self._lm.rows_per_chunk):
             chunk = slice(start, start + self._lm.rows_per_chunk)
             logprobs = self._lm.logits(hidden[chunk]).log_softmax(-1)
-            yield row_acceptance(logprobs, *(_support(part, rows[chunk], device) for part in self._rows))
+            yield row_acceptance(logprobs, *(_support(part, batch.rows[chunk], device) for part in self._rows))
 
 
 def _support(stored: Rows, rows: NDArray[np.intp], device: torch.device) -> Support:
