@@ -23,6 +23,10 @@ LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
 """Logits of one chunk of rows: 8 MiB in float32, which a CPU's cache nearly holds; 256 MiB keep a GPU busy."""
 
 
+WEIGHTS = frozenset({".safetensors", ".bin"})
+"""How the files of weights end."""
+
+
 class SplitLM:
     """A causal LM in two halves, so that the head runs on chosen rows alone.
 
@@ -185,7 +189,7 @@ def _revision(name: str, config: PreTrainedConfig) -> str:
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or "unknown")
     sha = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") and p.is_file()):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in WEIGHTS and p.is_file()):
         size = path.stat().st_size
         sha.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
@@ -211,12 +215,62 @@ def tokenizer_spec(tokenizer: PreTrainedTokenizerBase, *, uses_chat_template: bo
     )
 
 
+def check_model(
+    name: str,
+    *,
+    what: str,
+    made: TokenizerSpec,
+    max_length: int | None,
+    revision: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+) -> tuple[ModelSpec, PreTrainedTokenizerBase]:
+    """Checks that a model fits documents, by its configuration, tokenizer and file names; reads no weights.
+
+    Args:
+        name: Hugging Face id or folder.
+        what: Its part, for the messages: target, draft, reference NAME.
+        made: The tokenizer that made the documents.
+        max_length: Most tokens of a document; None where there are none.
+        revision: Branch, tag or commit of the hub.
+        dtype: What it will run in; "auto" takes the configuration's.
+        trust_remote_code: Whether code from its repository may run.
+
+    Returns:
+        Its description, and its own tokenizer.
+
+    Raises:
+        ValueError: It has another tokenizer, too small a vocabulary or context, or no weights.
+    """
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    found = tokenizer_spec(tokenizer, uses_chat_template=False)
+    if found.fingerprint != made.fingerprint:
+        raise ValueError(
+            f"{what} must have the tokenizer of {made.name} ({made.vocab_size} tokens, {made.fingerprint[:19]}), got "
+            f"{what}={name} with another ({found.vocab_size} tokens, {found.fingerprint[:19]}); give a model of the "
+            "same family"
+        )
+    spec = model_spec(name, config, dtype)
+    check_vocabulary(spec, made, what)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length is not None and context is not None and max_length > context:
+        raise ValueError(
+            f"max_length must be at most {context}, the context of {what}={name}, got max_length={max_length}; give "
+            "a smaller --max_length to the dump"
+        )
+    folder = Path(name)
+    if folder.is_dir() and not any(path.suffix in WEIGHTS for path in folder.iterdir()):
+        raise ValueError(f"{what} must have weights, got {what}={name} without a .safetensors file; save them there")
+    return spec, tokenizer
+
+
 def check_vocabulary(spec: ModelSpec, tokenizer: TokenizerSpec, what: str) -> None:
     """Raises ValueError if a model has fewer output rows than the tokenizer has tokens."""
     if spec.padded_vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"{what} must have a vocabulary of at least {tokenizer.vocab_size} as the store's tokenizer "
-            f"{tokenizer.name}, got vocab_size={spec.padded_vocab_size} of {spec.name}; give a model of the same family"
+            f"{what} must have a vocabulary of at least {tokenizer.vocab_size} as the tokenizer {tokenizer.name}, got "
+            f"vocab_size={spec.padded_vocab_size} of {spec.name}; give a model of the same family"
         )
 
 
