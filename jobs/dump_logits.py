@@ -6,7 +6,7 @@
     python jobs/dump_logits.py --store cache.zarr --reference NAME=MODEL        losses on a finished store, no target
 
 Run the same command again to go on after any kind of end: committed shards are skipped.
-Exit status: 0 done; 2 a mistake in the arguments, nothing was computed; 3 some shards were set aside.
+Exit status: 0 done; 1 nothing can be computed; 2 a mistake in the arguments, nothing was tried; 3 shards set aside.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _errors import user_errors
+from _options import options_for
 
-from logitstore.causal_lm import check_vocabulary, load_config, load_tokenizer, model_spec
+from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.errors import LayerNotFoundError
 from logitstore.layout import losses_layer
 from logitstore.reader import Store
@@ -41,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("documents (not needed once a store has them)")
     data.add_argument("--data", metavar="DATA", help="path or URL of JSONL, Parquet or text, or hf:name[:split]")
     data.add_argument("--tokenizer", metavar="MODEL", help="default: the target's")
-    data.add_argument("--max_length", type=int, default=2048, help="tokens of a document; longer ones become windows")
+    data.add_argument("--max_length", type=int, help="tokens of a document; longer ones become windows "
+                      "(default: 2048, or the target's context where that is less)")  # fmt: skip
     data.add_argument("--shard_rows", type=int, default=2**18, help="most rows of a shard (default %(default)s)")
     data.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
 
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Slow imports wait until the arguments are known to parse.
     import ray
 
-    from logitstore.dump.pipeline import DumpPlan, missing_layers, run_dump
+    from logitstore.dump.pipeline import DumpError, DumpPlan, missing_layers, run_dump
     from logitstore.dump.worker import ModelSource
 
     with user_errors():
@@ -91,9 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"gpus_per_actor must be at least 0, got gpus_per_actor={args.gpus_per_actor}")
         if not args.target and not sources and not args.data:
             raise ValueError("target must be given, got none; give --target, --reference or --data to say what to do")
-        target = None if args.target is None else _describe(args, args.target, args.revision)
-        references = {name: _describe(args, model, None) for name, model in sources.items()}
-        store = _documents(args, storage, scheme, target, references)
+        store, target, references = _documents(args, storage, scheme, sources)
         if args.target is None and sources:
             _check_target_complete(store)
         wanted: dict[str, TargetSpec | LossSpec] = {}
@@ -107,7 +108,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def source(name: str, revision: str | None, spec: ModelSpec) -> ModelSource:
         return ModelSource(
-            name=name,
+            # Actors may run in another folder.
+            name=str(Path(name).resolve()) if Path(name).is_dir() else name,
             revision=revision,
             dtype=spec.dtype,
             attn_implementation=args.attn_implementation,
@@ -133,7 +135,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if missing_layers(Store(storage), plan) and not ray.is_initialized():
         # No address: a submitted job joins its cluster, RAY_ADDRESS is heeded, otherwise a local Ray starts.
         ray.init(logging_level=logging.ERROR)
-    report = run_dump(storage, plan, progress=not args.no_progress)
+    try:
+        report = run_dump(storage, plan, progress=not args.no_progress)
+    except DumpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     summary |= {
         "layers": list(wanted),
         "rows": report.rows,
@@ -173,26 +179,34 @@ def _references(given: list[str]) -> dict[str, str]:
     return sources
 
 
-def _describe(args: argparse.Namespace, name: str, revision: str | None) -> ModelSpec:
-    config = load_config(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    return model_spec(name, config, args.dtype)
-
-
 def _documents(
-    args: argparse.Namespace,
-    storage: Storage,
-    scheme: Scheme,
-    target: ModelSpec | None,
-    references: dict[str, ModelSpec],
-) -> Store:
-    """Checks all models against the documents' tokenizer, then prepares the documents or opens the prepared store."""
+    args: argparse.Namespace, storage: Storage, scheme: Scheme, sources: dict[str, str]
+) -> tuple[Store, ModelSpec | None, dict[str, ModelSpec]]:
+    """Checks all models against the documents' tokenizer, then prepares the documents or opens the prepared store.
 
-    def check(tokenizer: TokenizerSpec) -> None:
+    Returns:
+        The store, and what the target and the references are.
+    """
+
+    def check(
+        made: TokenizerSpec, max_length: int
+    ) -> tuple[ModelSpec | None, dict[str, ModelSpec]]:
+        def describe(name: str, what: str, revision: str | None) -> ModelSpec:
+            return check_model(
+                name, what=what, made=made, max_length=max_length, revision=revision, dtype=args.dtype,
+                trust_remote_code=args.trust_remote_code,
+            )[0]  # fmt: skip
+
+        if args.target is not None:
+            scheme.check_vocabulary(made.vocab_size)
+        target = None if args.target is None else describe(args.target, "target", args.revision)
+        references = {name: describe(model, f"reference {name}", None) for name, model in sources.items()}
+        # Before an hour of tokenising, not after it.
         if target is not None:
-            scheme.check_vocabulary(tokenizer.vocab_size)
-            check_vocabulary(target, tokenizer, "target")
+            check_layer(storage, "target", TargetSpec(model=target, scheme=scheme))
         for name, spec in references.items():
-            check_vocabulary(spec, tokenizer, f"reference {name}")
+            check_layer(storage, losses_layer(name), LossSpec(model=spec))
+        return target, references
 
     if args.data is None:
         store = Store(storage)
@@ -201,9 +215,7 @@ def _documents(
                 f"tokens must be complete, got {len(missing)} of {store.spec.num_shards} shards missing in "
                 f"{store.url}; give --data again to finish preparing"
             )
-        check(store.spec.tokenizer)
-        return store
-    from logitstore.causal_lm import tokenizer_spec
+        return store, *check(store.spec.tokenizer, store.spec.max_length)
     from logitstore.dump.documents import prepare
 
     name = args.tokenizer or args.target
@@ -214,18 +226,31 @@ def _documents(
         revision=args.revision if name == args.target else None,
         trust_remote_code=args.trust_remote_code,
     )
-    check(tokenizer_spec(tokenizer, uses_chat_template=False))
-    same_place = args.store.partition("://")[0] == args.data.partition("://")[0] and "://" in args.store
-    return prepare(
+    max_length = _max_length(args, storage)
+    target, references = check(tokenizer_spec(tokenizer, uses_chat_template=False), max_length)
+    store = prepare(
         storage,
         args.data,
         tokenizer,
-        max_length=args.max_length,
+        max_length=max_length,
         shard_rows=args.shard_rows,
         num_proc=args.num_proc,
-        storage_options=read_options(args.storage_options) if same_place else None,
+        storage_options=options_for(args.data, args.store, read_options(args.storage_options)),
         progress=not args.no_progress,
     )
+    return store, target, references
+
+
+def _max_length(args: argparse.Namespace, storage: Storage) -> int:
+    if args.max_length is not None:
+        return int(args.max_length)
+    if storage.group_attributes("") is not None:
+        return Store(storage).spec.max_length
+    context = None
+    if args.target is not None:
+        config = load_config(args.target, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(2048, context or 2048)
 
 
 def _check_target_complete(store: Store) -> None:

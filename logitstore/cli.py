@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from logitstore.errors import LogitStoreError
+from logitstore.errors import DamagedShardError, LogitStoreError
 from logitstore.layout import layer_arrays
 from logitstore.reader import Store
 from logitstore.spec import LossSpec, TargetSpec
@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         storage = Storage(args.url, read_options(args.storage_options))
-        store = Store(storage)
+        try:
+            store = Store(storage)
+        except DamagedShardError as error:  # a store whose tokens' commits are damaged cannot even be numbered
+            print(f"{error.layer}/{error.shard}: {error.reason}")
+            return 1
         return _info(store, storage, as_json=args.json) if args.command == "info" else _verify(store, args.num_threads)
     except (LogitStoreError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from logitstore.errors import DamagedShardError
+from logitstore.errors import DamagedShardError, FormatError
 from logitstore.layout import layer_arrays
 
 if TYPE_CHECKING:
@@ -119,8 +119,18 @@ def read_commits(storage: Storage, layer: str, shards: list[int]) -> list[Commit
     Raises:
         DamagedShardError: A record is not what its name says, or lacks a field.
     """
-    values = storage.get_many_json([_path(layer, shard) for shard in shards])
+    try:
+        values = storage.get_many_json([_path(layer, shard) for shard in shards])
+    except FormatError:
+        values = [_read_one(storage, layer, shard) for shard in shards]
     return [_from_json(value, layer, shard) for value, shard in zip(values, shards, strict=True)]
+
+
+def _read_one(storage: Storage, layer: str, shard: int) -> Any:  # noqa: ANN401
+    try:
+        return storage.get_json(_path(layer, shard))
+    except FormatError as error:
+        raise DamagedShardError(layer, shard, "a commit record that is not JSON") from error
 
 
 def _from_json(value: object, layer: str, shard: int) -> Commit:

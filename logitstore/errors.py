@@ -6,6 +6,7 @@ LogitStoreError
 ├── IdentityError           (ValueError)         the store holds something other than what was asked for
 ├── LayerNotFoundError      (LookupError)        no such layer, or a shard of it is not committed
 ├── DamagedShardError       (OSError)            stored bytes differ from what was committed
+├── StorageError            (OSError)            the URL cannot be read or written at all
 └── MissingDriverError      (ImportError)        the URL needs a package that is not installed
 """
 
@@ -48,6 +49,10 @@ class DamagedShardError(LogitStoreError, OSError):
         self.layer = layer
         self.shard = shard
         self.reason = reason
+
+
+class StorageError(LogitStoreError, OSError):
+    """The URL cannot be read or written: no such bucket, no credentials, no network, no permission."""
 
 
 class MissingDriverError(LogitStoreError, ImportError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from logitstore import codec, commits, layout
-from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError, StoreNotFoundError
+from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError, StoreNotFoundError
 from logitstore.spec import LossSpec, StoreSpec, TargetSpec
 from logitstore.storage import Storage
 from logitstore.writer import stored_spec
@@ -132,7 +132,10 @@ class Store:
         self._storage = storage
         attributes = storage.group_attributes("")
         if attributes is None:
-            raise StoreNotFoundError(f"url must be that of a store, got url={storage.url}; there is no zarr.json in it")
+            raise StoreNotFoundError(
+                f"url must be that of a store, got url={storage.url} without a "
+                "zarr.json; give --data and --target to the dump to make one there"
+            )
         spec = stored_spec(StoreSpec, attributes, "store")
         target = storage.group_attributes("target")
         names = [name for name in storage.names("losses") if name != "zarr.json"]
@@ -166,7 +169,7 @@ class Store:
         self._first_document = np.cumsum([0, *(c.documents for c in found_commits)])
         self.num_rows = sum(c.rows for c in found_commits)
         self.num_counted = sum(c.counted for c in found_commits)
-        self._arrays: dict[str, Any] = {}
+        self._arrays: dict[tuple[str, str], Any] = {}
         self._cache: OrderedDict[tuple[int, tuple[str, ...]], Shard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -339,20 +342,31 @@ class Store:
 
     def _check_identity(self, commit: Commit) -> None:
         below = {"tokens": None, "target": "tokens"}.get(commit.layer, "target")
+        way_out = "dump into another store" if below == "tokens" else "dump the losses again under another name"
         if below is not None and commit.computed_from != (now := self.commit(below, commit.shard).digest):
             raise IdentityError(
                 f"shard {commit.shard} of layer {commit.layer!r} must be computed from {below} {now[:19]}, got "
-                f"{str(commit.computed_from)[:19]}; these values are stale: dump the layer again under another name"
+                f"{str(commit.computed_from)[:19]}; these values are stale: {way_out}"
             )
 
     def _read(self, layer: str, shard: int, name: str, span: slice) -> NDArray[Any]:
-        if layer not in self._arrays:
-            group = self._storage.zarr_group(layer)
-            self._arrays[layer] = {array.name: group[array.name] for array in layout.layer_arrays(layer)}
+        array = self._open_array(layer, name)
         try:
-            return np.asarray(self._arrays[layer][name][span])
+            return np.asarray(array[span])
         except (ValueError, RuntimeError) as error:  # what zarr's checksum and Blosc codecs raise on damaged bytes
             raise DamagedShardError(layer, shard, f"{name} that cannot be decoded ({error})") from error
+
+
+    def _open_array(self, layer: str, name: str) -> Any:  # noqa: ANN401
+        if (layer, name) not in self._arrays:
+            try:
+                self._arrays[layer, name] = self._storage.zarr_group(layer)[name]
+            except (KeyError, ValueError, TypeError) as error:  # what zarr raises on metadata missing or malformed
+                raise FormatError(
+                    f"{layer}/{name}/zarr.json must describe a Zarr array, got {type(error).__name__}: {error}; "
+                    "restore it from a copy of the store"
+                ) from error
+        return self._arrays[layer, name]
 
 
 def open(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> Store:

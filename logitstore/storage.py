@@ -8,7 +8,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec
 import zarr
@@ -17,7 +17,10 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 from zarr.errors import ContainsGroupError
 
-from logitstore.errors import FormatError, MissingDriverError
+from logitstore.errors import FormatError, LogitStoreError, MissingDriverError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def open_fs(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any, str]:
@@ -30,7 +33,7 @@ def open_fs(url: str, storage_options: dict[str, Any] | None = None) -> tuple[An
     if protocol is not None and protocol not in fsspec.available_protocols():
         raise MissingDriverError(
             f"url must have a protocol that fsspec knows, got url={without_credentials(url)}; "
-            f"known are {', '.join(sorted(p for p in fsspec.available_protocols() if p.isalnum()))}"
+            "give a folder, s3://, gs:// or abfs://, or install the package that registers this protocol"
         )
     try:
         fs, path = fsspec.url_to_fs(url, **(storage_options or {}))
@@ -86,6 +89,8 @@ class Storage:
         self._fs, path = open_fs(raw, storage_options)
         self.root = path.rstrip("/")
         self.is_local = isinstance(self._fs, LocalFileSystem)
+        if self.is_local:  # a process that this goes to may run in another folder
+            self._raw_url = self.root
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str, dict[str, Any]]]:
         return Storage, (self._raw_url, self._options)
@@ -103,8 +108,25 @@ class Storage:
 
     def create_group(self, path: str, attributes: dict[str, Any]) -> None:
         """Creates a group and its attributes in one write; one that is there already stays as it is."""
-        with contextlib.suppress(ContainsGroupError):
+        with self._reachable("written"), contextlib.suppress(ContainsGroupError):
             zarr.create_group(self._zarr_store("r+"), path=path, zarr_format=3, attributes=attributes)
+
+    def remove(self, path: str) -> None:
+        """Deletes a folder and all in it."""
+        self._fs.rm(f"{self.root}/{path}", recursive=True)
+
+    @contextlib.contextmanager
+    def _reachable(self, verb: str) -> Iterator[None]:
+        """Drivers raise whatever their services' libraries do: a first contact that fails becomes one clear error."""
+        try:
+            yield
+        except LogitStoreError:
+            raise
+        except Exception as error:
+            raise StorageError(
+                f"url must be one that can be {verb}, got url={self.url} ({type(error).__name__}: {error}); check the "
+                "bucket, the credentials and --storage_options"
+            ) from error
 
     def group_attributes(self, path: str) -> dict[str, Any] | None:
         """Reads the attributes of a group, None where there is no group.
@@ -112,10 +134,11 @@ class Storage:
         Raises:
             FormatError: There is one, but not of Zarr version 3.
         """
-        try:
-            metadata = self.get_json(f"{path}/zarr.json" if path else "zarr.json")
-        except FileNotFoundError:
-            return None
+        with self._reachable("read"):
+            try:
+                metadata = self.get_json(f"{path}/zarr.json" if path else "zarr.json")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         if not isinstance(metadata, dict) or metadata.get("node_type") != "group":
             raise FormatError(f"{path}/zarr.json must describe a Zarr group, got {metadata!r:.80}; this is no store")
         attributes = metadata.get("attributes", {})
@@ -181,4 +204,4 @@ class Storage:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise FormatError(f"{path} must be JSON, got {data[:40]!r}; run `logitstore verify`") from error
+            raise FormatError(f"{path} must be JSON, got {data[:40]!r}; restore it from a copy of the store") from error

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from logitstore.errors import DamagedShardError, IdentityError
+from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ def verify(store: Store, *, num_threads: int = 4, progress: Callable[[int], obje
                 store.read_shard(shard, layers=("tokens", "target"))
             else:
                 store.read_arrays(layer, shard)
-        except (DamagedShardError, IdentityError) as error:
+        except (DamagedShardError, FormatError, IdentityError, LayerNotFoundError) as error:
             if isinstance(error, DamagedShardError) and error.layer != layer:
                 return None  # found where it is
             reason = error.reason if isinstance(error, DamagedShardError) else str(error)

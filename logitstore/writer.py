@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from logitstore import commits, layout
-from logitstore.errors import FormatError
+from logitstore.errors import FormatError, IdentityError
 from logitstore.spec import LossSpec, StoreSpec, TargetSpec, check_same, from_json, to_json
 
 if TYPE_CHECKING:
@@ -57,16 +57,31 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
     Raises:
         IdentityError: The layer is there and was made by another model or scheme.
     """
-    check_layer(storage, layer, layer_spec)
+    if not check_layer(storage, layer, layer_spec):
+        storage.remove(layer)
     k = layer_spec.scheme.k if isinstance(layer_spec, TargetSpec) else 1
     _create_layer(storage, spec, layer, k=k, attributes={"logitstore": to_json(layer_spec)})
 
 
-def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec) -> None:
-    """Raises IdentityError if the store has this layer from another model or scheme. Writes nothing."""
-    if (found := storage.group_attributes(layer)) is not None:
-        next_step = OTHER_STORE if layer == "target" else "give another NAME in --reference NAME=MODEL"
+def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec) -> bool:
+    """Compares a layer of the store with what is to be written into it. Writes nothing.
+
+    Returns:
+        False if the layer is there from another model or scheme but holds no shard, and may be begun anew.
+
+    Raises:
+        IdentityError: It is there from another model or scheme, and holds shards.
+    """
+    if (found := storage.group_attributes(layer)) is None:
+        return True
+    next_step = OTHER_STORE if layer == "target" else "give another NAME in --reference NAME=MODEL"
+    try:
         check_same(stored_spec(type(layer_spec), found, layer), layer_spec, layer, next_step)
+    except IdentityError:
+        if commits.committed_shards(storage, layer):
+            raise
+        return False
+    return True
 
 
 def stored_spec(cls: type[S], attributes: Mapping[str, Any], where: str) -> S:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import make_model
+from conftest import make_model, make_tokenizer
+
+import logitstore
+from logitstore.spec import LossSpec
+from logitstore.storage import Storage
+from logitstore.writer import add_layer
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,7 +72,7 @@ def test_a_store_made_otherwise_is_refused(job, capsys, tiny, tiny_store, tmp_pa
     before = {path: path.read_bytes() for path in url.rglob("*") if path.is_file()}
     for args, message in (
         (["--target", tiny.target, "--k", "8"], "target.model.revision must be '0' as in the store"),
-        (["--target", tiny.target, "--data", tiny.data], "store.max_length must be 512 as in the store"),
+        (["--tokenizer", tiny.target, "--data", tiny.data, "--max_length", "100"], "max_length must be 512 as in the"),
         (["--reference", f"reference={tiny.draft}"], "losses/reference.model.revision must be '0'"),
     ):
         assert message in refused(job, capsys, "--store", str(url), *args), args
@@ -85,3 +91,58 @@ def test_losses_before_the_target_is_finished_are_refused(job, capsys, tiny_stor
     os.unlink(url / "commits/target/000001.json")
     line = refused(job, capsys, "--store", str(url), "--reference", f"late={tiny.reference}")
     assert "target must be complete for losses, got 1 of" in line
+
+
+@pytest.fixture
+def of_another_tokenizer(tmp_path):
+    return make_model(tmp_path / "other", make_tokenizer(tmp_path / "tokenizer", vocab_size=500), hidden=16, layers=1)
+
+
+def test_models_of_another_tokenizer_are_refused(job, capsys, tiny, tiny_store, tmp_path, of_another_tokenizer):
+    url = shutil.copytree(tiny_store, tmp_path / "c.zarr")
+    shutil.rmtree(url / "target")
+    shutil.rmtree(url / "commits" / "target")
+    for args, what in (
+        (["--store", tiny_store, "--reference", f"r={of_another_tokenizer}"], "reference r"),
+        (["--store", str(url), "--target", of_another_tokenizer], "target"),
+        (["--store", str(tmp_path / "new"), "--data", tiny.data, "--tokenizer", tiny.tokenizer, "--max_length", "256",
+          "--target", of_another_tokenizer], "target"),
+    ):  # fmt: skip
+        line = refused(job, capsys, *args)
+        assert f"{what} must have the tokenizer of" in line
+        assert f"got {what}={of_another_tokenizer} with another (500 tokens" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_documents_beyond_a_models_context_are_refused(job, capsys, tiny, tmp_path):
+    line = refused(job, capsys, *arguments(tmp_path / "c", tiny, tiny.data, "--max_length", "600"))
+    assert f"max_length must be at most 512, the context of target={tiny.target}, got max_length=600" in line
+
+
+def test_a_model_without_weights_is_refused_before_documents_are_written(job, capsys, tiny, tmp_path):
+    shutil.copytree(tiny.target, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    args = ["--store", str(tmp_path / "c"), "--target", str(tmp_path / "empty"), "--data", tiny.data]
+    line = refused(job, capsys, *args)
+    assert f"target must have weights, got target={tmp_path / 'empty'}" in line
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_layer_that_holds_nothing_yet_may_be_begun_by_another_model(tiny_store, tmp_path):
+    url = shutil.copytree(tiny_store, tmp_path / "c.zarr")
+    store, storage = logitstore.open(url), Storage(url)
+    first, second = (
+        LossSpec(model=replace(store.spec.losses["reference"].model, revision=revision)) for revision in "ab"
+    )
+    add_layer(storage, store.spec, "losses/new", first)
+    add_layer(storage, store.spec, "losses/new", second)
+    assert logitstore.open(url).spec.losses["new"] == second
+    with pytest.raises(logitstore.IdentityError, match=r"losses/reference.model.revision must be '0'.*='b'"):
+        add_layer(storage, store.spec, "losses/reference", second)
+    assert logitstore.verify(logitstore.open(url)) == []
+
+
+def test_the_default_length_is_the_targets_context(tiny, tmp_path):
+    import dump_logits
+
+    args = dump_logits.parser().parse_args(["--store", str(tmp_path / "c"), "--target", tiny.target])
+    assert dump_logits._max_length(args, Storage(tmp_path / "c")) == 512

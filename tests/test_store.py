@@ -155,6 +155,27 @@ def test_a_store_whose_tokens_are_not_all_there_ends_at_the_first_gap(copy):
     assert 0 < store.num_documents < 24
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("commits/tokens/000000.json", '{"a', "tokens/0: a commit record that is not JSON"),
+        ("commits/target/000001.json", '{"a', "target/1: a commit record that is not JSON"),
+        ("commits/target/000001.json", "{}", "target/1: a commit record with other fields"),
+        ("commits/target/000001.json", None, "losses/reference/1: shard must be committed, got shard=1"),
+        ("target/counts/zarr.json", "{", "target/0: target/counts/zarr.json must describe a Zarr array"),
+        ("target/counts/zarr.json", None, "target/0: target/counts/zarr.json must describe a Zarr array"),
+    ],
+)
+def test_verify_survives_damaged_metadata(copy, capsys, file, content, found):
+    path = Path(copy) / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    assert cli.main(["verify", str(copy)]) == 1
+    assert found in capsys.readouterr().out
+
+
 def test_writing_again_gives_the_same_bytes(copy):
     store = logitstore.open(copy)
     before = {path: path.read_bytes() for path in (Path(copy) / "target").rglob("c/*")}

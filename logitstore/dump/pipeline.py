@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError
 from tqdm import tqdm
 
+from logitstore.commits import committed_shards
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.layout import losses_layer
 from logitstore.reader import Store
@@ -60,6 +61,10 @@ class DumpReport:
     """Why each shard that was set aside failed last."""
 
 
+class DumpError(RuntimeError):
+    """Nothing can be computed: the dump stops at once. What is committed stays."""
+
+
 class _Pool:
     """A fixed number of actors; a dead one is replaced."""
 
@@ -91,6 +96,7 @@ class _Pool:
         return ray.remote(ShardDumper).options(**self._options).remote(**self._arguments)
 
     def replace(self, actor: Any) -> None:  # noqa: ANN401
+        ray.kill(actor)  # one that only could not be reached would go on holding its GPU
         self.actors = [self._start() if member is actor else member for member in self.actors]
 
     def stop(self) -> None:
@@ -101,10 +107,14 @@ class _Pool:
 class _Run:
     """The loop over shards: hand out, wait, settle."""
 
-    def __init__(self, pool: _Pool, todo: dict[int, tuple[str, ...]], report: DumpReport, bar: tqdm[Any]) -> None:
+    def __init__(
+        self, store: Store, storage: Storage, pool: _Pool, todo: dict[int, tuple[str, ...]], bar: tqdm[Any]
+    ) -> None:
+        self.store = store
+        self.storage = storage
         self.pool = pool
         self.todo = todo
-        self.report = report
+        self.report = DumpReport(shards_skipped=store.num_shards - len(todo))
         self.bar = bar
         self.queue = list(todo)
         self.running: dict[Any, tuple[Any, int]] = {}
@@ -113,19 +123,21 @@ class _Run:
 
     def loop(self) -> None:
         while self.queue or self.running:
-            for actor in self.pool.actors:
-                while self.queue and sum(busy is actor for busy, _ in self.running.values()) < SHARDS_IN_FLIGHT:
-                    shard = self.queue.pop(0)
-                    self.running[actor.dump.remote(shard, self.todo[shard])] = (actor, shard)
+            # A first shard for every actor before a second for any.
+            for depth in range(1, SHARDS_IN_FLIGHT + 1):
+                for actor in self.pool.actors:
+                    if self.queue and sum(busy is actor for busy, _ in self.running.values()) < depth:
+                        shard = self.queue.pop(0)
+                        self.running[actor.dump.remote(shard, self.todo[shard])] = (actor, shard)
             done, _ = ray.wait(list(self.running), num_returns=1)
             self.settle(done[0], *self.running.pop(done[0]))
 
     def settle(self, result: Any, actor: Any, shard: int) -> None:  # noqa: ANN401
         try:
             commits = ray.get(result)
-        except (ActorDiedError, ActorUnavailableError) as error:
-            if error.actor_init_failed:
-                raise RuntimeError(f"models must load on an actor, got {_last_line(error)}") from error
+        except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
+            if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                raise DumpError(f"models must load on an actor, got {_last_line(error)}") from error
             self.bury(actor, error)
             self.fail(shard, f"its actor died ({_first_line(error)})", again=True)
         except RayTaskError as error:
@@ -133,10 +145,14 @@ class _Run:
             # Wrong numbers stay wrong; anything else (a bucket, a device) may pass.
             self.fail(shard, f"{type(cause).__name__}: {_first_line(cause)}", again=not isinstance(cause, ValueError))
         else:
-            self.report.shards_done += 1
-            self.report.rows += commits[0].rows
-            self.report.entries += sum(commit.entries for commit in commits)
-            self.bar.update(commits[0].rows)
+            self.finish(shard, sum(commit.entries for commit in commits))
+
+    def finish(self, shard: int, entries: int) -> None:
+        rows = self.store.commit("tokens", shard).rows
+        self.report.shards_done += 1
+        self.report.rows += rows
+        self.report.entries += entries
+        self.bar.update(rows)
 
     def bury(self, actor: Any, error: Exception) -> None:  # noqa: ANN401
         """Replaces a dead actor, once, however many of its shards come back."""
@@ -144,7 +160,7 @@ class _Run:
             return
         self.deaths += 1
         if self.report.shards_done == 0 and self.deaths >= MAX_ATTEMPTS:
-            raise RuntimeError(
+            raise DumpError(
                 f"actors must live to finish a shard, got {self.deaths} deaths before the first "
                 f"({_first_line(error)}); too little memory is the usual cause: give a smaller --batch_tokens"
             ) from error
@@ -153,13 +169,20 @@ class _Run:
     def fail(self, shard: int, reason: str, *, again: bool) -> None:
         self.attempts[shard] += 1
         if again and self.attempts[shard] < MAX_ATTEMPTS:
-            logger.warning("shard %d is tried again: %s", shard, reason)
-            self.queue.append(shard)
+            # What was committed before the end stays: the first of several layers, or all of them.
+            self.todo[shard] = tuple(
+                layer for layer in self.todo[shard] if shard not in committed_shards(self.storage, layer)
+            )
+            if self.todo[shard]:
+                logger.warning("shard %d is tried again: %s", shard, reason)
+                self.queue.append(shard)
+            else:
+                self.finish(shard, 0)
             return
         logger.error("shard %d is set aside: %s", shard, reason)
         self.report.failed[shard] = reason
         if self.report.shards_done == 0 and len(self.report.failed) >= MAX_ATTEMPTS * self.pool.size:
-            raise RuntimeError(f"a shard must succeed now and then, got {len(self.report.failed)} failures: {reason}")
+            raise DumpError(f"a shard must succeed now and then, got {len(self.report.failed)} failures: {reason}")
 
 
 def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> DumpReport:
@@ -177,13 +200,12 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
         What was written; `failed` is empty if everything was.
 
     Raises:
-        RuntimeError: The models do not load, or not a single shard is finished while actor after actor dies.
+        DumpError: The models do not load, or not a single shard is finished while actor after actor dies.
     """
     store = Store(storage)
     todo = missing_layers(store, plan)
-    report = DumpReport(shards_skipped=store.num_shards - len(todo))
     if not todo:
-        return report
+        return DumpReport(shards_skipped=store.num_shards)
     pool = _Pool(storage, plan)
     started = time.monotonic()
     bar = tqdm(
@@ -191,13 +213,14 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
         desc="dump", unit="row", unit_scale=True, smoothing=0.1, disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )  # fmt: skip
+    run = _Run(store, storage, pool, todo, bar)
     try:
         with bar:
-            _Run(pool, todo, report, bar).loop()
+            run.loop()
     finally:
         pool.stop()
-    report.seconds = time.monotonic() - started
-    return report
+    run.report.seconds = time.monotonic() - started
+    return run.report
 
 
 def missing_layers(store: Store, plan: DumpPlan) -> dict[int, tuple[str, ...]]:

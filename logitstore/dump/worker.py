@@ -118,7 +118,7 @@ class ShardDumper:
                     self._references[name], shard, rows, batch_tokens=self._batch_tokens
                 )
         digest = shard.target_digest
-        written = []
+        written: list[Commit] = []
         for layer, values in arrays.items():
             commit = self._writers[layer].write(
                 shard_number,
