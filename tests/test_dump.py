@@ -144,8 +144,9 @@ def test_a_killed_dump_goes_on_and_ends_as_if_never_killed(undisturbed, tiny, ma
     assert before <= seen < logitstore.open(url).spec.num_shards
     committed = {
         path: path.stat().st_mtime_ns
-        for shard in Path(url, "commits/losses/ref").glob("*.json")
-        for path in [shard, *Path(url).rglob(f"c/{int(shard.stem)}")]
+        for layer in ("tokens", "target", "losses/ref")
+        for record in Path(url, "commits", layer).glob("*.json")
+        for path in [record, *Path(url, layer).rglob(f"c/{int(record.stem)}")]
     }
     assert committed
     run = run_job(*args)
