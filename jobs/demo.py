@@ -16,31 +16,42 @@ import os
 import platform
 import shlex
 import shutil
-import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _errors import user_errors
+from demo_report import ADASPEC, DISTILLATION, RANDOM, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Threads that spin while they wait for each other's tiny products make the demo 30 times slower where anything
+    # else wants a core.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Read once, by libraries as they are loaded: before the first import of torch, transformers or ray."""
+
+LINE_WIDTH = 110
 MARKER = ".logitstore-demo"
 VOCAB_SIZE = 2048
-TARGET_STEPS = 1800
-DRAFT_STEPS = 450
-NUM_PROMPTS = 24
+TARGET_STEPS = 1500
+DRAFT_STEPS = 400
+NUM_PROMPTS = 20
 MAX_NEW_TOKENS = 48
 ROWS = shlex.split("--scheme nucleus --mass 0.98 --k_min 4 --k 64 --max_length 256 --shard_rows 32768")
-METHODS = {
-    "distillation": ["--selection", "all"],
-    "random 40 %": ["--selection", "random", "--keep", "0.4"],
-    "AdaSPEC 40 %": ["--selection", "adaspec", "--keep", "0.4"],
+SELECTION = {
+    DISTILLATION: ["--selection", "all"],
+    RANDOM: ["--selection", "random", "--keep", "0.4"],
+    ADASPEC: ["--selection", "adaspec", "--keep", "0.4"],
 }
 TRAINING = shlex.split(
-    "--per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 20 "
+    "--per_device_train_batch_size 8 --learning_rate 5e-3 --lr_scheduler_type cosine --warmup_steps 20 "
     "--weight_decay 0.1 --adam_beta2 0.95 --logging_strategy no --save_strategy no"
 )
 
@@ -69,8 +80,14 @@ class Story:
 
     def job(self, name: str, main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> dict[str, Any]:
         """Calls a job in this process, as its command line would; imports are paid for once."""
-        command = f"$ python jobs/{main.__module__}.py {shlex.join(argv)}"
-        print(" \\\n       ".join(textwrap.wrap(command, 112, break_long_words=False, break_on_hyphens=False)), flush=True)
+        words = shlex.join(argv).replace(" --", "\n--").split("\n")  # a flag stays with its value
+        lines, line = [], f"$ python jobs/{main.__module__}.py"
+        for word in words:
+            if len(line) + len(word) > LINE_WIDTH:
+                lines.append(line)
+                line = "     "
+            line += f" {word}"
+        print(" \\\n".join([*lines, line]), flush=True)
         with (self.logs / f"{name}.txt").open("w") as log, contextlib.redirect_stdout(log):
             return main(argv)
 
@@ -110,16 +127,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"scale must be above 0 and at most 1, got scale={args.scale}")
         prepare_output(args.output)
     began = time.monotonic()
-    # Read once by transformers, tokenizers and ray as they are imported: nothing is fetched, nothing chatters.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "TRANSFORMERS_VERBOSITY": "error"}
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     story = Story(logs=args.output / "logs")
     print("logitstore demo: one cache, two drafts, end to end, on real text")
     results = run(story, args.output, args.scale)
     results["seconds"] = story.seconds | {"total": round(time.monotonic() - began, 1)}
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    from demo_report import report
-
     print("\n".join(report(results)))
     print(f"\nAll figures: {args.output / 'results.json'}; what the jobs printed: {story.logs}")
     return results
@@ -137,7 +151,7 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
         write_jsonl(held_out, [pair for pair in pairs if is_held_out(pair)])
         tokenizer = train_tokenizer(trained_on, VOCAB_SIZE)
         num_held_out = len(pairs) - len(trained_on)
-        story.say(f"{len(trained_on):,} functions to train on, {num_held_out:,} held out, that no model ever trains on;")
+        story.say(f"{len(trained_on):,} functions to train on, {num_held_out:,} held out from all training;")
         story.say("signature and docstring are the prompt, the rest of the body is the response;")
         story.say(f"a byte-level BPE vocabulary of {len(tokenizer):,} tokens")
 
@@ -146,14 +160,19 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
     import dump_logits
     import evaluate_draft
     import train_draft
+    import transformers
 
     import logitstore
+
+    transformers.logging.disable_progress_bar()  # those of loading weights, not Trainer's
 
     def steps(number: int) -> int:
         return max(2, round(number * scale))
 
     target, cache, check = folder / "target", folder / "cache.zarr", folder / "held_out.zarr"
     with story.stage("target", "Target: a small Llama, trained from scratch on whole functions"):
+        shape = f"{demo_models.TARGET_BATCH} x {demo_models.MAX_LENGTH}"
+        story.say(f"{steps(TARGET_STEPS):,} steps of {shape} tokens, next-token cross entropy")
         num_parameters = demo_models.train_target(trained_on, tokenizer, target, steps(TARGET_STEPS), story.logs)
 
     with story.stage("dump", "Dump: the target's distribution at every token, once, by Ray actors"):
@@ -172,9 +191,9 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
     def train_drafts(*methods: str) -> None:
         for size in demo_models.DRAFTS:
             for method in methods:
-                name = f"{size.name}_{METHODS[method][1]}"
+                name = f"{size.name}_{SELECTION[method][1]}"
                 argv = ["--store", str(cache), "--draft", str(folder / size.name), "--output_dir", str(folder / name)]
-                argv += METHODS[method] + (["--reference", f"ref_{size.name}"] if "adaspec" in METHODS[method] else [])
+                argv += SELECTION[method] + (["--reference", f"ref_{size.name}"] if method == ADASPEC else [])
                 argv += ["--max_steps", str(steps(DRAFT_STEPS)), *TRAINING]
                 figures = story.job(f"train_{name}", train_draft.main, argv)
                 drafts.append({"draft": size.name, "method": method, "folder": str(folder / name), "training": figures})
@@ -184,14 +203,15 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
             size.name: demo_models.save_new_model(size, tokenizer, folder / size.name, seed=1)
             for size in demo_models.DRAFTS
         }
-        train_drafts("distillation")
+        story.say("random initial weights: " + ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in sizes.items()))
+        train_drafts(DISTILLATION)
         argv = ["--store", str(cache)]
         for draft in drafts:
             argv += ["--reference", f"ref_{draft['draft']}={draft['folder']}"]
         dumped["references"] = story.job("dump_references", dump_logits.main, argv)
 
-    with story.stage("selective", "Selective distillation: from the same initial weights, as many steps, 40 % of the rows"):
-        train_drafts("random 40 %", "AdaSPEC 40 %")
+    with story.stage("selective", "Selective distillation: the same initial weights, as many steps, 40 % of the rows"):
+        train_drafts(RANDOM, ADASPEC)
 
     with story.stage("evaluate", "Evaluation: real speculative decoding of held-out functions, and the held-out cache"):
         drafts.sort(key=lambda draft: list(sizes).index(draft["draft"]))
