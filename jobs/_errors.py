@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from logitstore.errors import LogitStoreError
 
@@ -23,3 +24,15 @@ def user_errors() -> Iterator[None]:
     except (ValueError, LogitStoreError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+class RaisingErrors:
+    """Makes any argparse parser report what it cannot parse like every other mistake, not by a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError with what argparse found."""
+        raise ValueError(f"arguments must parse, got: {message}; see --help")
+
+
+class Parser(RaisingErrors, argparse.ArgumentParser):
+    """An ArgumentParser for use within `user_errors`."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
+from logitstore.dump.encoding import render, without_filler
 from logitstore.dump.sources import find_source, open_records
 
 if TYPE_CHECKING:
@@ -22,7 +23,13 @@ MAX_HALF_TOKENS = 64
 
 
 def read_prompts(
-    data: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, num_prompts: int, room: float
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    num_prompts: int,
+    room: float,
+    storage_options: dict[str, Any] | None = None,
 ) -> tuple[list[list[int]], int]:
     """Takes the first prompts of a data set.
 
@@ -32,23 +39,41 @@ def read_prompts(
         vocab_size: Its true vocabulary.
         num_prompts: How many at most.
         room: Most tokens of a prompt; longer ones and empty ones are passed over.
+        storage_options: What the data's file system needs.
 
     Returns:
         Token ids of each, and how many records were passed over.
 
     Raises:
-        ValueError: The data are missing or malformed, or hold no prompt.
+        ValueError: The data are missing or malformed, or hold no prompt; or they are conversations, and the tokenizer
+            has no chat template that works.
         MissingDriverError: No installed package opens the data's URL.
     """
     prompts: list[list[int]] = []
     left_out = 0
     with tempfile.TemporaryDirectory(prefix="logitstore-") as folder, _no_progress_bars():
-        dataset, records, columns = open_records(find_source(data, None), Path(folder), _prompt_columns)
+        dataset, records, columns = open_records(find_source(data, storage_options), Path(folder), _prompt_columns)
+        if columns[0] == "messages" and not tokenizer.chat_template:
+            raise ValueError(
+                f"target must have a chat template for messages, got target={tokenizer.name_or_path} without; give an "
+                "instruction-tuned model, or data with prompts"
+            )
         for index in range(len(dataset)):
             for _, record in records.read(dataset[index : index + 1], [index]):
                 try:
                     ids = _prompt_ids(record, columns, tokenizer, vocab_size)
-                except (KeyError, TypeError, ValueError, TemplateError) as error:
+                except TemplateSyntaxError as error:
+                    raise ValueError(
+                        f"target must have a chat template that compiles, got that of {tokenizer.name_or_path} "
+                        f"({str(error)[:80]}); mend the template in its folder"
+                    ) from error
+                except TemplateError as error:
+                    raise ValueError(
+                        f"messages must be a conversation that the chat template of {tokenizer.name_or_path} accepts, "
+                        f"got {str(record['messages'])!r:.80} in {records.place(index)} ({str(error)[:80]}); change "
+                        "that record, or mend the template"
+                    ) from error
+                except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(
                         f"{columns[0]} must make a prompt, got {str(record.get(columns[0]))!r:.80} in "
                         f"{records.place(index)} ({str(error)[:80]}); mend or remove that record"
@@ -87,12 +112,12 @@ def _prompt_ids(
     """
     value = record[columns[0]]
     if columns[0] == "messages":
-        if not tokenizer.chat_template:
-            raise ValueError("the target's tokenizer has no chat template")
-        turns = [i for i, message in enumerate(value) if message["role"] == "assistant"]
-        asked = value[: turns[-1]] if turns else value
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        return _encode(tokenizer, str(text), special=False)
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise TypeError("not a list of objects with role and content")
+        messages = without_filler(value)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = messages[: turns[-1]] if turns else messages
+        return _encode(tokenizer, render(tokenizer, asked, ask=True), special=False)
     if columns[0] == "input_ids":
         ids = [int(i) for i in value]
         if not all(0 <= i < vocab_size for i in ids):

@@ -31,8 +31,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # Threads that spin while they wait for each other's tiny products make the demo 30 times slower where anything
-    # else wants a core.
+    # Threads that spin while they wait for each other's tiny products make this up to 30 times slower where anything
+    # else wants a core; asleep they cost a tenth where nothing does.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 """Read once, by libraries as they are loaded: before the first import of torch, transformers or ray."""
@@ -159,6 +159,7 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
     import demo_models
     import dump_logits
     import evaluate_draft
+    import torch
     import train_draft
     import transformers
 
@@ -214,6 +215,7 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
         train_drafts(RANDOM, ADASPEC)
 
     with story.stage("evaluate", "Evaluation: real speculative decoding of held-out functions, and the held-out cache"):
+        torch.set_num_threads(1)  # one token at a time is too little work for two
         drafts.sort(key=lambda draft: list(sizes).index(draft["draft"]))
         for draft in drafts:
             argv = ["--target", str(target), "--draft", draft["folder"], "--data", str(held_out), "--store", str(check)]

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _errors import user_errors
+from _errors import Parser, user_errors
 from _options import options_for
 
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from logitstore.dump.worker import ModelSource
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Returns the command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--store", required=True, metavar="URL", help="folder or fsspec URL of the store, made if missing")
     p.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options for the store's file system")
 
@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the job; returns its figures, which the command line prints as JSON."""
-    args = parser().parse_args(argv)
+    with user_errors():
+        args = parser().parse_args(argv)
     # Slow imports wait until the arguments are known to parse.
     import ray
 

@@ -16,33 +16,26 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from _errors import user_errors
+from _errors import Parser, user_errors
+from _models import load_weights, progress_bars
+from _options import options_for
 from tqdm import tqdm
 
 import logitstore
-from logitstore.causal_lm import (
-    check_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_spec,
-    tokenizer_spec,
-)
+from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.errors import LayerNotFoundError
-from logitstore.spec import check_same
 from logitstore.storage import read_options
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
 from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from logitstore import Store
-    from logitstore.spec import TokenizerSpec
+    from logitstore.spec import ModelSpec
 
 RULES = (
     "alpha: accepted / (accepted + target calls with a rejection); tokens after a rejection are not counted",
@@ -55,16 +48,9 @@ CACHE_RULES = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports what it cannot parse like every other mistake, not by a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: arguments must parse, got: {message}; see --help\n")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Returns the command line."""
-    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--draft", required=True, metavar="MODEL", help="Hugging Face id or folder of the draft")
     p.add_argument("--draft_revision", help="the draft's branch, tag or commit")
     p.add_argument("--gamma", type=int, default=5, help="tokens drafted per target call (default %(default)s)")
@@ -87,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
 
     cache = p.add_argument_group("from the cache")
     cache.add_argument("--store", metavar="URL", help="a store whose target layer is finished")
-    cache.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options for the store's files")
+    cache.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options for the store's files, "
+                       "and for those of --data on the same kind of file system")  # fmt: skip
     cache.add_argument("--max_documents", type=int, help="only the first so many documents of the store")
     cache.add_argument("--batch_tokens", type=int, default=8192,
                        help="most tokens of a forward, padding included (default %(default)s)")  # fmt: skip
@@ -96,16 +83,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the job, prints its table and returns its figures."""
-    args = parser().parse_args(argv)
-    if args.no_progress:
-        transformers.logging.disable_progress_bar()
     with user_errors():
+        args = parser().parse_args(argv)
         plan = _check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def load(name: str, revision: str | None) -> PreTrainedModel:
-        return load_model(
+    def load(name: str, what: str, revision: str | None) -> PreTrainedModel:
+        return load_weights(
             name,
+            what=what,
             revision=revision,
             dtype=args.dtype,
             attn_implementation=args.attn_implementation,
@@ -113,7 +99,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             device=device,
         )
 
-    draft = load(args.draft, args.draft_revision)
+    # Both before anything is computed: weights that cannot be read are a mistake in what was asked for.
+    with user_errors(), progress_bars(not args.no_progress):
+        draft = load(args.draft, "draft", args.draft_revision)
+        target = load(args.target, "target", args.revision) if plan.prompts else None
     figures: dict[str, Any] = {"draft": args.draft, "target": args.target, "gamma": args.gamma, "device": device}
     lines: list[str] = []
     if plan.store is not None:
@@ -128,8 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
         figures |= {"store": plan.store.url, "cached": _cached_json(cached, args.gamma)}
         lines += _cached_table(cached, args.gamma)
-    if plan.prompts:
-        target = load(args.target, args.revision)
+    if target is not None:
         figures |= {"prompts_left_out": plan.left_out, "measured": {}}
         results = []
         for mode in plan.modes:
@@ -140,7 +128,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     draft,
                     plan.prompts,
                     mode=mode,
-                    vocab_size=plan.tokenizer.vocab_size,
+                    vocab_size=plan.vocab_size,
                     gamma=args.gamma,
                     max_new_tokens=args.max_new_tokens,
                     seed=args.seed,
@@ -159,7 +147,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 class _Plan:
     """What was found before any weights are loaded."""
 
-    tokenizer: TokenizerSpec
+    vocab_size: int
+    """The true vocabulary of both models."""
     store: Store | None
     modes: tuple[Mode, ...]
     prompts: list[list[int]]
@@ -185,47 +174,64 @@ def _check(args: argparse.Namespace) -> _Plan:
         raise ValueError(f"json must be a file in a folder that is there, got json={args.json}; make the folder first")
 
     remote = args.trust_remote_code
-    store = None if args.store is None else _open_store(args)
-    config = load_config(args.draft, revision=args.draft_revision, trust_remote_code=remote)
-    tokenizer = load_tokenizer(args.draft, revision=args.draft_revision, trust_remote_code=remote)
-    spec = tokenizer_spec(tokenizer, uses_chat_template=False)
-    draft = model_spec(args.draft, config, args.dtype)
-    if store is not None:
-        known = dataclasses.replace(store.spec.tokenizer, chat_template=None)
-        check_same(known, spec, "tokenizer", f"draft {args.draft} must have the store's vocabulary")
-    check_vocabulary(draft, spec, "draft")
+    options = read_options(args.storage_options)
+    store = None if args.store is None else _open_store(args.store, options)
+    if store is None:
+        target_tokenizer = load_tokenizer(args.target, revision=args.revision, trust_remote_code=remote)
+        made, max_length = tokenizer_spec(target_tokenizer, uses_chat_template=False), None
+    else:
+        made, max_length = store.spec.tokenizer, store.spec.max_length
+
+    def check(
+        name: str, what: str, revision: str | None, length: int | None
+    ) -> tuple[ModelSpec, PreTrainedTokenizerBase]:
+        return check_model(
+            name,
+            what=what,
+            made=made,
+            max_length=length,
+            revision=revision,
+            dtype=args.dtype,
+            trust_remote_code=remote,
+        )
+
+    draft, _ = check(args.draft, "draft", args.draft_revision, max_length)
     if args.target is None:
-        return _Plan(tokenizer=spec, store=store, modes=modes, prompts=[], left_out=0, notes=[])
+        return _Plan(vocab_size=made.vocab_size, store=store, modes=modes, prompts=[], left_out=0, notes=[])
 
     # Not needed for a store alone, and neither is what it imports.
     from _prompts import read_prompts
 
-    target_config = load_config(args.target, revision=args.revision, trust_remote_code=remote)
-    target_tokenizer = load_tokenizer(args.target, revision=args.revision, trust_remote_code=remote)
-    target_spec = tokenizer_spec(target_tokenizer, uses_chat_template=False)
-    if target_spec.fingerprint != spec.fingerprint:
-        raise ValueError(
-            f"draft must have the target's tokenizer, got draft={args.draft} with {spec.vocab_size} tokens "
-            f"({spec.fingerprint[:19]}) and target={args.target} with {target_spec.vocab_size} "
-            f"({target_spec.fingerprint[:19]}); give a draft of the same family"
+    # no length: the target does not run on the store's documents, only the draft does
+    target, target_tokenizer = check(args.target, "target", args.revision, None)
+    contexts = [
+        getattr(config.get_text_config(), "max_position_embeddings", None)
+        for config in (
+            load_config(args.draft, revision=args.draft_revision, trust_remote_code=remote),
+            load_config(args.target, revision=args.revision, trust_remote_code=remote),
         )
-    target = model_spec(args.target, target_config, args.dtype)
-    check_vocabulary(target, target_spec, "target")
-    contexts = [getattr(c.get_text_config(), "max_position_embeddings", None) for c in (config, target_config)]
+    ]
     room = min((context for context in contexts if context), default=math.inf) - args.max_new_tokens
-    prompts, left_out = read_prompts(args.data, target_tokenizer, spec.vocab_size, args.num_prompts, room)
+    prompts, left_out = read_prompts(
+        args.data,
+        target_tokenizer,
+        vocab_size=made.vocab_size,
+        num_prompts=args.num_prompts,
+        room=room,
+        storage_options=options_for(args.data, args.store, options),
+    )
     notes = []
     if draft.padded_vocab_size != target.padded_vocab_size:
         notes.append(
             f"note: the draft's config has vocab_size={draft.padded_vocab_size}, the target's "
-            f"{target.padded_vocab_size}: they were decoded over the {spec.vocab_size} tokens that both have, but some "
+            f"{target.padded_vocab_size}: they were decoded over the {made.vocab_size} tokens that both have, but some "
             "servers, vLLM among them, ask for equal sizes"
         )
-    return _Plan(tokenizer=spec, store=store, modes=modes, prompts=prompts, left_out=left_out, notes=notes)
+    return _Plan(vocab_size=made.vocab_size, store=store, modes=modes, prompts=prompts, left_out=left_out, notes=notes)
 
 
-def _open_store(args: argparse.Namespace) -> Store:
-    store = logitstore.open(args.store, read_options(args.storage_options))
+def _open_store(url: str, options: dict[str, Any] | None) -> Store:
+    store = logitstore.open(url, options)
     if "target" not in store.layers:
         raise LayerNotFoundError(f"store must have a target layer, got store={store.url}; dump the target first")
     if missing := store.layers["target"].missing:

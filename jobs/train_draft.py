@@ -12,27 +12,32 @@ DIR/run.yaml repeats the run.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
-from _errors import user_errors
+from _errors import RaisingErrors, user_errors
+from _models import load_weights, progress_bars
+from _runs import (
+    NOT_REPEATED,
+    RUN,
+    STATE,
+    check_new,
+    check_same_run,
+    figures,
+    find_checkpoint,
+    find_finished,
+    read_run,
+    result_line,
+    write_run,
+)
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 import logitstore
-from logitstore.causal_lm import (
-    SplitLM,
-    check_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_spec,
-    tokenizer_spec,
-)
+from logitstore.causal_lm import SplitLM, check_model
 from logitstore.storage import read_options, without_credentials
 from trainer.draft_trainer import DraftModule, DraftTrainer, check_training_arguments
 from trainer.objectives import OBJECTIVES
@@ -40,9 +45,7 @@ from trainer.selection import SELECTIONS
 from trainer.stream import DocumentDataset, check_window
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from logitstore.spec import TokenizerSpec
+    from transformers import PreTrainedModel, TrainerState
 
 TRAINING_DEFAULTS: dict[str, object] = {
     "logging_first_step": True,
@@ -55,9 +58,6 @@ TRAINING_DEFAULTS: dict[str, object] = {
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 """Where this job's defaults are not those of TrainingArguments; rates, schedules and sizes are transformers' own."""
-
-NOT_REPEATED = frozenset({"resume_from_checkpoint", "hub_token", "local_rank", "dataloader_pin_memory"})
-"""Training arguments that run.yaml leaves out: of one start or one machine only, or secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,127 +111,110 @@ class DraftArguments:
         check_window(self.shuffle_window)
 
 
-class _Parser(HfArgumentParser):
-    """Reports what it cannot parse like every other mistake, not by a page of usage."""
+OURS = tuple(f.name for f in dataclasses.fields(DraftArguments))
+THEIRS = tuple(f.name for f in dataclasses.fields(TrainingArguments) if f.init)
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"arguments must parse, got: {message}; see --help")
+
+class _Parser(RaisingErrors, HfArgumentParser):
+    """HfArgumentParser for use within `user_errors`."""
+
+
+def _parser() -> _Parser:
+    kinds = (DraftArguments, TrainingArguments)
+    return _Parser(kinds, allow_abbrev=False, description=__doc__)  # type: ignore[arg-type]
+
+
+def read_values(argv: list[str]) -> dict[str, Any]:
+    """Reads all arguments: defaults, then the YAML file if the first argument is one, then flags.
+
+    Raises:
+        ValueError: Unknown keys or flags, or values of another type.
+    """
+    parser = _parser()
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    if argv and not argv[0].startswith("-"):
+        parser.set_defaults(**read_run(Path(argv[0]), known={*OURS, *THEIRS}))
+        argv = argv[1:]
+    return vars(parser.parse_args(argv))
+
+
+def repeated(values: dict[str, Any]) -> dict[str, Any]:
+    """Picks the values that repeat a run: what differs from transformers' defaults, or has one of this job's own."""
+    plain = vars(_parser().parse_args([]))
+    theirs = (
+        name
+        for name in THEIRS
+        if name not in NOT_REPEATED and (values[name] != plain[name] or name in TRAINING_DEFAULTS)
+    )
+    return {name: values[name] for name in (*OURS, *theirs)} | {"store": without_credentials(values["store"])}
 
 
 def parse(argv: list[str]) -> tuple[DraftArguments, TrainingArguments, dict[str, Any]]:
-    """Reads the arguments: defaults, then the YAML file if the first argument is one, then flags.
+    """Reads and checks the arguments.
 
     Returns:
-        Both kinds of arguments, and the values that repeat the run.
+        Both kinds of arguments, and the values that they were made of.
 
     Raises:
         ValueError: Unknown keys or flags, or values that do not fit.
     """
-    kinds = (DraftArguments, TrainingArguments)
-    parser = _Parser(kinds, allow_abbrev=False, description=__doc__)  # type: ignore[arg-type]
-    ours = [f.name for f in dataclasses.fields(DraftArguments)]
-    theirs = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    plain = vars(parser.parse_args([]))
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    if argv and not argv[0].startswith("-"):
-        parser.set_defaults(**_read_run(argv[0], known={*ours, *theirs}))
-        argv = argv[1:]
-    values = vars(parser.parse_args(argv))
-    draft = DraftArguments(**{name: values[name] for name in ours})
+    values = read_values(argv)
+    draft = DraftArguments(**{name: values[name] for name in OURS})
     if not values["output_dir"]:
         raise ValueError("output_dir must be given, got none; add --output_dir")
-    repeated = {name: values[name] for name in ours} | {"store": without_credentials(draft.store)}
-    repeated |= {name: values[name] for name in theirs if values[name] != plain[name] and name not in NOT_REPEATED}
-    training = TrainingArguments(**{name: values[name] for name in theirs})
+    _check_precision(values)
+    training = TrainingArguments(**{name: values[name] for name in THEIRS})
     check_training_arguments(training)
-    return draft, training, repeated
+    return draft, training, values
 
 
-def _read_run(path: str, known: set[str]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not YAML ({type(error).__name__})"
-        raise ValueError(f"run file must be a readable YAML file, got {path}: {reason}; see --help") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"run file must be a file of `name: value` lines, got {path}, which holds something else")
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"run file must have the names of flags only, got {unknown[0]!r} in {path}; see --help")
-    # argparse converts and checks defaults that are strings, as if they were flags: 3e-4 is a string to YAML
-    return {k: v if v is None or isinstance(v, list | dict) else str(v) for k, v in values.items()}
-
-
-def find_checkpoint(training: TrainingArguments) -> str | None:
-    """Decides where to go on, and refuses an output directory that holds another run.
-
-    Returns:
-        A checkpoint folder, or None to start from the draft. `--resume_from_checkpoint true` takes the last finished
-        checkpoint of the output directory, if there is one.
-
-    Raises:
-        ValueError: The named checkpoint is none, or the output directory is taken.
-    """
-    wanted = training.resume_from_checkpoint
-    folder = Path(str(training.output_dir))
-    # the trainer's state is written last: without it the folder is what a killed run left
-    finished = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    if wanted is not None and wanted.lower() == "true":
-        last = max(finished, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-        return None if last is None else str(last)
-    if wanted is not None and wanted.lower() != "false":
-        if not Path(wanted, "trainer_state.json").is_file():
+def _check_precision(values: dict[str, Any]) -> None:
+    """Raises ValueError, in words that name the flag, where transformers would refuse the device or fail later."""
+    if values["use_cpu"] or is_torch_xla_available():
+        return
+    for name in ("bf16", "bf16_full_eval"):
+        if values[name] and not is_torch_bf16_gpu_available():
+            other = "give --fp16 true" if torch.cuda.is_available() else "add --use_cpu true to compute so on the CPU"
             raise ValueError(
-                f"resume_from_checkpoint must be a finished checkpoint folder or true, got "
-                f"resume_from_checkpoint={wanted}; there is no trainer_state.json in it"
+                f"{name} must be left out where no GPU computes in bfloat16, got {name}=True; leave it out, or {other}"
             )
-        return wanted
-    if folder.is_file() or any(folder.glob("checkpoint-*")) or any(folder.glob("config.json")):
-        raise ValueError(
-            f"output_dir must be new or empty, got output_dir={folder}, which holds another run; give another "
-            "--output_dir, or --resume_from_checkpoint true to go on with it"
-        )
-    return None
 
 
-def check_draft(args: DraftArguments, made: TokenizerSpec) -> PreTrainedTokenizerBase:
-    """Compares the draft's tokenizer and configuration with the store's tokenizer, and reads no weights.
+def find_start(training: TrainingArguments, values: dict[str, Any]) -> TrainerState | str | None:
+    """Decides where to begin, and refuses an output directory that holds another run.
 
     Returns:
-        The draft's own tokenizer.
+        The state of a finished run, with nothing left to do; or a checkpoint folder; or None to start from the draft.
 
     Raises:
-        ValueError: They do not fit.
+        ValueError: The output directory is taken, or what is to go on is another run, or no checkpoint.
     """
-    tokenizer = load_tokenizer(args.draft, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    found = tokenizer_spec(tokenizer, uses_chat_template=False)
-    if found.fingerprint != made.fingerprint:
-        raise ValueError(
-            f"draft must have the tokenizer that the store was made with ({made.name}, {made.vocab_size} tokens, "
-            f"{made.fingerprint[:19]}), got draft={args.draft} ({found.vocab_size} tokens, {found.fingerprint[:19]}); "
-            "give a draft of the target's family"
-        )
-    config = load_config(args.draft, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    check_vocabulary(model_spec(args.draft, config, args.dtype), made, "draft")
-    return tokenizer
+    folder = Path(str(training.output_dir))
+    wanted = training.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        check_new(folder)
+        return None
+    if (folder / RUN).exists():
+        before = read_values([str(folder / RUN)])
+        check_same_run(folder, before, values | {"store": without_credentials(values["store"])})
+    return find_finished(folder, training) or find_checkpoint(folder, wanted)
 
 
 def load_draft(args: DraftArguments, vocab_size: int) -> PreTrainedModel:
     """Loads the draft onto the CPU, from where Trainer moves it.
 
     Raises:
-        ValueError: It has no weights, or an architecture whose head cannot be taken apart from its backbone.
+        ValueError: Its weights cannot be read, or its head cannot be taken apart from its backbone.
     """
-    try:
-        draft = load_model(
-            args.draft,
-            revision=args.revision,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-            device="cpu",
-        )
-    except OSError as error:
-        raise ValueError(f"draft must have weights, got draft={args.draft}: {error}") from error
+    draft = load_weights(
+        args.draft,
+        what="draft",
+        revision=args.revision,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+        device="cpu",
+    )
     SplitLM(draft, vocab_size).check()
     return draft
 
@@ -243,19 +226,54 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         steps, loss, train_runtime (seconds) and rows_per_second of the run.
     """
     with user_errors():
-        args, training, run = parse(sys.argv[1:] if argv is None else argv)
-        checkpoint = find_checkpoint(training)
+        args, training, values = parse(sys.argv[1:] if argv is None else argv)
+        start = find_start(training, values)
+    folder = Path(str(training.output_dir))
+    if start is None or isinstance(start, str):
+        with progress_bars(not training.disable_tqdm):
+            state = train(args, training, repeated(values), start)
+    else:
+        state = start
+    found = figures(state)
+    if training.process_index == 0:
+        if state is start:
+            print(f"{folder} holds this run, finished after {state.global_step} steps: nothing is left to train")
+        print(result_line(folder, found))
+    return found
+
+
+def train(
+    args: DraftArguments, training: TrainingArguments, run: dict[str, Any], checkpoint: str | None
+) -> TrainerState:
+    """Trains and saves.
+
+    Args:
+        args: What to train, from what.
+        training: How.
+        run: What run.yaml is to hold.
+        checkpoint: Folder to go on from; None starts from the draft.
+    """
+    with user_errors():
         store = logitstore.open(args.store, read_options(args.storage_options))
         selection = SELECTIONS[args.selection]
         if args.reference is not None:
             store.loss(args.reference)
         dataset = DocumentDataset(store, args.reference if selection.needs_losses else None)
-        tokenizer = check_draft(args, store.spec.tokenizer)
-        draft = load_draft(args, store.spec.tokenizer.vocab_size)
+        made = store.spec.tokenizer
+        _, tokenizer = check_model(
+            args.draft,
+            what="draft",
+            made=made,
+            max_length=store.spec.max_length,
+            revision=args.revision,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+        )
+        draft = load_draft(args, made.vocab_size)
 
     module = DraftModule(
         draft,
-        vocab_size=store.spec.tokenizer.vocab_size,
+        vocab_size=made.vocab_size,
         objective=OBJECTIVES[args.objective],
         selection=selection,
         keep=args.keep,
@@ -263,21 +281,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     trainer = DraftTrainer(module, training, dataset, tokenizer, shuffle_window=args.shuffle_window)
     folder = Path(str(training.output_dir))
-    if trainer.is_world_process_zero():
+    writes = trainer.is_world_process_zero()
+    # A finished model keeps its run.yaml and its state until the next one takes its place.
+    if writes and not (folder / STATE).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        write_run(folder, run)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if writes:
+        (folder / STATE).unlink(missing_ok=True)
     trainer.save_model()
+    if writes:
+        write_run(folder, run)
     trainer.save_state()
-    metrics = {
-        "steps": float(outcome.global_step),
-        "loss": outcome.training_loss,
-        "train_runtime": outcome.metrics["train_runtime"],
-        "rows_per_second": outcome.metrics["train_rows_per_second"],
-    }
-    if trainer.is_world_process_zero():
-        print(json.dumps({"draft": str(folder), **metrics}))
-    return metrics
+    return trainer.state
 
 
 if __name__ == "__main__":

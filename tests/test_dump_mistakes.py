@@ -48,6 +48,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
     fresh = str(tmp_path / "fresh.zarr")
     for args, message in (
         (arguments(fresh, tiny, tiny.data, "--k", "600"), "k must be at most the vocabulary size 512, got k=600"),
+        (arguments(fresh, tiny, tiny.data, "--k", "abc"), "arguments must parse, got: argument --k: invalid int value"),
         (arguments(fresh, tiny, tiny.data, "--k", "0"), "k must be between 1 and 65535, got k=0"),
         (arguments(fresh, tiny, tiny.data, "--mass", "0.9"), "mass must be left out, got mass=0.9 with --scheme topk"),
         (arguments(fresh, tiny, tiny.data, "--scheme", "nucleus", "--mass", "1.5"), "got mass=1.5"),

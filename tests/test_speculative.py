@@ -1,13 +1,9 @@
-"""Measured acceptance against a speculative decoder written here, and the job that prints both kinds of acceptance."""
+"""Measured acceptance against a speculative decoder written here."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import shutil
-import sys
-from pathlib import Path
 
 import conftest
 import pytest
@@ -209,121 +205,3 @@ def test_bad_arguments_are_rejected(models, change, message):
     settings = {"prompts": [[3]], "mode": "greedy", "vocab_size": V, "gamma": 2, "max_new_tokens": 4} | change
     with pytest.raises(ValueError, match=message):
         measure_acceptance(models["target"], models["close"], **settings)
-
-
-# --- jobs/evaluate_draft.py
-
-
-@pytest.fixture(scope="module")
-def job():
-    sys.path.insert(0, str(Path(__file__).parent.parent / "jobs"))
-    import evaluate_draft
-
-    return evaluate_draft
-
-
-def test_job_evaluates_from_the_cache_and_by_decoding(job, tiny, tiny_store, tmp_path, capsys):
-    out = tmp_path / "figures.json"
-    argv = ["--target", tiny.target, "--draft", tiny.target, "--data", tiny.data, "--store", tiny_store, "--json", out]
-    argv += ["--num_prompts", 3, "--max_new_tokens", 8, "--gamma", 3, "--max_documents", 4, "--no_progress"]
-    figures = job.main([str(value) for value in argv])
-    assert json.loads(out.read_text()) == figures
-    assert figures["cached"]["argmax_agreement"] == figures["cached"]["alpha_upper"] == 1.0
-    assert figures["measured"]["greedy"]["alpha"] == 1.0
-    assert figures["measured"]["greedy"]["prompts"] == 3
-    assert figures["measured"]["sampled"]["alpha"] >= 0.999
-    printed = capsys.readouterr().out
-    for words in ("tokens after a rejection are not counted", "modelled", "teacher-forced", "3/3"):
-        assert words in printed
-
-
-def test_job_needs_no_target_for_the_cache(job, tiny, tiny_store):
-    figures = job.main(["--draft", tiny.draft, "--store", tiny_store, "--no_progress"])
-    assert figures["cached"]["rows"] > 0
-    assert "measured" not in figures
-
-
-def prompts_of(records, tokenizer, tmp_path, **settings):
-    from _prompts import read_prompts
-
-    data = conftest.write_jsonl(tmp_path / "data.jsonl", records)
-    return read_prompts(data, tokenizer, V, **({"num_prompts": 9, "room": 100} | settings))
-
-
-def test_prompts_are_what_a_model_is_asked(job, tiny, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
-    text = "def f(x): return x + 1\n"
-    ids = tokenizer(text)["input_ids"]
-    assert prompts_of([{"prompt": text, "response": "x"}], tokenizer, tmp_path) == ([ids], 0)
-    assert prompts_of([{"text": text}], tokenizer, tmp_path) == ([ids[: len(ids) // 2]], 0)
-    assert prompts_of([{"text": text * 40}], tokenizer, tmp_path) == ([tokenizer(text * 40)["input_ids"][:64]], 0)
-    assert prompts_of([{"input_ids": ids}], tokenizer, tmp_path) == ([ids[: len(ids) // 2]], 0)
-    masked = {"input_ids": ids, "loss_mask": [0] * 3 + [1] * (len(ids) - 3)}
-    assert prompts_of([masked], tokenizer, tmp_path) == ([ids[:3]], 0)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    asked = {"role": "user", "content": "why"}
-    talk = [asked, {"role": "assistant", "content": "so"}]
-    expected = tokenizer("<user>why\n<assistant>", add_special_tokens=False)["input_ids"]
-    assert prompts_of([{"messages": talk}, {"messages": [asked]}], tokenizer, tmp_path) == ([expected] * 2, 0)
-
-
-def test_prompts_that_do_not_fit_are_passed_over_and_counted(job, tiny, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
-    records = [{"prompt": "x = 1\n" * 90}, {"prompt": ""}, {"prompt": "a"}, {"prompt": "b"}]
-    prompts, left_out = prompts_of(records, tokenizer, tmp_path, num_prompts=1)
-    assert (len(prompts), left_out) == (1, 2)
-    with pytest.raises(ValueError, match="4 records"):
-        prompts_of(records, tokenizer, tmp_path, room=0)
-
-
-@pytest.fixture(scope="module")
-def places(tiny, tiny_store, tmp_path_factory):
-    """Models without their weights (who tries to load those fails otherwise than by exit status 2), and bad data."""
-    folder = tmp_path_factory.mktemp("bad")
-    for name, source in (("target", tiny.target), ("draft", tiny.draft), ("other", tiny.draft), ("small", tiny.draft)):
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
-    conftest.make_tokenizer(folder / "other", vocab_size=400)
-    config = json.loads((folder / "small" / "config.json").read_text())
-    (folder / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
-    (folder / "malformed.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    conftest.write_jsonl(folder / "untyped.jsonl", [{"prompt": 3}])
-    conftest.write_jsonl(folder / "columns.jsonl", [{"body": "x"}])
-    return {path.name.split(".")[0]: path for path in folder.iterdir()} | {"store": tiny_store}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"--gamma": 0}, "gamma=0"),
-        ({"--gamma": "many"}, "gamma"),
-        ({"--max_new_tokens": 1}, "max_new_tokens=1"),
-        ({"--num_prompts": 0}, "num_prompts=0"),
-        ({"--data": None}, "got no data"),
-        ({"--target": None}, "got no target"),
-        ({"--target": None, "--data": None}, "--store"),
-        ({"--data": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"--store": "nowhere.zarr"}, "nowhere.zarr"),
-        ({"--store": "{store}", "--storage_options": "nowhere.json"}, "nowhere.json"),
-        ({"--json": "no/such/folder.json"}, "folder.json"),
-        ({"--draft": "{other}"}, "tokenizer"),
-        ({"--draft": "{other}", "--target": None, "--data": None, "--store": "{store}"}, "store's vocabulary"),
-        ({"--draft": "{small}"}, "vocab_size=500"),
-        ({"--draft": "nowhere"}, "draft|nowhere"),
-        ({"--data": "{malformed}"}, "line 2"),
-        ({"--data": "{untyped}"}, "record|line"),
-        ({"--data": "{columns}"}, "columns"),
-        ({"--max_new_tokens": 512}, "max_new_tokens"),
-    ],
-)
-def test_bad_input_exits_with_2_and_one_line_before_weights_are_loaded(job, tiny, places, capsys, change, message):
-    given = {"--target": "{target}", "--draft": "{draft}", "--data": tiny.data} | change
-    argv = [str(part).format(**places) for item in given.items() if item[1] is not None for part in item]
-    with pytest.raises(SystemExit) as stopped:
-        job.main(argv)
-    assert stopped.value.code == 2
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1
-    assert any(words in errors for words in message.split("|"))

@@ -14,6 +14,7 @@ import yaml
 from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, make_model, make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 import logitstore
 from logitstore.causal_lm import load_model, tokenizer_spec
@@ -110,22 +111,31 @@ def test_run_yaml_repeats_the_run(run, tmp_path):
     assert first | {"output_dir": None} == second | {"output_dir": None}
 
 
-def test_a_run_resumed_in_mid_epoch_equals_one_never_stopped(run, tmp_path):
-    shutil.copytree(run.folder / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
-    (tmp_path / "out" / "checkpoint-9").mkdir()  # a checkpoint that was not finished
-    metrics = train_draft.main(
-        [str(run.folder / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "true"]
-    )
-    assert metrics["steps"] == 12
-    assert same_weights(weights(tmp_path / "out"), weights(run.folder))
+def test_run_yaml_repeats_values_that_are_transformers_defaults_but_not_the_jobs(tiny, tiny_store, tmp_path):
+    extra = ["--logging_steps", "500", "--logging_first_step", "false", "--max_steps", "1"]
+    train_draft.main(arguments(tiny, tiny_store, tmp_path / "out", *extra))
+    train_draft.main([str(tmp_path / "out" / "run.yaml"), "--output_dir", str(tmp_path / "again")])
+    for name in ("out", "again"):
+        values = yaml.safe_load((tmp_path / name / "run.yaml").read_text())
+        assert (values["logging_steps"], values["logging_first_step"]) == (500, False)
+        assert logged(tmp_path / name, "kl") == []
 
 
-def test_a_resumed_run_of_random_rows_keeps_the_same_ones(tiny, tiny_store, tmp_path):
-    extra = ["--selection", "random", "--max_steps", "5", "--save_steps", "2", "--save_total_limit", "9"]
-    train_draft.main(arguments(tiny, tiny_store, tmp_path / "whole", *extra))
-    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
-    train_draft.main(arguments(tiny, tiny_store, tmp_path / "parts", *extra, "--resume_from_checkpoint", checkpoint))
-    assert same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+def test_bfloat16_is_computed_on_a_cpu_where_it_is_asked_for(tiny, tiny_store, tmp_path):
+    extra = ["--bf16", "true", "--max_steps", "1"]
+    assert train_draft.main(arguments(tiny, tiny_store, tmp_path / "out", *extra))["loss"] > 0
+
+
+def test_no_bars_are_shown_where_none_are_wanted_and_rates_are_whole(tiny, tiny_store, tmp_path, capfd):
+    assert logging.is_progress_bar_enabled()
+    for quiet in ("true", "false"):
+        extra = ["--max_steps", "2", "--disable_tqdm", quiet]
+        train_draft.main(arguments(tiny, tiny_store, tmp_path / quiet, *extra))
+        err = capfd.readouterr().err
+        assert ("Loading weights" in err, "Writing model shards" in err) == (quiet == "false", quiet == "false")
+        assert logging.is_progress_bar_enabled()
+        assert all(type(rate) is int for rate in logged(tmp_path / quiet, "rows_per_second"))
+        assert type(logged(tmp_path / quiet, "train_rows_per_second")[-1]) is int
 
 
 def test_accumulated_micro_batches_are_averaged(tiny, tiny_store, tmp_path):
@@ -175,6 +185,12 @@ def misfits(tiny, tiny_store, tmp_path_factory):
     make_model(folder / "narrow_draft", tiny.tokenizer, vocab_size=VOCAB_SIZE - 8)
     shutil.copytree(tiny.draft, folder / "no_weights")
     (folder / "no_weights" / "model.safetensors").unlink()
+    shutil.copytree(tiny.draft, folder / "torn_weights")
+    with (folder / "torn_weights" / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+    shutil.copytree(tiny.draft, folder / "short_draft")
+    config = json.loads((folder / "short_draft" / "config.json").read_text())
+    (folder / "short_draft" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     (folder / "taken").mkdir()
     (folder / "taken" / "config.json").write_text("{}")
     (folder / "stopped" / "checkpoint-5").mkdir(parents=True)
@@ -197,10 +213,15 @@ BAD = {
         ["--store", "{f}/unscored", "--selection", "adaspec", "--reference", "reference"],
         "layer 'losses/reference' must have all of its 3 shards, got 2",
     ),
-    "other tokenizer": (["--draft", "{f}/other_draft"], "draft must have the tokenizer that the store was made with"),
+    "other tokenizer": (["--draft", "{f}/other_draft"], "draft must have the tokenizer of "),
     "narrow vocabulary": (["--draft", "{f}/narrow_draft"], "draft must have a vocabulary of at least 512"),
-    "no draft": (["--draft", "{f}/none"], "tokenizer must be a Hugging Face id or a folder with tokenizer files"),
+    "no draft": (["--draft", "{f}/none"], "model must be a Hugging Face id or a folder with a config.json"),
     "no weights": (["--draft", "{f}/no_weights"], "draft must have weights, got draft={f}/no_weights"),
+    "torn weights": (
+        ["--draft", "{f}/torn_weights"],
+        "draft must have weights that can be read, got draft={f}/torn_weights (",
+    ),
+    "short context": (["--draft", "{f}/short_draft"], "max_length must be at most 256, the context of draft="),
     "unknown reference": (
         ["--selection", "adaspec", "--reference", "other"],
         "reference must be one of ['reference'] in {store}, got reference=other; add it with jobs/dump_logits.py",
@@ -223,6 +244,10 @@ BAD = {
     "value": (["--keep", "some"], "argument --keep: invalid float value: 'some'"),
     "evaluation": (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no, got eval_strategy="),
     "liger": (["--use_liger_kernel", "true"], "use_liger_kernel must be False, got use_liger_kernel=True"),
+    "bf16": (
+        ["--use_cpu", "false", "--bf16", "true"],
+        "bf16 must be left out where no GPU computes in bfloat16, got bf16=True; leave it out, or ",
+    ),
     "options": (["--storage_options", "{f}/none.json"], "storage_options must be a JSON file, got storage_options="),
 }
 
@@ -234,8 +259,10 @@ def refuse_models(*args, **kwargs):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_exit_status_2(name, tiny, tiny_store, misfits, tmp_path, capsys, monkeypatch):
     extra, message = BAD[name]
-    if name != "no weights":
-        monkeypatch.setattr(train_draft, "load_model", refuse_models)
+    if name == "bf16" and is_torch_bf16_gpu_available():
+        pytest.skip("this GPU computes in bfloat16")
+    if name != "torn weights":
+        monkeypatch.setattr(train_draft, "load_weights", refuse_models)
     extra = [value.format(f=misfits) for value in extra]
     with pytest.raises(SystemExit) as exit_:
         train_draft.main([*arguments(tiny, tiny_store, tmp_path / "out", *QUIET), *extra])
@@ -252,9 +279,9 @@ def test_bad_input_is_one_line_and_exit_status_2(name, tiny, tiny_store, misfits
     [
         ("typo.yaml", "run file must have the names of flags only, got 'keeep' in {f}/typo.yaml"),
         ("list.yaml", "run file must be a file of `name: value` lines, got {f}/list.yaml"),
-        ("broken.yaml", "run file must be a readable YAML or JSON file, got {f}/broken.yaml: not YAML (ParserError)"),
+        ("broken.yaml", "run file must be a readable YAML file, got {f}/broken.yaml: not YAML (ParserError)"),
         ("word.yaml", "argument --keep: invalid float value: 'some'"),
-        ("none.yaml", "run file must be a readable YAML or JSON file, got {f}/none.yaml: No such file or directory"),
+        ("none.yaml", "run file must be a readable YAML file, got {f}/none.yaml: No such file or directory"),
     ],
 )
 def test_a_bad_run_file_is_one_line_and_exit_status_2(file, message, misfits, capsys):

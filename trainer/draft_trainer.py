@@ -195,6 +195,20 @@ class DraftTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: object = None) -> WindowShuffleSampler:
         return self._sampler
 
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: object,
+    ) -> tuple[int, int]:
+        """Begins beyond the last epoch where a checkpoint has all steps: Trainer itself would make one more."""
+        begin: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begin
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -217,14 +231,16 @@ class DraftTrainer(Trainer):
         label_nll: the mean negative logprob of the text itself, likewise.
         kept_fraction, denominator: kept rows over masked rows; rows that a micro-batch's loss was divided by.
         gap_threshold: mean loss gap that a row had to reach (adaspec).
-        rows_per_second: masked rows, all ranks together.
+        rows_per_second: masked rows, all ranks together; whole ones, as Trainer prints others like 3.197e+04.
         """
         ends = "train_runtime" in logs
         if self._sums and ("loss" in logs or ends):
             statistics = self._statistics()
             logs.update({} if ends else statistics)
         if ends:
-            logs["train_rows_per_second"] = round(self._rows / max(logs["train_runtime"], 1e-9), 3)
+            logs["train_rows_per_second"] = round(self._rows / max(logs["train_runtime"], 1e-9))
+            if not self._rows:  # the checkpoint was the last one: Trainer's mean over no step is 0
+                logs.pop("train_loss", None)
         super().log(logs, start_time)
 
     def _statistics(self) -> dict[str, float]:
@@ -240,7 +256,7 @@ class DraftTrainer(Trainer):
             "label_nll": sums["label_nll"] / known,
             "kept_fraction": sums["kept"] / max(1.0, sums["rows"]),
             "denominator": sums["denominator"] / sums["batches"],
-            "rows_per_second": round(sums["rows"] / max(seconds, 1e-9), 1),
+            "rows_per_second": round(sums["rows"] / max(seconds, 1e-9)),
         }
         if self._module.reads_reference and sums["thresholds"]:
             found["gap_threshold"] = sums["threshold"] / sums["thresholds"]

@@ -110,8 +110,7 @@ class Encoder:
             for message in value:
                 if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                     raise self._bad(index, name, "a list of objects with role and content", message)
-            # Typed tables fill the fields that other records' messages have with None: templates take them for given.
-            return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
+            return without_filler(value)
         if not isinstance(value, str):
             raise self._bad(index, name, "text", value)
         try:
@@ -178,6 +177,23 @@ class Encoder:
             yield encoded["input_ids"][i], counted, unlocated[i]
 
 
+def without_filler(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drops the fields without a value, but for the content.
+
+    Typed tables fill the fields that other records' messages have with None: templates take them for given.
+    """
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, ask: bool) -> str:
+    """Renders a conversation by the chat template, if `ask` with what asks for the next turn of the assistant."""
+    render_all: Any = chat_template_utils.render_jinja_template
+    special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    template = tokenizer.get_chat_template()
+    (text,), _ = render_all([messages], chat_template=template, add_generation_prompt=ask, **special)
+    return str(text)
+
+
 def response_spans(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
 ) -> tuple[str, list[tuple[int, int]], int]:
@@ -192,25 +208,22 @@ def response_spans(
         because the template writes them otherwise once more messages follow.
     """
     template = tokenizer.get_chat_template()
-    special: dict[str, Any] = dict(tokenizer.special_tokens_map)
     # apply_chat_template's own mask of tokens will not do: where the tokenizer leaves the space before a word out of
     # the token's offsets, a turn that begins with one is lost with all that follow, and one that ends so never ends.
-    render_all: Any = chat_template_utils.render_jinja_template
     if GENERATION.search(template):
+        render_all: Any = chat_template_utils.render_jinja_template
+        special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         (text,), (spans,) = render_all([messages], chat_template=template, return_assistant_tokens_mask=True, **special)
         return text, spans, 0
 
-    def render(part: list[dict[str, Any]], *, ask: bool) -> str:
-        (text,), _ = render_all([part], chat_template=template, add_generation_prompt=ask, **special)
-        return str(text)
-
-    text = render(messages, ask=False)
+    text = render(tokenizer, messages, ask=False)
     ends_of_turn = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
     found, missed = [], 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked, answered = render(messages[:i], ask=True) if i else None, render(messages[: i + 1], ask=False)
+        asked = render(tokenizer, messages[:i], ask=True) if i else None
+        answered = render(tokenizer, messages[: i + 1], ask=False)
         if asked is None or not (text.startswith(answered) and answered.startswith(asked)):
             missed += 1
             continue
