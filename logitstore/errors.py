@@ -6,7 +6,8 @@ LogitStoreError
 ├── IdentityError           (ValueError)         the store holds something other than what was asked for
 ├── LayerNotFoundError      (LookupError)        no such layer, or a shard of it is not committed
 ├── DamagedShardError       (OSError)            stored bytes differ from what was committed
-├── StorageError            (OSError)            the URL cannot be read or written at all
+├── StorageError            (OSError)            the URL cannot be reached, even after some tries
+│   └── StorageRefusedError (PermissionError)    no space, no permission, no valid credentials
 └── MissingDriverError      (ImportError)        the URL needs a package that is not installed
 """
 
@@ -50,9 +51,17 @@ class DamagedShardError(LogitStoreError, OSError):
         self.shard = shard
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[DamagedShardError], tuple[str, int, str]]:
+        # It comes from other processes: an exception is built anew from its message alone.
+        return type(self), (self.layer, self.shard, self.reason)
+
 
 class StorageError(LogitStoreError, OSError):
-    """The URL cannot be read or written: no such bucket, no credentials, no network, no permission."""
+    """The URL cannot be read or written: no such bucket, no network, a service that answers with errors."""
+
+
+class StorageRefusedError(StorageError, PermissionError):
+    """The disk is full, the credentials are missing or no longer valid, or the permission is: no use in more tries."""
 
 
 class MissingDriverError(LogitStoreError, ImportError):

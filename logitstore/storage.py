@@ -1,207 +1,391 @@
-"""Where a store's bytes lie: a local folder or any fsspec URL. Nothing here knows what a store holds."""
+"""Where a store's bytes lie: a local folder or any fsspec URL. Nothing here knows what a store holds.
+
+Every object is written whole or not at all, and read with a bound: on a local disk by local_files.py, elsewhere by one
+PUT.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
-import uuid
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import fsspec
-import zarr
-from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import known_implementations
-from zarr.errors import ContainsGroupError
 
-from logitstore.errors import FormatError, LogitStoreError, MissingDriverError, StorageError
+from logitstore import local_files
+from logitstore.drivers import fetch, is_refusal, may_pass, open_fs, without_credentials
+from logitstore.errors import FormatError, StorageError, StorageRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from logitstore.cache import ReadThroughCache
 
-def open_fs(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any, str]:
-    """Returns the fsspec file system of a URL, and the path in it.
+T = TypeVar("T")
+U = TypeVar("U")
 
-    Raises:
-        MissingDriverError: No installed package opens this protocol; the message names the one that would.
-    """
-    protocol = split_protocol(url)[0]
-    if protocol is not None and protocol not in fsspec.available_protocols():
-        raise MissingDriverError(
-            f"url must have a protocol that fsspec knows, got url={without_credentials(url)}; "
-            "give a folder, s3://, gs:// or abfs://, or install the package that registers this protocol"
-        )
-    try:
-        fs, path = fsspec.url_to_fs(url, **(storage_options or {}))
-    except ImportError as error:
-        package = known_implementations[protocol]["class"].split(".")[0] if protocol in known_implementations else ""
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            raise MissingDriverError(
-                f"url must have a protocol whose driver is installed, got url={without_credentials(url)}; "
-                f"pip install {package}"
-            ) from error
-        raise
-    return fs, path
-
-
-def without_credentials(url: str) -> str:
-    """Drops `user:password@` from a URL, so that it may be stored and printed."""
-    scheme, separator, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}" if separator else url
-
-
-def read_options(path: str | None) -> dict[str, Any] | None:
-    """Reads fsspec options from a JSON file; None for no file.
-
-    Raises:
-        ValueError: The file is missing or holds something else than a JSON object.
-    """
-    if path is None:
-        return None
-    try:
-        options = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"storage_options must be a JSON file, got storage_options={path}: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"storage_options must hold a JSON object, got {type(options).__name__} in {path}")
-    return options
+PATIENCE_S = 60.0
+"""How long a bucket that fails is tried again, once it has answered."""
+FIRST_PATIENCE_S = 15.0
+"""How long before that: an address that is wrong must show soon."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
+"""Waits between tries: each twice the one before, drawn between half and all of it."""
+REQUESTS_AT_ONCE = 8
+"""Objects written at once to a bucket by one process."""
+FROM_A_COPY = "restore it from a copy of the store"
+MAX_JSON_BYTES = 2**22
+"""No metadata of a store is longer."""
+MAX_JSON_DEPTH = 32
+"""An array's metadata, the deepest, is nested 7 deep."""
+MAX_JSON_BRACKETS = 2**16
+"""A list takes 3 bytes of JSON and 60 of memory, and a while. An array's metadata, which has most of them, has 18."""
 
 
 class Storage:
     """One root folder, local or remote, and the few things a store does with it.
 
+    What is missing raises FileNotFoundError. Everything else that goes wrong becomes a StorageError after some tries,
+    or a StorageRefusedError at once where trying again cannot help. Paths are relative to the root.
+
     Attributes:
         url: The root as given, without credentials.
+        root: Its path in the file system.
+        is_local: Whether it is a folder of this machine.
+        cache: Keeps objects read from a bucket on the local disk; None for none.
     """
 
-    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        cache: tuple[str, int] | None = None,
+    ) -> None:
+        """Opens the file system; does not touch it.
+
+        Args:
+            url: A folder or any fsspec URL.
+            storage_options: What its file system needs. Never stored, never printed.
+            cache: Folder and size in bytes of a local cache for a bucket's objects; no use for a local folder.
+        """
         raw = os.fspath(url)
         self._raw_url = raw
-        self._options = dict(storage_options or {})
         self.url = without_credentials(raw).rstrip("/")
-        self._fs, path = open_fs(raw, storage_options)
+        self._fs, path = open_fs(raw, storage_options, tries_again=False)
+        # With what fsspec itself is configured with on this machine: other processes may run on others.
+        self._options = dict(self._fs.storage_options)
         self.root = path.rstrip("/")
         self.is_local = isinstance(self._fs, LocalFileSystem)
         if self.is_local:  # a process that this goes to may run in another folder
             self._raw_url = self.root
+        self._has_answered = False
+        self.cache: ReadThroughCache | None = None
+        if cache is not None and not self.is_local:
+            from logitstore.cache import ReadThroughCache
 
-    def __reduce__(self) -> tuple[type[Storage], tuple[str, dict[str, Any]]]:
-        return Storage, (self._raw_url, self._options)
+            self.cache = ReadThroughCache(self._fs, cache[0], max_bytes=cache[1])
 
-    def _zarr_store(self, mode: str) -> zarr.storage.LocalStore | zarr.storage.FsspecStore:
-        if self.is_local:
-            return zarr.storage.LocalStore(self.root, read_only=mode == "r")
-        return zarr.storage.FsspecStore.from_url(
-            self._raw_url, storage_options=self._options or None, read_only=mode == "r"
-        )
+    def __reduce__(self) -> tuple[type[Storage], tuple[Any, ...], dict[str, Any]]:
+        state = {"cache": self.cache, "_has_answered": self._has_answered}
+        return Storage, (self._raw_url, self._options), state
 
-    def zarr_group(self, path: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
-        """Opens a group below the root, to read ("r") or to write ("r+")."""
-        return zarr.open_group(self._zarr_store(mode), path=path, mode=mode, zarr_format=3, use_consolidated=False)
+    def without_cache(self) -> Storage:
+        """Returns the same, but reading from the bucket alone."""
+        return Storage(self._raw_url, self._options)
 
-    def create_group(self, path: str, attributes: dict[str, Any]) -> None:
-        """Creates a group and its attributes in one write; one that is there already stays as it is."""
-        with self._reachable("written"), contextlib.suppress(ContainsGroupError):
-            zarr.create_group(self._zarr_store("r+"), path=path, zarr_format=3, attributes=attributes)
-
-    def remove(self, path: str) -> None:
-        """Deletes a folder and all in it."""
-        self._fs.rm(f"{self.root}/{path}", recursive=True)
-
-    @contextlib.contextmanager
-    def _reachable(self, verb: str) -> Iterator[None]:
-        """Drivers raise whatever their services' libraries do: a first contact that fails becomes one clear error."""
-        try:
-            yield
-        except LogitStoreError:
-            raise
-        except Exception as error:
-            raise StorageError(
-                f"url must be one that can be {verb}, got url={self.url} ({type(error).__name__}: {error}); check the "
-                "bucket, the credentials and --storage_options"
-            ) from error
-
-    def group_attributes(self, path: str) -> dict[str, Any] | None:
-        """Reads the attributes of a group, None where there is no group.
-
-        Raises:
-            FormatError: There is one, but not of Zarr version 3.
-        """
-        with self._reachable("read"):
-            try:
-                metadata = self.get_json(f"{path}/zarr.json" if path else "zarr.json")
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        if not isinstance(metadata, dict) or metadata.get("node_type") != "group":
-            raise FormatError(f"{path}/zarr.json must describe a Zarr group, got {metadata!r:.80}; this is no store")
-        attributes = metadata.get("attributes", {})
-        if not isinstance(attributes, dict):
-            raise FormatError(f"attributes must be a JSON object, got attributes={attributes!r:.80}; this is no store")
-        return attributes
+    # Reading
 
     def names(self, path: str) -> list[str]:
         """Lists the names in a folder, sorted; empty where there is no such folder."""
         folder = f"{self.root}/{path}"
+
+        def listed() -> list[str]:
+            try:
+                # fsspec takes six times as long for a folder of this machine.
+                found = os.listdir(folder) if self.is_local else self._listed(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(name for name in found if not name.endswith(local_files.PARTIAL))
+
+        return self._try(listed, path)
+
+    def _listed(self, folder: str) -> set[str]:
+        """Lists the names in a folder of a bucket, and leaves none of them in the file system's memory."""
         self._fs.invalidate_cache(folder)
         try:
             found = self._fs.ls(folder, detail=False)
-        except FileNotFoundError:
-            return []
-        names = {str(entry).rstrip("/").rsplit("/", 1)[1] for entry in found}
-        return sorted(name for name in names if not name.endswith(".partial"))
+        finally:
+            self._fs.invalidate_cache(folder)
+        # Object stores may list the folder's own marker.
+        entries = (str(entry).rstrip("/") for entry in found)
+        return {entry.rsplit("/", 1)[1] for entry in entries if len(entry) > len(folder)}
 
-    def get_json(self, path: str) -> Any:  # noqa: ANN401
+    def names_with(self, path: str, prefix: str) -> list[str]:
+        """Lists the names in a folder that begin with a prefix, in one request where the service can.
+
+        For who is about to write by what it says: no network file system answers from memory.
+        """
+        if self.is_local:
+            self._try(lambda: local_files.refresh(self._inside(f"{path}/any").parent), path)
+            return [name for name in self.names(path) if name.startswith(prefix)]
+        folder = f"{self.root}/{path}"
+
+        def found() -> list[str]:
+            self._fs.invalidate_cache(folder)
+            try:
+                entries = self._fs.find(folder, prefix=prefix)
+            except FileNotFoundError:
+                return []
+            return sorted(str(entry).rsplit("/", 1)[1] for entry in entries)
+
+        return [name for name in self._try(found, path) if name.startswith(prefix)]
+
+    def get(self, path: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """Reads one object, of at most `limit` bytes.
+
+        Raises:
+            FileNotFoundError: There is none.
+            FormatError: It is longer.
+        """
+        (data,) = self.get_many([path], [limit])
+        if data is None:
+            raise FileNotFoundError(f"{self.url}/{path}")
+        if len(data) > limit:
+            raise FormatError(f"{path} must be of at most {limit} bytes, got more; this is no store of this format")
+        return data
+
+    def get_many(self, paths: Sequence[str], limits: Sequence[int], *, cached: bool = False) -> list[bytes | None]:
+        """Reads objects, concurrently where the file system can.
+
+        Args:
+            paths: Which.
+            limits: No more than this many bytes and one are read of each: a longer object shows by its length.
+            cached: Whether the local cache may answer. For objects whose content is known by checksum only.
+
+        Returns:
+            Their bytes, None for those that are not there.
+        """
+        full = [f"{self.root}/{path}" for path in paths]
+        data: list[bytes | None] = [None] * len(paths)
+        waiting = list(range(len(paths)))
+
+        def read() -> None:
+            answers = self._read([full[i] for i in waiting], [limits[i] for i in waiting], cached=cached)
+            failures = []
+            for i, answer in zip(list(waiting), answers, strict=True):
+                if isinstance(answer, bytes):
+                    data[i] = answer
+                elif not isinstance(answer, FileNotFoundError):
+                    failures.append((i, answer))
+                    continue
+                waiting.remove(i)
+            if failures:
+                raise failures[0][1]
+
+        self._try(read, paths[0] if paths else "")
+        return data
+
+    def _read(self, full: list[str], limits: list[int], *, cached: bool) -> list[bytes | Exception]:
+        if self.is_local:
+            return [local_files.read(path, limit + 1) for path, limit in zip(full, limits, strict=True)]
+        if cached and self.cache is not None:
+            return self.cache.read(full, limits)
+        return fetch(self._fs, full, limits)
+
+    def get_json(self, path: str, way_out: str = FROM_A_COPY) -> Any:  # noqa: ANN401
         """Reads one small JSON file.
 
         Raises:
             FileNotFoundError: There is none.
-            FormatError: It holds no JSON.
+            FormatError: It holds no JSON; the message ends with the way out.
         """
-        return self._parse(path, self._fs.cat_file(f"{self.root}/{path}"))
-
-    def get_many_json(self, paths: list[str]) -> list[Any]:
-        """Reads many small JSON files, concurrently where the file system can."""
-        full = [f"{self.root}/{path}" for path in paths]
-        data = self._fs.cat(full, recursive=False) if full else {}
-        if isinstance(data, bytes):  # fsspec answers a list of one with the content alone
-            data = {full[0]: data}
-        by_name = {key.rsplit("/", 1)[1]: value for key, value in data.items()}
-        return [self._parse(path, by_name[path.rsplit("/", 1)[1]]) for path in paths]
-
-    def put_json(self, path: str, value: object) -> None:
-        """Writes one small JSON file whole or not at all: rename on a local disk, one PUT elsewhere."""
-        data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-        if not self.is_local:
-            self._fs.pipe_file(f"{self.root}/{path}", data)
-            return
-        final = Path(self.root, path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(f"{final.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(final)
-        finally:
-            partial.unlink(missing_ok=True)
+        return parse_json(path, self.get(path), way_out)
 
     def num_bytes(self, path: str) -> int:
         """Adds up the sizes of all objects below a folder."""
         folder = f"{self.root}/{path}"
-        self._fs.invalidate_cache(folder)
-        return int(self._fs.du(folder))
+        if self.is_local:
+            return self._try(lambda: local_files.num_bytes(folder), path)
 
-    @staticmethod
-    def _parse(path: str, data: bytes) -> Any:  # noqa: ANN401
+        return sum(self._try(lambda: self._sizes(folder), path).values())
+
+    def _sizes(self, folder: str) -> dict[str, int]:
+        """Lists all objects below a folder of a bucket. Not by `du`: s3fs looks at all of them for each of them."""
+        self._fs.invalidate_cache(folder)
         try:
-            return json.loads(data)
-        except ValueError as error:
-            raise FormatError(f"{path} must be JSON, got {data[:40]!r}; restore it from a copy of the store") from error
+            found = self._fs.find(folder, detail=True)
+        except FileNotFoundError:
+            return {}
+        finally:
+            self._fs.invalidate_cache(folder)
+        return {str(name): int(info["size"] or 0) for name, info in found.items()}
+
+    # Writing
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes an object whole or not at all, in the place of what was there."""
+        if self.is_local:
+            self._try(lambda: local_files.put(self._inside(path), data), path)
+        else:
+            with self._there_to_write(path):
+                self._try(lambda: self._fs.pipe_file(f"{self.root}/{path}", data), path)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Writes an object whole, but only where there is none; of several that try at once one succeeds.
+
+        Returns:
+            Whether it was written. A False may also be the echo of this very call's first try, whose answer got lost:
+            callers read back whose it is.
+        """
+        if self.is_local:
+            return self._try(lambda: local_files.create(self._inside(path), data), path)
+
+        def created() -> bool:
+            try:
+                self._fs.pipe_file(f"{self.root}/{path}", data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+        with self._there_to_write(path):
+            return self._try(created, path)
+
+    def copy(self, source: str, path: str) -> None:
+        """Copies an object within the store, whole or not at all, in the place of what was there.
+
+        Raises:
+            FileNotFoundError: The source is not there.
+        """
+        if self.is_local:
+            self._try(lambda: local_files.copy(self._inside(source), self._inside(path)), path)
+        else:
+            self._try(lambda: self._fs.cp_file(f"{self.root}/{source}", f"{self.root}/{path}"), path)
+
+    def remove(self, path: str) -> None:
+        """Deletes an object, if it is there; on a local disk also a folder in its place."""
+        if self.is_local:
+            self._try(lambda: local_files.remove(self._inside(path)), path)
+            return
+
+        def removed() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self.root}/{path}")
+
+        self._try(removed, path)
+
+    def remove_folder(self, path: str) -> None:
+        """Deletes a folder and all in it, if it is there."""
+        if self.is_local:
+            self._try(lambda: local_files.remove_folder(str(self._inside(path))), path)
+            return
+        # Not by `rm`: it takes a folder with brackets in its name for a pattern.
+        found = self._try(lambda: self._sizes(f"{self.root}/{path}"), path)
+        self.for_each(self.remove, [name.removeprefix(f"{self.root}/") for name in found])
+
+    def remove_partials(self, path: str) -> int:
+        """Deletes what writers killed a day ago or more left in a folder. Returns how many files.
+
+        Only on a local disk do they leave anything. What they staged is not meant: publish.clean removes it.
+        """
+        if not self.is_local:
+            return 0
+        return self._try(lambda: local_files.remove_partials(self._inside(os.path.join(path, "any")).parent), path)
+
+    def _inside(self, path: str) -> Path:
+        """Returns where a local object is to change, unless a link that somebody put into the store leads elsewhere."""
+        full = Path(self.root, path)
+        if not full.parent.resolve().is_relative_to(Path(self.root).resolve()):
+            raise PermissionError(f"{full} leads out of the store by a symbolic link; put the folder itself there")
+        return full
+
+    def for_each(self, action: Callable[[U], T], items: Iterable[U]) -> list[T]:
+        """Does something for each of a few objects, several at once in a bucket."""
+        if self.is_local:
+            return [action(item) for item in items]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(action, items))
+
+    @contextlib.contextmanager
+    def _there_to_write(self, path: str) -> Iterator[None]:
+        """What a bucket that is not there looks like to a writer."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise StorageRefusedError(
+                f"url must be one that can be written, got url={self.url} at {path} (FileNotFoundError: {error}); "
+                "check the bucket, the credentials and --storage_options"
+            ) from error
+
+    def _try(self, operation: Callable[[], T], path: str) -> T:
+        """Does something, again after a while where that may help."""
+        started, wait = time.monotonic(), FIRST_WAIT_S
+        while True:
+            try:
+                result = operation()
+            except (FileNotFoundError, FormatError):
+                self._has_answered = True
+                raise
+            except Exception as error:  # drivers raise whatever their services' libraries do
+                said = f"url={self.url} at {path or '/'} ({type(error).__name__}: {' '.join(str(error).split()):.300})"
+                if is_refusal(error):
+                    raise StorageRefusedError(
+                        f"url must be one that may be read or written and has space, got {said}; check the disk, the "
+                        "bucket, the credentials and --storage_options, then run the same command again"
+                    ) from error
+                patience = PATIENCE_S if self._has_answered else FIRST_PATIENCE_S
+                if self.is_local or not may_pass(error) or time.monotonic() + wait > started + patience:
+                    raise StorageError(
+                        f"url must be one that can be reached, got {said}; check the bucket, the credentials and "
+                        "--storage_options, then run the same command again"
+                    ) from error
+            else:
+                self._has_answered = True
+                return result
+            time.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+def to_json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Returns a JSON object as it is stored: indented, keys sorted, one newline at the end."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def parse_json(path: str, data: bytes, way_out: str = FROM_A_COPY) -> Any:  # noqa: ANN401
+    """Parses what was read from a path, as strictly as two readers need to agree on what it says.
+
+    Raises:
+        FormatError: It is no JSON, names a field twice, holds NaN or an infinity, or is nested deeper than any of ours.
+    """
+    if data.count(b"[") + data.count(b"{") > MAX_JSON_BRACKETS:
+        raise FormatError(f"{path} must hold a few lists and objects, got more than {MAX_JSON_BRACKETS} brackets")
+    try:
+        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_refused)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} must be JSON, got {data[:40]!r} ({error!s:.80}); {way_out}") from error
+    if _is_deeper(value, MAX_JSON_DEPTH):
+        raise FormatError(f"{path} must be nested at most {MAX_JSON_DEPTH} deep, got more; this is no store")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a field is named twice")
+    return fields
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    """What is printed of a value is printed by recursion: it must not be deeper than Python can go."""
+    level = [value]
+    for _ in range(depth):
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [part for some in parts for part in some if isinstance(part, dict | list)]
+    return bool(level)

@@ -1,0 +1,156 @@
+"""The fsspec file system of a URL, bounded reads from it, and what its failures mean: gone, busy, refused for good."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+from fsspec.config import apply_config
+from fsspec.core import split_protocol
+from fsspec.registry import known_implementations
+
+from logitstore.errors import MissingDriverError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+CREDENTIAL_ERRORS = frozenset(
+    {
+        "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
+        "UnauthorizedSSOTokenError", "SSOTokenLoadError", "ProfileNotFound",  # botocore
+        "RefreshError", "DefaultCredentialsError",  # google.auth
+        "ClientAuthenticationError",  # azure.core
+    }
+)  # fmt: skip
+"""Names of what the drivers' own libraries raise for credentials, told by name: none of them need be installed."""
+
+S3 = ("s3", "s3a")
+
+REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+"""No space, no permission, larger than a file may be: another try finds the same."""
+REFUSED_CODES = frozenset(
+    {"InvalidToken", "TokenRefreshRequired", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
+)
+"""The same by services of S3, in words that s3fs has no such number for."""
+POINTLESS = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR})
+"""The request itself is at fault."""
+
+
+def open_fs(url: str, storage_options: dict[str, Any] | None = None, *, tries_again: bool = True) -> tuple[Any, str]:
+    """Returns the fsspec file system of a URL, and the path in it.
+
+    Args:
+        url: A path or any fsspec URL.
+        storage_options: What its file system needs.
+        tries_again: Whether its driver may try again what fails, which is False where the caller does.
+
+    Raises:
+        MissingDriverError: No installed package opens this protocol; the message names the one that would.
+    """
+    protocol = split_protocol(url)[0]
+    if protocol is not None and protocol not in fsspec.available_protocols():
+        raise MissingDriverError(
+            f"url must have a protocol that fsspec knows, got url={without_credentials(url)}; "
+            "give a folder, s3://, gs:// or abfs://, or install the package that registers this protocol"
+        )
+    try:
+        options = storage_options or {}
+        fs, path = fsspec.url_to_fs(url, **options) if tries_again or protocol not in S3 else _open_s3(url, options)
+    except ImportError as error:
+        package = known_implementations[protocol]["class"].split(".")[0] if protocol in known_implementations else ""
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise MissingDriverError(
+                f"url must have a protocol whose driver is installed, got url={without_credentials(url)}; "
+                f"pip install {package}"
+            ) from error
+        raise
+    return fs, path
+
+
+def _open_s3(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Opens a bucket so that each request is sent, and sent once.
+
+    Left alone botocore sends it up to 5 times, s3fs has that done 5 times, and for reads all of it 5 times: of a server
+    that accepts requests and never answers one would hear after half an hour. And s3fs answers one thread with what
+    another has listed, even if that was before the first one's last write.
+    """
+    options = apply_config(fsspec.get_filesystem_class("s3"), options)
+    config = {"retries": {"total_max_attempts": 1}} | (options.get("config_kwargs") or {})
+    fs, path = fsspec.url_to_fs(url, **options | {"config_kwargs": config, "use_listings_cache": False})
+    fs.retries = 1
+    return fs, path
+
+
+def without_credentials(url: str) -> str:
+    """Drops `user:password@` from a URL, so that it may be stored and printed."""
+    scheme, separator, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}" if separator else url
+
+
+def fetch(fs: Any, paths: Sequence[str], limits: Sequence[int]) -> list[bytes | Exception]:  # noqa: ANN401
+    """Reads objects from a file system, all at once where it can.
+
+    Args:
+        fs: An fsspec file system.
+        paths: Which.
+        limits: As many as `paths`. No more than this many bytes and one are asked for: a longer object costs no more.
+
+    Returns:
+        For each the bytes, or what the file system raised for it; FileNotFoundError if it is not there.
+    """
+    ends = [limit + 1 for limit in limits]
+    answers = fs.cat_ranges(list(paths), [0] * len(paths), ends, on_error="return")
+    return [
+        # A server that knows no ranges sends everything.
+        answer[:end] if isinstance(answer, bytes) else _without_range(fs, path, answer)
+        for path, end, answer in zip(paths, ends, answers, strict=True)
+    ]
+
+
+def _without_range(fs: Any, path: str, error: Exception) -> bytes | Exception:  # noqa: ANN401
+    """An empty object has no range: services answer with an error (HTTP 416), which each driver renders in its way."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if str(status) == "416" or getattr(error, "errno", None) == errno.EINVAL:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            fs.invalidate_cache(path)
+            if fs.info(path)["size"] == 0:
+                return b""
+    return error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Tells whether the disk or the service said no in a way that another try cannot change."""
+    return any(
+        isinstance(link, PermissionError)
+        or (isinstance(link, OSError) and link.errno in REFUSED)
+        or type(link).__name__ in CREDENTIAL_ERRORS
+        or _code(link) in REFUSED_CODES
+        for link in _chain(error)
+    )
+
+
+def may_pass(error: BaseException) -> bool:
+    """Tells whether another try may succeed: throttling, 5xx, resets, time-outs. Not for a request that is wrong."""
+    if isinstance(error, ValueError | TypeError | AttributeError | RuntimeError | ImportError):
+        return False
+    return not (isinstance(error, OSError) and error.errno in POINTLESS)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def _code(error: BaseException) -> object:
+    """Returns what S3 calls an error, where botocore says it."""
+    response = getattr(error, "response", None)
+    answer = response.get("Error") if isinstance(response, dict) else None
+    return answer.get("Code") if isinstance(answer, dict) else None
