@@ -4,8 +4,9 @@ Reading a store needs NumPy, zarr and fsspec alone: this package loads neither t
 """
 
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError, LogitStoreError
-from logitstore.reader import Document, Shard, Store, open
+from logitstore.reader import Store, open
 from logitstore.rows import Rows
+from logitstore.shards import Document, Shard
 from logitstore.spec import StoreSpec
 from logitstore.verify import verify
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from logitstore.reader import Shard
+    from logitstore.shards import Shard
 
 
 @dataclass(frozen=True, kw_only=True)

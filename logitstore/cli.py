@@ -4,133 +4,106 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from logitstore.errors import DamagedShardError, LogitStoreError
-from logitstore.layout import layer_arrays
+from logitstore import info, rerun
+from logitstore.errors import LogitStoreError
+from logitstore.options import storage_options
 from logitstore.reader import Store
-from logitstore.spec import LossSpec, TargetSpec
-from logitstore.storage import Storage, read_options
-from logitstore.verify import places, verify
+from logitstore.storage import Storage
+from logitstore.verify import places, repair, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from logitstore.metadata import Problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 if `verify` found damage, 2 on a mistake."""
     parser = argparse.ArgumentParser(prog="logitstore", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="what a store holds, how far it is, what it costs")
-    info.add_argument("--json", action="store_true", help="print JSON instead of text")
+    show = commands.add_parser("info", help="what a store holds, how far it is, what it costs")
+    show.add_argument("--json", action="store_true", help="print JSON instead of text")
     check = commands.add_parser("verify", help="read every committed byte; exit status 1 if any is not as committed")
+    check.add_argument("--sample", type=float, default=1.0, metavar="SHARE",
+                       help="read only this share of each layer's shards, such as 0.01")  # fmt: skip
+    check.add_argument("--seed", type=int, default=0, help="which shards a sample holds (default %(default)s)")
+    check.add_argument("--repair", action="store_true",
+                       help="uncommit what is damaged or stale, so that the next dump writes it again, and give up an "
+                       "unfinished append; exit status 1 if anything was wrong")  # fmt: skip
     check.add_argument("--num_threads", type=int, default=4, help="shards read at once (default %(default)s)")
-    for command in (info, check):
+    for command in (show, check):
         command.add_argument("url", metavar="URL", help="folder or fsspec URL of the store")
         command.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options")
     args = parser.parse_args(argv)
     try:
-        storage = Storage(args.url, read_options(args.storage_options))
-        try:
-            store = Store(storage)
-        except DamagedShardError as error:  # a store whose tokens' commits are damaged cannot even be numbered
-            print(f"{error.layer}/{error.shard}: {error.reason}")
-            return 1
-        return _info(store, storage, as_json=args.json) if args.command == "info" else _verify(store, args.num_threads)
+        store = Store(Storage(args.url, storage_options(args.storage_options)))
+        return _info(store, as_json=args.json) if args.command == "info" else _verify(store, args)
     except (LogitStoreError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
-def describe(store: Store, storage: Storage) -> dict[str, Any]:
-    """Collects what `info` shows, as JSON values."""
-    spec = store.spec
-    layers = {}
-    for name, layer in store.layers.items():
-        commits = [store.commit(name, shard) for shard in sorted(layer.committed)]
-        rows, counted = (sum(getattr(commit, name) for commit in commits) for name in ("rows", "counted"))
-        # Only rows that count have entries and losses; tokens are there for all.
-        per = rows if name == "tokens" else counted
-        arrays = {array.name: storage.num_bytes(f"{name}/{array.name}") for array in layer_arrays(name)}
-        layers[name] = {
-            "shards": len(layer.committed),
-            "shards_missing": len(layer.missing),
-            "rows": rows,
-            "counted": counted,
-            "entries": sum(commit.entries for commit in commits),
-            "bytes": arrays,
-            "bytes_per_row": {array: round(size / per, 3) if per else 0.0 for array, size in arrays.items()},
-            "seconds": round(sum(commit.seconds for commit in commits), 1),
-        }
-        if isinstance(layer.spec, TargetSpec | LossSpec):
-            model = layer.spec.model
-            layers[name]["model"] = {"name": model.name, "revision": model.revision, "dtype": model.dtype}
-        if isinstance(layer.spec, TargetSpec):
-            scheme = layer.spec.scheme
-            layers[name]["scheme"] = {"name": scheme.name, "k": scheme.k, "mass": scheme.mass, "k_min": scheme.k_min}
-    return {
-        "url": store.url,
-        "format_version": spec.format_version,
-        "documents": store.num_documents,
-        "rows": store.num_rows,
-        "counted": store.num_counted,
-        "shards": spec.num_shards,
-        "shard_rows": spec.shard_rows,
-        "max_length": spec.max_length,
-        "source": spec.data.source,
-        "columns": spec.data.columns,
-        "mask_policy": spec.data.mask_policy,
-        "tokenizer": spec.tokenizer.name,
-        "vocab_size": spec.tokenizer.vocab_size,
-        "layers": layers,
-    }
-
-
-def _info(store: Store, storage: Storage, *, as_json: bool) -> int:
-    facts = describe(store, storage)
+def _info(store: Store, *, as_json: bool) -> int:
+    facts = info.describe(store)
     if as_json:
         print(json.dumps(facts, indent=1))
-        return 0
-    print(f"{facts['url']}  (format {facts['format_version']})")
-    print(f"  {facts['documents']:,} documents, {facts['rows']:,} rows of which {facts['counted']:,} count, in "
-          f"{facts['shards']:,} shards of at most {facts['shard_rows']:,} rows")  # fmt: skip
-    print(f"  from {facts['source']} (columns: {facts['columns']}, mask: {facts['mask_policy']}), "
-          f"at most {facts['max_length']:,} tokens a document")  # fmt: skip
-    print(f"  tokenizer {facts['tokenizer']} ({facts['vocab_size']:,} tokens)")
-    for name, layer in facts["layers"].items():
-        total = layer["shards"] + layer["shards_missing"]
-        state = "complete" if not layer["shards_missing"] else f"{layer['shards']} of {total} shards"
-        kind = "row" if name == "tokens" else "counted row"
-        print(f"\n{name}: {state}, {sum(layer['bytes_per_row'].values()):.2f} bytes a {kind}")
-        if "model" in layer:
-            model = layer["model"]
-            print(f"  model    {model['name']} ({model['dtype']}, {model['revision'][:19]})")
-        if "scheme" in layer:
-            scheme = layer["scheme"]
-            nucleus = f", mass {scheme['mass']:g}, at least {scheme['k_min']}" if scheme["name"] == "nucleus" else ""
-            average = layer["entries"] / layer["counted"] if layer["counted"] else 0.0
-            print(f"  scheme   {scheme['name']}, at most {scheme['k']} entries{nucleus}; {average:.1f} on average")
-        for array, num_bytes in layer["bytes"].items():
-            print(f"  {array:<14}{num_bytes:>14,} bytes{layer['bytes_per_row'][array]:>9.2f} a {kind}")
+    else:
+        _say(info.render(facts))
     return 0
 
 
-def _verify(store: Store, num_threads: int) -> int:
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got num_threads={num_threads}")
-    total = len(places(store))
-    with tqdm(total=total, desc="verify", unit="shard", mininterval=0.5) as bar:
-        problems = verify(store, num_threads=num_threads, progress=bar.update)
-    for problem in problems:
-        print(f"{problem.layer}/{problem.shard}: {problem.reason}")
-    unfinished = {name: len(layer.missing) for name, layer in store.layers.items() if layer.missing}
-    for name, missing in unfinished.items():
-        print(f"{name}: {missing} of {store.spec.num_shards} shards not committed yet")
-    print(f"{total - len(problems)} of {total} committed shards are as committed")
+def _verify(store: Store, args: argparse.Namespace) -> int:
+    total = len(places(store, args.sample, args.seed))
+    with tqdm(
+        total=total, desc="verify", unit="shard", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False
+    ) as bar:
+        problems = verify(store, sample=args.sample, seed=args.seed, num_threads=args.num_threads, progress=bar.update)
+    _say(str(problem) for problem in problems)
+    _say(info.unfinished(store))
+    _say(_summary(store, problems, total))
+    if args.repair:
+        _say(_repaired(store, problems))
+    elif any(problem.shard is not None or problem.path is not None for problem in problems):
+        _say(["`logitstore verify --repair` takes back what is damaged, and the next dump writes that again, no more"])
     return 1 if problems else 0
+
+
+def _summary(store: Store, problems: list[Problem], total: int) -> Iterable[str]:
+    committed = sum(len(layer.index.upto(store.spec.num_shards)) for layer in store.layers.values())
+    read = f"{total:,} committed shards" if total == committed else f"{total:,} of {committed:,} committed shards"
+    wrong = sum(problem.shard is not None for problem in problems)
+    found = f"{wrong:,} are not as committed" if wrong else "all are as committed"
+    besides = f"; problems besides: {len(problems) - wrong:,}" if len(problems) > wrong else ""
+    yield f"read {read}: {found}{besides}"
+
+
+def _repaired(store: Store, problems: list[Problem]) -> Iterable[str]:
+    """Repairs, and says what was done, what could not be, and how to go on."""
+    yield from (f"repaired: {line}" for line in repair(store, problems))
+    if left := dict.fromkeys(p.layer for p in problems if p.shard is None and p.path is None):
+        yield f"not repaired: what is said above of {', '.join(left)}"
+    shards = [(problem.layer, problem.shard) for problem in problems if problem.shard is not None]
+    if shards:
+        numbers = ", ".join(f"{layer}/{shard}" for layer, shard in shards[:20])
+        more = f" and {len(shards) - 20:,} more" if len(shards) > 20 else ""
+        yield f"the dump, run again as it was run, writes {numbers}{more}, and no other shard that was committed:"
+        yield from (f"  {command}" for command in rerun.commands(store, shards))
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Prints lines, without what a store from elsewhere could make a terminal do."""
+    for line in lines:
+        print(_plain(line))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "?", " ".join(text.splitlines()))
 
 
 if __name__ == "__main__":

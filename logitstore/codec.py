@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+LARGEST_TAIL = np.float32(1 - 2.0**-24)
+"""A row that counts keeps something, if less than rounding leaves beside its tail: no logprob is -inf or NaN."""
 MANTISSA_BITS = 12
 """Bits of mantissa kept of stored per-row floats: a relative error of at most 2**-13."""
 
@@ -77,14 +79,16 @@ class Codebook:
 def round_mantissa(values: NDArray[np.float32], bits: int = MANTISSA_BITS) -> NDArray[np.float32]:
     """Rounds float32 values to `bits` bits of mantissa, so that their last bytes compress to nothing.
 
-    Infinities and NaN stay what they are. The relative error is at most ``2 ** -(bits + 1)``.
+    Infinities stay what they are. NaN becomes the one NaN of the format: others would compare as the fill value, and
+    then be read as it, with another checksum. The relative error is at most ``2 ** -(bits + 1)``.
     """
     drop = 23 - bits
     words = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (words + np.uint32((1 << (drop - 1)) - 1) + ((words >> np.uint32(drop)) & np.uint32(1))) & np.uint32(
         0xFFFFFFFF ^ ((1 << drop) - 1)
     )
-    return np.where(np.isfinite(values), rounded, words).astype(np.uint32).view(np.float32)
+    special = np.where(np.isnan(values), np.float32(np.nan).view(np.uint32), words)
+    return np.where(np.isfinite(values), rounded, special).astype(np.uint32).view(np.float32)
 
 
 def encode(rows: Rows, codebook: Codebook) -> dict[str, NDArray[Any]]:
@@ -110,11 +114,11 @@ def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> Rows:
     counts = arrays["counts"].astype(np.int64)
     logprobs = codebook.table[arrays["logprobs"]]
     with np.errstate(invalid="ignore"):
-        tail_mass = np.exp(arrays["tail"])
+        tail_mass = np.minimum(np.exp(arrays["tail"]), LARGEST_TAIL)
     kept = counts > 0
     with np.errstate(divide="ignore"):
         shift = np.log1p(-tail_mass[kept]) - np.log(row_sums(np.exp(logprobs), counts[kept]))
-    logprobs = logprobs + np.repeat(shift.astype(np.float32), counts[kept])
+    logprobs += np.repeat(shift.astype(np.float32), counts[kept])
     return Rows(
         counts=counts,
         token_ids=arrays["token_ids"],

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from logitstore.spec import ROW_CHUNK
-
-if TYPE_CHECKING:
-    import zarr
-    from numpy.typing import NDArray
 
 ENTRY_CHUNK = 2**16
 """At most this many entries are in one inner chunk of a flat array."""
@@ -54,8 +50,27 @@ LOSSES = (
 
 
 def layer_arrays(layer: str) -> tuple[ArraySpec, ...]:
-    """Returns the arrays of `tokens`, `target` or `losses/<name>`."""
-    return {"tokens": TOKENS, "target": TARGET}.get(layer, LOSSES)
+    """Returns the arrays of `tokens`, `target` or `losses/<name>`.
+
+    Raises:
+        ValueError: There cannot be such a layer. Whoever reads or writes one asks for its arrays first: no other name
+            becomes a path.
+    """
+    if layer in ("tokens", "target"):
+        return TOKENS if layer == "tokens" else TARGET
+    if layer != losses_layer(layer.removeprefix("losses/")):
+        raise ValueError(f"layer must be tokens, target or losses/NAME, got layer={layer!r:.80}")
+    return LOSSES
+
+
+def below(layer: str) -> str | None:
+    """Returns the layer that a layer is computed from, None for tokens."""
+    return {"tokens": None, "target": "tokens"}.get(layer, "target")
+
+
+def is_loss_name(name: str) -> bool:
+    """Returns whether a losses layer may be called so."""
+    return NAME_PATTERN.fullmatch(name) is not None and not name.endswith(".json")
 
 
 def losses_layer(name: str) -> str:
@@ -64,7 +79,7 @@ def losses_layer(name: str) -> str:
     Raises:
         ValueError: The name cannot be a folder's.
     """
-    if not NAME_PATTERN.fullmatch(name) or name.endswith(".json"):
+    if not is_loss_name(name):
         raise ValueError(
             "reference name must be letters, digits, dots, dashes or underscores and not end in .json, "
             f"got name={name!r:.80}; give --reference NAME=MODEL with such a NAME"
@@ -77,38 +92,15 @@ def capacity(array: ArraySpec, shard_rows: int, k: int) -> int:
     return shard_rows * k if array.per == "entry" else shard_rows
 
 
-def create_arrays(group: zarr.Group, layer: str, *, num_shards: int, shard_rows: int, k: int) -> None:
-    """Creates the empty arrays of a layer; an array that is there already stays."""
+@functools.lru_cache
+def chunk_length(array: ArraySpec, shard_rows: int, k: int) -> int:
+    """Returns how many values one inner chunk of an array holds; a shard's room is a multiple of it."""
     row_chunk = min(shard_rows, ROW_CHUNK)
-    per_chunk = max(m for m in range(1, k + 1) if k % m == 0 and (m == 1 or row_chunk * m <= ENTRY_CHUNK))
-    for array in layer_arrays(layer):
-        if array.name in group:
-            continue
-        room = capacity(array, shard_rows, k)
-        dtype = np.dtype(array.dtype)
-        group.create_array(
-            array.name,
-            shape=(num_shards * room,),
-            dtype=dtype,
-            chunks=(row_chunk * per_chunk if array.per == "entry" else row_chunk,),
-            shards=(room,),
-            serializer=BytesCodec(endian="little") if dtype.itemsize > 1 else BytesCodec(),
-            compressors=[
-                BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=dtype.itemsize),
-                Crc32cCodec(),
-            ],
-            fill_value=array.fill,
-        )
+    if array.per != "entry":
+        return row_chunk
+    return row_chunk * max(m for m in range(1, k + 1) if k % m == 0 and (m == 1 or row_chunk * m <= ENTRY_CHUNK))
 
 
-def shard_span(array: ArraySpec, shard: int, shard_rows: int, k: int) -> slice:
-    """Returns where in the whole array a shard lies."""
-    room = capacity(array, shard_rows, k)
-    return slice(shard * room, (shard + 1) * room)
-
-
-def padded(values: NDArray[Any], array: ArraySpec, room: int) -> NDArray[Any]:
-    """Extends values to a whole shard with the fill value: whole shards are written without reading first."""
-    whole = np.full(room, array.fill, dtype=array.dtype)
-    whole[: len(values)] = values
-    return whole
+def object_path(layer: str, array: ArraySpec, shard: int) -> str:
+    """Returns the Zarr key of a shard of an array."""
+    return f"{layer}/{array.name}/c/{shard}"

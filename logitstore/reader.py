@@ -4,114 +4,40 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from logitstore import codec, commits, layout
+from logitstore import codec, commits, layers, layout, shards
+from logitstore.appends import joined, read_appends
+from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError, StoreNotFoundError
-from logitstore.spec import LossSpec, StoreSpec, TargetSpec
+from logitstore.row_values import RowValues
+from logitstore.shards import Document, Shard
+from logitstore.spec import LossSpec, StoreSpec, TargetSpec, check_room, maker
 from logitstore.storage import Storage
-from logitstore.writer import stored_spec
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from logitstore.commits import Commit
-    from logitstore.rows import Rows
 
+CACHE_BYTES = 50 * 10**9
+CACHED_COMMITS = 10_000
+"""Records that stay in memory; about 2 kB each."""
 CACHED_SHARDS = 4
 """Shards that stay decoded for access by document number; about 60 MB each at 2**18 rows of 20 entries."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One document of T tokens."""
+class Stored(NamedTuple):
+    """A shard of a layer as it is stored."""
 
-    ids: NDArray[np.uint32]
-    """[T]"""
-    loss_mask: NDArray[np.bool_]
-    """[T]: whether the prediction made at this row, of the next token, counts. Never at the last."""
-    rows: Rows | None
-    """The target's T rows; None in a store that has no target layer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """The documents of one shard, end to end, R rows in all."""
-
-    index: int
-    ids: NDArray[np.uint32]
-    """[R]"""
-    loss_mask: NDArray[np.bool_]
-    """[R]"""
-    lengths: NDArray[np.int64]
-    """[D]: tokens of each document."""
-    tokens_digest: str
-    """Identity of ids, mask and lengths."""
-    rows: Rows | None
-    """The target's rows, None where they were not asked for."""
-    target_digest: str | None
-    """Identity of the rows."""
-    losses: dict[str, NDArray[np.float32]]
-    """[R] each: soft cross entropy by model name, NaN where masked."""
-
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """[D + 1]: document i has rows starts[i]..starts[i + 1]."""
-        starts = np.zeros(len(self.lengths) + 1, dtype=np.int64)
-        np.cumsum(self.lengths, out=starts[1:])
-        return starts
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def document(self, i: int) -> Document:
-        """Returns document i of this shard; views, no copies."""
-        start, stop = int(self.starts[i]), int(self.starts[i + 1])
-        return Document(
-            ids=self.ids[start:stop],
-            loss_mask=self.loss_mask[start:stop],
-            rows=None if self.rows is None else self.rows.slice(start, stop),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """What one stage added."""
-
-    name: str
-    spec: StoreSpec | TargetSpec | LossSpec
-    committed: frozenset[int]
-    """Shards that are there."""
-    num_shards: int
-    """Shards that there will be."""
-
-    @property
-    def missing(self) -> list[int]:
-        """Shards not committed yet, in order."""
-        return [shard for shard in range(self.num_shards) if shard not in self.committed]
-
-
-class RowValues:
-    """One float per row, by document: `values[17]` is float32 [T], NaN where the loss mask is 0."""
-
-    def __init__(self, store: Store, read: Callable[[int], NDArray[np.float32]]) -> None:
-        self._store = store
-        self._read = read
-
-    def __len__(self) -> int:
-        return self._store.num_documents
-
-    def __getitem__(self, document: int) -> NDArray[np.float32]:
-        shard, place = self._store.locate(document)
-        starts = self._store.shard(shard, layers=("tokens",)).starts
-        return self._read(shard)[starts[place] : starts[place + 1]]
+    arrays: dict[str, NDArray[Any]]
+    commit: Commit
 
 
 class Store:
@@ -121,6 +47,7 @@ class Store:
     committed are seen.
 
     Attributes:
+        storage: Where its bytes lie.
         spec: What the store holds, from what, and how.
         layers: What each stage added, by name: tokens, target, losses/<name>.
         num_shards: Shards seen.
@@ -129,60 +56,73 @@ class Store:
     """
 
     def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        attributes = storage.group_attributes("")
+        self.storage = storage
+        attributes = read_attributes(storage, "")
         if attributes is None:
             raise StoreNotFoundError(
                 f"url must be that of a store, got url={storage.url} without a "
                 "zarr.json; give --data and --target to the dump to make one there"
             )
         spec = stored_spec(StoreSpec, attributes, "store")
-        target = storage.group_attributes("target")
-        names = [name for name in storage.names("losses") if name != "zarr.json"]
-        losses = {name: storage.group_attributes(layout.losses_layer(name)) for name in names}
-        self.spec = StoreSpec(
-            **{name: getattr(spec, name) for name in spec.__dataclass_fields__ if name not in ("target", "losses")},
+        # From what is written last to what is written first: all that a listing speaks of is in the next ones.
+        losses = {}
+        for name in storage.names("losses"):
+            if layout.is_loss_name(name) and (found := read_attributes(storage, f"losses/{name}")) is not None:
+                losses[name] = stored_spec(LossSpec, found, f"losses/{name}")
+        target = read_attributes(storage, "target")
+        self.spec = replace(
+            joined(spec, read_appends(storage, spec)),
             target=None if target is None else stored_spec(TargetSpec, target, "target"),
-            losses={
-                name: stored_spec(LossSpec, found, f"losses/{name}")
-                for name, found in losses.items()
-                if found is not None
-            },
+            losses=losses,
         )
+        if self.spec.target is not None:
+            try:
+                check_room(self.spec.shard_rows, self.spec.target.scheme.k)
+            except ValueError as error:
+                raise FormatError(f"target is malformed: {error}") from error
         specs: dict[str, StoreSpec | TargetSpec | LossSpec] = {"tokens": self.spec}
         if self.spec.target is not None:
             specs["target"] = self.spec.target
         specs |= {layout.losses_layer(name): loss for name, loss in self.spec.losses.items()}
+        indexes = {name: commits.read_index(storage, name) for name in reversed(specs)}
         self.layers = {
-            name: Layer(
+            name: layers.Layer(
                 name=name,
                 spec=layer_spec,
-                committed=frozenset(commits.committed_shards(storage, name)),
-                num_shards=spec.num_shards,
+                made_by=maker(layer_spec),
+                index=indexes[name],
+                num_shards=self.spec.num_shards,
+                stale=layers.stale(indexes[name], indexes[below])
+                if (below := layout.below(name)) in indexes
+                else frozenset(),
             )
             for name, layer_spec in specs.items()
         }
-        missing = self.layers["tokens"].missing
-        self.num_shards = missing[0] if missing else spec.num_shards
-        found_commits = commits.read_commits(storage, "tokens", list(range(self.num_shards)))
-        self._commits: dict[tuple[str, int], Commit] = {("tokens", c.shard): c for c in found_commits}
-        self._first_document = np.cumsum([0, *(c.documents for c in found_commits)])
-        self.num_rows = sum(c.rows for c in found_commits)
-        self.num_counted = sum(c.counted for c in found_commits)
-        self._arrays: dict[tuple[str, str], Any] = {}
+        tokens = indexes["tokens"].upto(self.spec.num_shards)
+        gaps = np.flatnonzero(tokens.shards != np.arange(len(tokens)))
+        self.num_shards = int(gaps[0]) if len(gaps) else len(tokens)
+        self._first_document = np.concatenate([[0], np.cumsum(tokens.documents[: self.num_shards])])
+        self.num_rows = int(tokens.rows[: self.num_shards].sum())
+        self.num_counted = int(tokens.counted[: self.num_shards].sum())
+        self._commits: OrderedDict[tuple[str, int], Commit] = OrderedDict()
         self._cache: OrderedDict[tuple[int, tuple[str, ...]], Shard] = OrderedDict()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Store {self.url}: {self.num_documents:,} documents, {self.num_rows:,} rows, {', '.join(self.layers)}>"
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Storage]]:
-        return Store, (self._storage,)
+    # A copy for another process sees what this one saw, and lists nothing again.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_commits": OrderedDict(), "_cache": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     @property
     def url(self) -> str:
         """Where the store is, without credentials."""
-        return self._storage.url
+        return self.storage.url
 
     @property
     def num_documents(self) -> int:
@@ -269,116 +209,184 @@ class Store:
             DamagedShardError: What is stored is not what was committed.
             IdentityError: The layer was computed from other tokens or other target rows than the store holds now.
         """
-        wanted = tuple(layers or self.layers)
-        tokens = self.read_arrays("tokens", shard)
-        mask = tokens["loss_mask"].astype(bool)
+        return self.assemble(self.read_stored(shard, layers))
+
+    def assemble(self, values: dict[str, Stored]) -> Shard:
+        """Makes a shard of what `read_stored` read, and checks that the values can be what they are said to be.
+
+        Raises:
+            DamagedShardError: They cannot.
+        """
+        tokens, commit = values["tokens"]
+        shard = commit.shard
+        shards.check_tokens(self.spec, commit, tokens)
         lengths = tokens["lengths"].astype(np.int64)
-        if int(lengths.sum()) != len(mask):
-            raise DamagedShardError("tokens", shard, f"documents of {lengths.sum()} rows in all, not {len(mask)}")
+        mask = tokens["loss_mask"].astype(bool)
         rows = target_digest = None
-        if "target" in wanted:
-            rows, target_digest = self._read_rows(shard), self.commit("target", shard).digest
+        if "target" in values:
+            mask = shards.without(mask, lengths, values["target"][1])
+        elif len(values) > 1:
+            mask = shards.without(mask, lengths, self.commit("target", shard))
+        if "target" in values:
+            arrays, commit = values["target"]
+            shards.check_target(self.spec, commit, arrays, mask)
+            rows, target_digest = codec.decode(arrays, self._target().codebook), commit.digest
+        losses = {}
+        counted = mask
+        for layer in values:
+            if layer.startswith("losses/"):
+                arrays, commit = values[layer]
+                there = shards.without(mask, lengths, commit)
+                shards.check_losses(commit, arrays, there)
+                losses[layer.removeprefix("losses/")] = arrays["ce"]
+                counted = counted & there
         return Shard(
             index=shard,
             ids=tokens["ids"],
-            loss_mask=mask,
+            loss_mask=counted,
             lengths=lengths,
-            tokens_digest=self.commit("tokens", shard).digest,
+            tokens_digest=values["tokens"][1].digest,
             rows=rows,
             target_digest=target_digest,
-            losses={
-                layer.removeprefix("losses/"): self.read_arrays(layer, shard)["ce"]
-                for layer in wanted
-                if layer.startswith("losses/")
-            },
+            losses=losses,
         )
 
-    def _read_rows(self, shard: int) -> Rows:
-        if self.spec.target is None:
-            raise LayerNotFoundError(f"layer must be one of {list(self.layers)}, got layer=target; dump it first")
-        arrays = self.read_arrays("target", shard)
-        if int(arrays["counts"].sum(dtype=np.int64)) != len(arrays["token_ids"]):
-            raise DamagedShardError("target", shard, "counts that do not add up to its entries")
-        if arrays["token_ids"].max(initial=0) >= self.spec.tokenizer.vocab_size:
-            raise DamagedShardError("target", shard, "token ids beyond the vocabulary")
-        return codec.decode(arrays, self.spec.target.codebook)
+    def read_arrays(self, layer: str, shard: int) -> dict[str, NDArray[Any]]:
+        """Reads the arrays of a shard as they are stored, without padding, and checks them against its commit."""
+        return self._read(shard, (layer,))[layer][0]
+
+    def read_stored(self, shard: int, layers: Sequence[str] | None = None) -> dict[str, Stored]:
+        """Reads what `read_shard` makes a shard of; arguments and errors as there."""
+        wanted = dict.fromkeys(("tokens", *(layers if layers is not None else self.layers)))
+        return self._read(shard, tuple(wanted))
 
     def commit(self, layer: str, shard: int) -> Commit:
         """Returns the commit record of a shard.
 
         Raises:
             LayerNotFoundError: The layer is not there, or the shard of it is not committed.
+            DamagedShardError: The record is not what its name says.
+            IdentityError: It is of another model, or computed from something else, than the store holds now.
         """
-        if layer not in self.layers:
-            raise LayerNotFoundError(f"layer must be one of {list(self.layers)} in {self.url}, got layer={layer}")
-        if shard not in self.layers[layer].committed:
-            raise LayerNotFoundError(
-                f"shard must be committed, got shard={shard} of layer {layer!r} in {self.url}, where "
-                f"{len(self.layers[layer].committed)} of {self.spec.num_shards} are; run the dump again to finish it"
-            )
+        name = self._record(layer, shard)
         if (layer, shard) not in self._commits:
-            self._commits[layer, shard] = commits.read_commits(self._storage, layer, [shard])[0]
+            (data,) = self.storage.get_many([f"{commits.folder(layer)}/{name}"], [shards.MAX_COMMIT_BYTES])
+            self._keep(self._checked(layer, shard, name, data))
         return self._commits[layer, shard]
 
-    def read_arrays(self, layer: str, shard: int) -> dict[str, NDArray[Any]]:
-        """Reads the arrays of a shard as they are stored, without padding, and checks them against its commit."""
-        commit = self.commit(layer, shard)
-        self._check_identity(commit)
-        k = self.spec.target.scheme.k if layer == "target" and self.spec.target else 1
+    def _read(self, shard: int, wanted: tuple[str, ...]) -> dict[str, Stored]:
+        """Reads layers of a shard; again without the local cache if that holds something else."""
+        names = {layer: self._record(layer, shard) for layer in wanted}
+        try:
+            return self._read_once(shard, names, cached=True)
+        except DamagedShardError:
+            if self.storage.cache is None:
+                raise
+        paths = [path for layer, name in names.items() for path in shards.paths(self.spec, layer, shard, name)[0]]
+        self.storage.cache.drop([f"{self.storage.root}/{path}" for path in paths])
+        return self._read_once(shard, names, cached=False)
+
+    def _read_once(self, shard: int, names: dict[str, str], *, cached: bool) -> dict[str, Stored]:
+        """Reads records and objects, all at once: their paths follow from the specs."""
+        parts = {layer: shards.paths(self.spec, layer, shard, name) for layer, name in names.items()}
+        full = [path for paths, _ in parts.values() for path in paths]
+        limits = [limit for _, limits in parts.values() for limit in limits]
+        data = iter(self.storage.get_many(full, limits, cached=cached))
         values = {}
-        for array in layout.layer_arrays(layer):
-            start = layout.shard_span(array, shard, self.spec.shard_rows, k).start
-            num = commits.length(commit, array.per)
-            if num > layout.capacity(array, self.spec.shard_rows, k):
-                raise DamagedShardError(layer, shard, f"a commit record of {num} values per {array.per}")
-            values[array.name] = self._read(layer, shard, array.name, slice(start, start + num))
-            if values[array.name].dtype != np.dtype(array.dtype):
-                raise DamagedShardError(layer, shard, f"{array.name} of type {values[array.name].dtype}")
-            if (found := commits.checksum(values[array.name])) != commit.checksums[array.name]:
-                raise DamagedShardError(
-                    layer, shard, f"{array.name} with checksum {found}, not {commit.checksums[array.name]}"
-                )
+        for layer, (paths, _) in parts.items():
+            commit = self._checked(layer, shard, names[layer], next(data))
+            found = [next(data) for _ in paths[1:]]
+            values[layer] = Stored(shards.decode_layer(self.spec, layer, shard, commit, found), commit)
+            self._keep(commit)
         return values
 
-    def _check_identity(self, commit: Commit) -> None:
-        below = {"tokens": None, "target": "tokens"}.get(commit.layer, "target")
-        way_out = "dump into another store" if below == "tokens" else "dump the losses again under another name"
-        if below is not None and commit.computed_from != (now := self.commit(below, commit.shard).digest):
-            raise IdentityError(
-                f"shard {commit.shard} of layer {commit.layer!r} must be computed from {below} {now[:19]}, got "
-                f"{str(commit.computed_from)[:19]}; these values are stale: {way_out}"
+    def _record(self, layer: str, shard: int) -> str:
+        """Returns the name of a shard's record."""
+        if layer not in self.layers:
+            raise LayerNotFoundError(
+                f"layer must be one of {list(self.layers)} in {self.url}, got layer={layer}; dump it first"
             )
+        index = self.layers[layer].index
+        if (place := index.find(shard)) is None:
+            raise LayerNotFoundError(
+                f"shard must be committed, got shard={shard} of layer {layer!r} in {self.url}, where "
+                f"{len(index)} of {self.spec.num_shards} are; run the dump again to finish it"
+            )
+        if shard in index.contested:
+            raise DamagedShardError(layer, shard, "several commit records")
+        return index.name(place)
 
-    def _read(self, layer: str, shard: int, name: str, span: slice) -> NDArray[Any]:
-        array = self._open_array(layer, name)
-        try:
-            return np.asarray(array[span])
-        except (ValueError, RuntimeError) as error:  # what zarr's checksum and Blosc codecs raise on damaged bytes
-            raise DamagedShardError(layer, shard, f"{name} that cannot be decoded ({error})") from error
+    def _checked(self, layer: str, shard: int, name: str, data: bytes | None) -> Commit:
+        """Parses a record, and checks that it belongs to the store's specs and to the layer below."""
+        if data is None:
+            raise LayerNotFoundError(
+                f"shard must be committed, got shard={shard} of layer {layer!r} in {self.url}, which was taken back "
+                "since the store was opened; open it again"
+            )
+        if len(data) > shards.MAX_COMMIT_BYTES:
+            raise DamagedShardError(layer, shard, "a commit record too long to be one")
+        commit = commits.parse(data, layer, shard, name)
+        shards.check_room(self.spec, commit)
+        way_out = {
+            "tokens": "dump into another store",
+            "target": "take the shard back with `logitstore verify --repair` and dump it again",
+        }.get(layer, "dump the losses again, which replaces those that are stale")
+        if commit.made_by != (now := self.layers[layer].made_by):
+            raise IdentityError(
+                f"shard {shard} of layer {layer!r} must be made by {now[:19]} as the layer's spec says, got "
+                f"{commit.made_by[:19]}: another job wrote it; {way_out}"
+            )
+        below = layout.below(layer)
+        if below is None:
+            if commit.computed_from is not None:
+                raise DamagedShardError(layer, shard, "tokens computed from something")
+            return commit
+        index = self.layers[below].index if below in self.layers else None
+        if index is None or (place := index.find(shard)) is None:
+            raise LayerNotFoundError(
+                f"shard must be committed in {below}, got shard={shard} of layer {layer!r} in {self.url} without what "
+                "it was computed from; run the dump again to finish it"
+            )
+        if shard in index.contested:
+            raise DamagedShardError(below, shard, "several commit records")
+        digest = index.digests[place]
+        if commits.identity(commit.computed_from).encode() != digest:
+            raise IdentityError(
+                f"shard {shard} of layer {layer!r} must be computed from {below} {digest.decode()}, got "
+                f"{commits.identity(commit.computed_from)}; these values are stale: {way_out}"
+            )
+        return commit
+
+    def _keep(self, commit: Commit) -> None:
+        with self._lock:
+            self._commits[commit.layer, commit.shard] = commit
+            while len(self._commits) > CACHED_COMMITS:
+                self._commits.popitem(last=False)
+
+    def _target(self) -> TargetSpec:
+        if self.spec.target is None:
+            raise LayerNotFoundError(f"layer must be one of {list(self.layers)}, got layer=target; dump it first")
+        return self.spec.target
 
 
-    def _open_array(self, layer: str, name: str) -> Any:  # noqa: ANN401
-        if (layer, name) not in self._arrays:
-            try:
-                self._arrays[layer, name] = self._storage.zarr_group(layer)[name]
-            except (KeyError, ValueError, TypeError) as error:  # what zarr raises on metadata missing or malformed
-                raise FormatError(
-                    f"{layer}/{name}/zarr.json must describe a Zarr array, got {type(error).__name__}: {error}; "
-                    "restore it from a copy of the store"
-                ) from error
-        return self._arrays[layer, name]
-
-
-def open(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> Store:
+def open(
+    url: str | os.PathLike[str],
+    storage_options: dict[str, Any] | None = None,
+    *,
+    cache_dir: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> Store:
     """Opens a store for reading.
 
     Args:
         url: A folder or any fsspec URL.
         storage_options: What the URL's file system needs, such as credentials. Never stored.
+        cache_dir: Folder of this machine that keeps what is read from a bucket; any number of processes may share it.
+        cache_bytes: The most that it may grow to: then what was used before goes, the oldest first, and nothing else.
 
     Raises:
         StoreNotFoundError: There is no store.
         FormatError: It is of another format version, or its metadata is malformed.
         MissingDriverError: No installed package opens such a URL.
     """
-    return Store(Storage(url, storage_options))
+    return Store(Storage(url, storage_options, None if cache_dir is None else (cache_dir, cache_bytes)))

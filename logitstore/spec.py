@@ -7,6 +7,8 @@ attributes of their layers. Never credentials, never storage options.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +20,10 @@ from logitstore.errors import FormatError, IdentityError
 FORMAT_VERSION = 1
 ROW_CHUNK = 2**14
 """Rows in one inner chunk of a per-row array."""
+MAX_SHARDS = 2**24
+MAX_SHARD_ROWS = 2**24
+MAX_SHARD_ENTRIES = 2**26
+"""What a store may ask of the memory of a reader: just under 1 GB for the entries of a shard at the very most."""
 
 T = TypeVar("T")
 
@@ -48,6 +54,8 @@ class DataSpec:
     """Which columns the documents were made from."""
     mask_policy: Literal["all", "response", "given"]
     """Which predictions count: all of a text, those of response tokens, or what a loss_mask column says."""
+    documents: str | None = None
+    """sha256 over the digests of the tokens' shards, in order: the documents themselves, whatever file holds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +111,31 @@ class TargetSpec:
     temperature: float = 1.0
     """Logprobs are normalised at this temperature; always 1 in this format version."""
 
+    def __post_init__(self) -> None:
+        if self.temperature != 1.0:
+            raise ValueError(f"temperature must be 1, got temperature={self.temperature}; this version stores no other")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
     """A `losses/<name>` layer: the model whose losses it holds."""
 
     model: ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Append:
+    """Documents that were added to a finished store, as shards of their own."""
+
+    data: DataSpec
+    first_shard: int
+    num_shards: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_shards <= MAX_SHARDS or not 1 <= self.first_shard <= MAX_SHARDS:
+            raise ValueError(
+                f"shards must be 1 to {MAX_SHARDS}, got first_shard={self.first_shard}, num_shards={self.num_shards}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +149,26 @@ class StoreSpec:
     shard_rows: int = 2**18
     """Most rows of a shard. Above 2**14 a multiple of it."""
     num_shards: int
-    """Shards that the documents fill."""
+    """Shards that the documents fill; in an opened store, with those that were appended."""
     format_version: int = FORMAT_VERSION
     target: TargetSpec | None = None
     """Not part of the root's attributes: read from the layer."""
     losses: dict[str, LossSpec] = field(default_factory=dict)
     """Likewise, by name."""
+    appends: tuple[Append, ...] = ()
+    """Likewise, from the records in appends/."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.num_shards <= MAX_SHARDS:
+            raise ValueError(
+                f"num_shards must be at most {MAX_SHARDS}, got num_shards={self.num_shards}; give a larger --shard_rows"
+            )
+        if not 1 <= self.tokenizer.vocab_size <= 2**32:
+            raise ValueError(f"vocab_size must be between 1 and 2**32, got vocab_size={self.tokenizer.vocab_size}")
+        if self.shard_rows > MAX_SHARD_ROWS:
+            raise ValueError(
+                f"shard_rows must be at most {MAX_SHARD_ROWS}, got shard_rows={self.shard_rows}; 262144 is usual"
+            )
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got max_length={self.max_length}")
         if self.shard_rows < self.max_length:
@@ -148,8 +187,34 @@ def to_json(spec: StoreSpec | TargetSpec | LossSpec) -> dict[str, Any]:
     """Returns what is kept in the attributes of the spec's group."""
     values = dataclasses.asdict(spec)
     if isinstance(spec, StoreSpec):
-        del values["target"], values["losses"]
+        del values["target"], values["losses"], values["appends"]
     return values
+
+
+def check_room(shard_rows: int, k: int) -> None:
+    """Raises ValueError if a shard could have more entries than a process should ever hold at once."""
+    if shard_rows * k > MAX_SHARD_ENTRIES:
+        raise ValueError(
+            f"k must be at most {MAX_SHARD_ENTRIES // shard_rows} in shards of {shard_rows} rows, got k={k}; give a "
+            "smaller --k, or a store of a smaller --shard_rows"
+        )
+
+
+def maker(spec: StoreSpec | TargetSpec | LossSpec) -> str:
+    """Returns the digest of all that `check_same` compares: whose values a layer holds."""
+    text = json.dumps(_identity(spec), sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _identity(spec: object) -> object:
+    if not dataclasses.is_dataclass(spec):
+        return spec
+    joined = ("target", "losses", "appends") if isinstance(spec, StoreSpec) else ()
+    return {
+        f.name: _identity(getattr(spec, f.name))
+        for f in dataclasses.fields(spec)
+        if f.name not in joined and (f.name not in INFORMATIONAL or isinstance(spec, Scheme))
+    }
 
 
 def from_json(cls: type[T], values: object, where: str) -> T:
@@ -198,14 +263,14 @@ def _convert(hint: Any, value: object, where: str) -> Any:  # noqa: ANN401
         if value not in typing.get_args(hint):
             raise FormatError(f"{where} must be one of {list(typing.get_args(hint))}, got {where}={value!r:.80}")
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if hint in (int, float, str) and type(value) is hint:
         return value
     raise FormatError(f"{where} must be of type {getattr(hint, '__name__', hint)}, got {where}={value!r:.80}")
 
 
-INFORMATIONAL = frozenset({"name", "source", "digest", "num_shards"})
+INFORMATIONAL = frozenset({"name", "source", "digest", "documents", "num_shards"})
 """Fields that may differ between two specs of the same thing: where it lies, not what it is."""
 
 

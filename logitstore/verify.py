@@ -1,66 +1,272 @@
-"""Is a store intact? Reads every committed byte once and compares it with its commit."""
+"""Is a store intact? Reads every committed byte and compares it with its commit. And: taking back what is not.
+
+A store may be written to while it is verified: what looks wrong is looked at again before it counts.
+"""
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError
+from logitstore import commits, layout, shards
+from logitstore.appends import FOLDER, drop_claim, pending_append
+from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
+from logitstore.layers import runs, spans
+from logitstore.metadata import Problem, check_metadata, write_anew
+from logitstore.publish import STAGING, clean
+from logitstore.reader import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from logitstore.reader import Store
+    from numpy.typing import NDArray
+
+    from logitstore.commits import Commit
+    from logitstore.storage import Storage
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+PER_THREAD = 64
+"""Shards that are handed out at once: what is under way can be stopped, and the lists stay short."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One damaged or stale shard of a layer."""
+def verify(
+    store: Store,
+    *,
+    sample: float = 1.0,
+    seed: int = 0,
+    num_threads: int = 4,
+    progress: Callable[[int], object] | None = None,
+) -> list[Problem]:
+    """Reads the committed shards of every layer and lists those that are not as committed, and what else is wrong.
 
-    layer: str
-    shard: int
-    reason: str
-
-
-def verify(store: Store, *, num_threads: int = 4, progress: Callable[[int], object] | None = None) -> list[Problem]:
-    """Reads every committed shard of every layer and lists those that are not as committed.
+    Shards that are not committed yet, and documents whose append was not finished, are no problems.
 
     Args:
         store: What to check, as it was when it was opened.
-        num_threads: Shards read at once.
+        sample: Share of each layer's shards to read, above 0 and at most 1. At least one shard is.
+        seed: Which shards a sample holds.
+        num_threads: Shards read at once. Each may take some 100 MB in shards of 2**18 rows.
         progress: Called after each shard of a layer with 1, for a progress bar.
 
     Returns:
-        The problems, by layer and shard; empty for an intact store. Shards not committed yet are none.
+        The problems: of no one shard first, then by layer and shard. Empty for an intact store.
+
+    Raises:
+        ValueError: The sample is no share, or there are no threads.
+        StorageError: The store cannot be reached: nothing is known then.
     """
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got num_threads={num_threads}")
+    if store.storage.cache is not None:  # what this machine keeps says nothing about the store
+        store = Store(store.storage.without_cache())
 
     def check(place: tuple[str, int]) -> Problem | None:
-        layer, shard = place
         try:
-            if layer == "target":
-                store.read_shard(shard, layers=("tokens", "target"))
-            else:
-                store.read_arrays(layer, shard)
-        except (DamagedShardError, FormatError, IdentityError, LayerNotFoundError) as error:
-            if isinstance(error, DamagedShardError) and error.layer != layer:
-                return None  # found where it is
-            reason = error.reason if isinstance(error, DamagedShardError) else str(error)
-            return Problem(layer=layer, shard=shard, reason=reason)
+            return check_shard(store, *place)
         finally:
             if progress is not None:
                 progress(1)
-        return None
 
     with ThreadPoolExecutor(num_threads) as pool:
-        return [problem for problem in pool.map(check, places(store)) if problem is not None]
+        found = [*check_metadata(store), *_check_outside(store)]
+        found += [p for p in _spread(pool, check, places(store, sample, seed), num_threads) if p is not None]
+        if not found:
+            return []
+        now = Store(store.storage)
+        general = {*check_metadata(now), *_check_outside(now)}
+
+        def is_still(problem: Problem) -> bool:
+            """Whether it was not taken back or written anew meanwhile."""
+            if problem in general:
+                return True
+            if problem.shard is None or problem.layer not in now.layers:
+                return False
+            index = now.layers[problem.layer].index.upto(now.spec.num_shards)
+            return problem.shard in index and check_shard(now, problem.layer, problem.shard) is not None
+
+        still = list(_spread(pool, is_still, found, num_threads))
+    return [problem for problem, stays in zip(found, still, strict=True) if stays]
 
 
-def places(store: Store) -> list[tuple[str, int]]:
-    """Lists the (layer, shard) pairs that `verify` reads: those of the shards that readers see."""
-    return [
-        (name, shard)
-        for name, layer in store.layers.items()
-        for shard in sorted(layer.committed)
-        if shard < store.num_shards
+def places(store: Store, sample: float = 1.0, seed: int = 0) -> list[tuple[str, int]]:
+    """Lists the (layer, shard) pairs that `verify` reads: committed ones within the store's extent."""
+    if not 0.0 < sample <= 1.0:
+        raise ValueError(f"sample must be above 0 and at most 1, got sample={sample}; 1 reads everything")
+    rng = random.Random(seed)
+    chosen: list[tuple[str, int]] = []
+    for name, layer in store.layers.items():
+        committed = layer.index.upto(store.spec.num_shards).shards.tolist()
+        if committed and sample < 1.0:
+            committed = sorted(rng.sample(committed, max(1, round(sample * len(committed)))))
+        chosen += [(name, shard) for shard in committed]
+    return chosen
+
+
+def check_shard(store: Store, layer: str, shard: int) -> Problem | None:
+    """Reads one shard of a layer, and all that its values must agree with."""
+    try:
+        values = store.read_stored(shard, layers=(layer,))
+        store.assemble(values)
+        arrays, commit = values[layer]
+        _check_digest(commit, arrays)
+    except DamagedShardError as error:
+        if error.layer == layer:
+            return Problem(layer=layer, shard=shard, reason=error.reason)
+    except (IdentityError, LayerNotFoundError):
+        pass  # of this layer, or of one below
+    else:
+        return None
+    return _check_alone(store, layer, shard)
+
+
+def _check_alone(store: Store, layer: str, shard: int) -> Problem | None:
+    """Compares a shard with its own record only: what it was computed from is not there, or not as it should be."""
+    try:
+        commit = _record(store, layer, shard)
+        paths, limits = shards.paths(store.spec, layer, shard, commit.name)
+        data = store.storage.get_many(paths[1:], limits[1:])
+        _check_digest(commit, shards.decode_layer(store.spec, layer, shard, commit, data))
+        if commit.made_by != (made_by := store.layers[layer].made_by):
+            raise DamagedShardError(layer, shard, f"values made by {commit.made_by[:19]}, not by {made_by[:19]}")
+    except DamagedShardError as error:
+        return Problem(layer=layer, shard=shard, reason=error.reason)
+    if (below := layout.below(layer)) is None or shard not in store.layers[layer].stale:
+        return None  # what is wrong below is found there
+    try:
+        origin = _record(store, below, shard)
+    except DamagedShardError:
+        return None
+    was, now = commits.identity(commit.computed_from), commits.identity(origin.digest)
+    return Problem(layer=layer, shard=shard, reason=f"stale values, computed from {below} {was}, which is {now} now")
+
+
+def _record(store: Store, layer: str, shard: int) -> Commit:
+    """Reads a shard's record as it is, whatever it was computed from."""
+    index = store.layers[layer].index
+    if (place := index.find(shard)) is None or shard in index.contested:
+        raise DamagedShardError(layer, shard, "several commit records")
+    name = index.name(place)
+    (data,) = store.storage.get_many([f"{commits.folder(layer)}/{name}"], [shards.MAX_COMMIT_BYTES])
+    if data is None or len(data) > shards.MAX_COMMIT_BYTES:
+        what = "is listed but not there" if data is None else "is too long to be one"
+        raise DamagedShardError(layer, shard, f"a commit record that {what}")
+    return commits.parse(data, layer, shard, name)
+
+
+def _check_digest(commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
+    if (digest := commits.digest(commit.layer, arrays)) != commit.digest:
+        reason = f"values with digest {digest[:19]}, not {commit.digest[:19]}"
+        raise DamagedShardError(commit.layer, commit.shard, reason)
+
+
+def _check_outside(store: Store) -> Iterator[Problem]:
+    """Looks at shards behind the store's end, where only those of an append under way may be."""
+    if pending_append(store.storage, store.spec.appends) is not None:
+        return
+    for name, layer in store.layers.items():
+        outside = layer.index.shards[len(layer.index.upto(store.spec.num_shards)) :].tolist()
+        found = [_check_alone(store, name, shard) for shard in outside]
+        yield from (problem for problem in found if problem is not None)
+        if intact := [shard for shard, problem in zip(outside, found, strict=True) if problem is None]:
+            reason = (
+                f"shards {spans(runs(intact))} are committed, but the store ends before shard {store.spec.num_shards}: "
+                f"a file in {FOLDER}/ is gone; restore it from a copy of the store, or run the dump with the --data of "
+                "these documents and --append"
+            )
+            yield Problem(layer=name, shard=None, reason=reason)
+
+
+def _spread(pool: ThreadPoolExecutor, action: Callable[[U], T], items: Sequence[U], num_threads: int) -> Iterator[T]:
+    size = num_threads * PER_THREAD
+    for start in range(0, len(items), size):
+        yield from pool.map(action, items[start : start + size])
+
+
+def repair(store: Store, problems: list[Problem]) -> list[str]:
+    """Takes back what is damaged or stale, so that the next dump writes it anew, and that alone.
+
+    Removes commit records, writes lost metadata anew where it follows from the rest, gives up an append that was not
+    finished, and clears what killed writers left. Values stay where they are until they are replaced. No writer should
+    be at work meanwhile; if one is, the worst is more of the same work.
+
+    Args:
+        store: The store that was verified.
+        problems: What `verify` found. Those with neither a shard nor a path stay.
+
+    Returns:
+        What was done, in words.
+    """
+    storage = store.storage
+    done = [
+        f"{problem.layer}/{problem.shard}: uncommitted"
+        for problem in problems
+        if problem.shard is not None and take_back(storage, problem.layer, problem.shard)
     ]
+    paths = {problem.path: problem.layer for problem in problems if problem.path is not None}
+    for path in paths:
+        storage.remove(path)
+    for layer in dict.fromkeys(paths.values()):
+        write_anew(store, layer)
+    done += [f"{path}: {'written anew' if path.endswith('zarr.json') else 'removed'}" for path in paths]
+    if (source := give_up_append(storage)) is not None:
+        done.append(f"append of {source}: given up")
+    if num_swept := sweep(Store(storage)):
+        done.append(f"leftovers of killed writers: {num_swept} removed")
+    return done
+
+
+def take_back(storage: Storage, layer: str, shard: int) -> bool:
+    """Uncommits a shard: removes its records, and what was staged for it and for what is computed from it.
+
+    Returns:
+        Whether there was a record.
+    """
+    names = commits.names_of(storage, layer, shard)
+    storage.for_each(storage.remove, [f"{commits.folder(layer)}/{name}" for name in names])
+    clean(storage, layer, shard)
+    if layer in ("tokens", "target"):
+        # Else the next writer would finish what another began with the values that were here.
+        for name in ["target", *(f"losses/{name}" for name in storage.names(f"{STAGING}/losses"))]:
+            clean(storage, name, shard)
+    return bool(names)
+
+
+def give_up_append(storage: Storage) -> str | None:
+    """Removes what there is of an append that was not finished.
+
+    Returns:
+        Of which documents, or None if no append was under way.
+    """
+    store = Store(storage)
+    if (pending := pending_append(storage, store.spec.appends)) is None:
+        return None
+    begun = {int(name) for name in storage.names(f"{STAGING}/tokens") if name.isdecimal()}
+    for shard in sorted(begun | store.layers["tokens"].committed):
+        if shard >= store.spec.num_shards:
+            take_back(storage, "tokens", shard)
+    # Last: as long as the claim is there, nobody adds other documents to what is left.
+    drop_claim(storage, pending.number)
+    return "unknown documents" if pending.append is None else pending.append.data.source
+
+
+def sweep(store: Store) -> int:
+    """Removes what killed writers left that nobody looks for: staged values of committed shards, claims, half a file.
+
+    Returns:
+        Of how many shards and appends, and how many files.
+    """
+    claims = [f"{number:06d}.claim" for number in range(1, len(store.spec.appends) + 1)]
+    left = sorted(set(claims).intersection(store.storage.names(FOLDER)))
+    store.storage.for_each(store.storage.remove, [f"{FOLDER}/{name}" for name in left])
+    swept = len(left)
+    for name, layer in store.layers.items():
+        for shard in [int(shard) for shard in store.storage.names(f"{STAGING}/{name}") if shard.isdecimal()]:
+            if shard in layer.index:
+                clean(store.storage, name, shard)
+                swept += 1
+        arrays = [f"{name}/{array.name}" for array in layout.layer_arrays(name)]
+        swept += sum(map(store.storage.remove_partials, [commits.folder(name), name, *arrays]))
+    return swept + sum(map(store.storage.remove_partials, ["", FOLDER]))

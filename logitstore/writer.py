@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from logitstore import commits, layout
-from logitstore.errors import FormatError, IdentityError
-from logitstore.spec import LossSpec, StoreSpec, TargetSpec, check_same, from_json, to_json
+from logitstore import commits, layout, objects, publish
+from logitstore.attributes import read_attributes, stored_spec
+from logitstore.errors import FormatError, IdentityError, LayerNotFoundError
+from logitstore.shards import entries_per_row
+from logitstore.spec import LossSpec, StoreSpec, TargetSpec, check_room, check_same, maker, to_json
+from logitstore.storage import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="StoreSpec | TargetSpec | LossSpec")
 
+MAX_RECORD_BYTES = 2**20
+"""A quarter of what readers take: some 4,000 documents set aside, of which most will have one cause."""
+
 OTHER_STORE = "give another --store, or delete this one"
 
 
@@ -31,18 +37,22 @@ def create_store(storage: Storage, spec: StoreSpec) -> None:
     Raises:
         IdentityError: There is a store made from another tokenizer, other documents or other options.
     """
-    if (found := storage.group_attributes("")) is not None:
-        stored = stored_spec(StoreSpec, found, "store")
-        check_same(stored, replace(spec, target=None, losses={}), "store", OTHER_STORE)
-        # The number of shards is informational elsewhere (a store may grow), but a resumed one has these documents.
-        if stored.num_shards != spec.num_shards:
-            raise FormatError(
-                f"num_shards must be {stored.num_shards} as in the store, got num_shards={spec.num_shards} from other "
-                f"documents; {OTHER_STORE}"
-            )
-    else:
-        storage.create_group("", {"logitstore": to_json(spec)})
-    _create_layer(storage, spec, "tokens", k=1, attributes={})
+    own = replace(spec, target=None, losses={}, appends=())
+    if read_attributes(storage, "") is None:
+        _check_shards(storage, "tokens", own, OTHER_STORE)
+    created = storage.create("zarr.json", objects.group_metadata({"logitstore": to_json(own)}))
+    if not created:
+        stored = stored_spec(StoreSpec, read_attributes(storage, "") or {}, "store")
+        check_same(stored, own, "store", OTHER_STORE)
+        # Informational where specs are compared (a store may grow), but who creates one has its first documents.
+        for name, old, new in (
+            ("documents", stored.data.documents, spec.data.documents),
+            ("num_shards", stored.num_shards, spec.num_shards),
+        ):
+            if old != new:
+                raise IdentityError(f"{name} must be {old} as in the store, got {name}={new}; {OTHER_STORE}")
+    storage.create("tokens/zarr.json", objects.group_metadata({}))
+    make_room(storage, spec, "tokens")
 
 
 def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetSpec | LossSpec) -> None:
@@ -56,11 +66,24 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
 
     Raises:
         IdentityError: The layer is there and was made by another model or scheme.
+        ValueError: A shard would have too many entries, or there cannot be a layer of that name.
     """
+    layout.layer_arrays(layer)
+    if isinstance(layer_spec, TargetSpec):
+        check_room(spec.shard_rows, layer_spec.scheme.k)
     if not check_layer(storage, layer, layer_spec):
-        storage.remove(layer)
-    k = layer_spec.scheme.k if isinstance(layer_spec, TargetSpec) else 1
-    _create_layer(storage, spec, layer, k=k, attributes={"logitstore": to_json(layer_spec)})
+        # Whoever still writes for the other model is refused by his next commit, and his commits by readers.
+        storage.remove_folder(layer)
+        storage.remove_folder(f"staging/{layer}")
+    if "/" in layer:
+        storage.create(f"{layer.partition('/')[0]}/zarr.json", objects.group_metadata({}))
+    storage.create(f"{layer}/zarr.json", objects.group_metadata({"logitstore": to_json(layer_spec)}))
+    if read_attributes(storage, layer) is None or not check_layer(storage, layer, layer_spec):
+        raise IdentityError(
+            f"{layer} must be begun by one job at a time, got another that began it with another model just now; stop "
+            "one of them"
+        )
+    make_room(storage, _with(spec, layer_spec), layer)
 
 
 def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec) -> bool:
@@ -72,40 +95,86 @@ def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec)
     Raises:
         IdentityError: It is there from another model or scheme, and holds shards.
     """
-    if (found := storage.group_attributes(layer)) is None:
-        return True
     next_step = OTHER_STORE if layer == "target" else "give another NAME in --reference NAME=MODEL"
+    if (found := read_attributes(storage, layer)) is None:
+        _check_shards(storage, layer, layer_spec, next_step)
+        return True
     try:
         check_same(stored_spec(type(layer_spec), found, layer), layer_spec, layer, next_step)
     except IdentityError:
-        if commits.committed_shards(storage, layer):
+        if len(commits.read_index(storage, layer)):
             raise
         return False
     return True
 
 
-def stored_spec(cls: type[S], attributes: Mapping[str, Any], where: str) -> S:
-    """Reads a spec from a group's attributes."""
-    return from_json(cls, attributes.get("logitstore"), where)
+def _check_shards(
+    storage: Storage, layer: str, own: StoreSpec | TargetSpec | LossSpec, next_step: str
+) -> None:
+    """Refuses to give another spec to shards that lost theirs."""
+    index = commits.read_index(storage, layer)
+    commit = commits.find(storage, layer, int(index.shards[0])) if len(index) else None
+    if commit is not None and commit.made_by != maker(own):
+        raise IdentityError(
+            f"{layer} must be made as its {len(index)} shards were, whose zarr.json is gone, got another model or "
+            f"other options; give the same as before, or {next_step}"
+        )
 
 
-def _create_layer(storage: Storage, spec: StoreSpec, layer: str, *, k: int, attributes: dict[str, Any]) -> None:
-    if storage.group_attributes(layer) is None:
-        storage.create_group(layer, attributes)
-    group = storage.zarr_group(layer, mode="r+")
-    layout.create_arrays(group, layer, num_shards=spec.num_shards, shard_rows=spec.shard_rows, k=k)
+def make_room(storage: Storage, spec: StoreSpec, layer: str) -> None:
+    """Writes the metadata of a layer's arrays, or makes their shapes cover shards that were appended.
+
+    For other readers of Zarr only: this package knows from the specs what an array must be.
+
+    Raises:
+        FormatError: An array is there and is another.
+    """
+    k = entries_per_row(spec, layer)
+    for array in layout.layer_arrays(layer):
+        path = f"{layer}/{array.name}/zarr.json"
+        sizes = {"shard_rows": spec.shard_rows, "k": k}
+        wanted = objects.array_metadata(array, num_shards=spec.num_shards, **sizes)
+        if storage.create(path, wanted):
+            continue
+        found = parse_json(path, storage.get(path))
+        if objects.same_metadata(found, wanted):
+            continue
+        if not (num_shards := objects.num_shards_of(found, array, **sizes)):
+            raise FormatError(
+                f"{path} must describe {array.name} of this store, got another array; "
+                "`logitstore verify --repair` writes it anew"
+            )
+        if num_shards < spec.num_shards:
+            storage.put(path, wanted)
+
+
+def _with(spec: StoreSpec, layer_spec: TargetSpec | LossSpec) -> StoreSpec:
+    return replace(spec, target=layer_spec) if isinstance(layer_spec, TargetSpec) else spec
 
 
 class LayerWriter:
-    """Writes shards of one layer. Several, in any processes, may write different shards at once."""
+    """Writes shards of one layer. Any number, in any processes, may write at once, the same shards too."""
 
     def __init__(self, storage: Storage, spec: StoreSpec, layer: str) -> None:
+        """Opens a layer that was created.
+
+        Args:
+            storage: The store's root.
+            spec: The store's spec with those of its layers, as a reader has it.
+            layer: Which layer.
+        """
+        own: StoreSpec | TargetSpec | LossSpec | None = spec
+        if layer != "tokens":
+            own = spec.target if layer == "target" else spec.losses.get(layer.removeprefix("losses/"))
+        if own is None:
+            raise LayerNotFoundError(
+                f"store must have layer {layer!r} to write to, got {storage.url} without; add it first"
+            )
         self._storage = storage
-        self._shard_rows = spec.shard_rows
-        self._k = spec.target.scheme.k if layer == "target" and spec.target else 1
         self._layer = layer
-        group = storage.zarr_group(layer, mode="r+")
-        self._arrays = {array.name: group[array.name] for array in layout.layer_arrays(layer)}
+        self._own = own
+        self._made_by = maker(own)
+        self._sizes = {"shard_rows": spec.shard_rows, "k": entries_per_row(spec, layer)}
 
     def write(
         self,
@@ -117,8 +186,9 @@ class LayerWriter:
         counted: int,
         computed_from: str | None,
         started: float,
+        set_aside: Mapping[int, str] | None = None,
     ) -> Commit:
-        """Writes all arrays of a shard, then its commit record.
+        """Writes all arrays of a shard, then its commit record; a shard that is committed stays as it is.
 
         Args:
             shard: Which shard.
@@ -128,23 +198,59 @@ class LayerWriter:
             counted: How many of them have loss mask 1.
             computed_from: Digest of the shard that these values were computed from.
             started: time.monotonic() when computing began, for the record.
+            set_aside: Why documents could not be computed, by their place in the shard.
 
         Returns:
-            The record as written.
+            The record that is committed now. Its digest is another's if another writer was first with other values.
+
+        Raises:
+            IdentityError: The layer, or what is committed, is another model's.
+            ValueError: Too many documents are set aside to name them all.
         """
-        for array in layout.layer_arrays(self._layer):
-            span = layout.shard_span(array, shard, self._shard_rows, self._k)
-            whole = layout.padded(values[array.name], array, span.stop - span.start)
-            self._arrays[array.name][span] = whole  # type: ignore[index]
+        arrays = {array.name: np.asarray(values[array.name]) for array in layout.layer_arrays(self._layer)}
+        encoded = {array.name: self._encode(arrays[array.name], array) for array in layout.layer_arrays(self._layer)}
         commit = commits.describe(
             self._layer,
             shard,
-            {name: np.asarray(value) for name, value in values.items()},
+            arrays,
             documents=documents,
             rows=rows,
             counted=counted,
             computed_from=computed_from,
+            made_by=self._made_by,
             seconds=time.monotonic() - started,
+            set_aside=set_aside,
         )
-        commits.write_commit(self._storage, commit)
-        return commit
+        if len(commits.to_bytes(commit)) > MAX_RECORD_BYTES:
+            raise ValueError(
+                f"set_aside must be of few documents, got {len(commit.set_aside)} of {documents} in shard {shard}; "
+                f"find out why they fail: {next(iter(commit.set_aside.values()), '')}"
+            )
+        self._check_still_ours()
+        kept = publish.publish(self._storage, commit, encoded)
+        if kept.made_by != self._made_by:
+            raise IdentityError(
+                f"shard {shard} of layer {self._layer!r} must be made by {self._made_by[:19]}, "
+                f"got {kept.made_by[:19]}: another job writes this layer with another model; stop one of them"
+            )
+        return kept
+
+    def _encode(self, values: NDArray[Any], array: layout.ArraySpec) -> bytes | None:
+        """Encodes and reads back: what cannot be read is found now, not when the target is gone."""
+        data = objects.encode(values, array, **self._sizes)
+        decoded = objects.decode(data, len(values), array, **self._sizes)
+        if commits.checksum(decoded) != commits.checksum(values.astype(array.dtype, copy=False)):
+            raise FormatError(
+                f"{self._layer}/{array.name} must decode to what was encoded, got other values; check the versions of "
+                "zarr and numcodecs, and this machine's memory"
+            )
+        return data
+
+    def _check_still_ours(self) -> None:
+        found = read_attributes(self._storage, "" if self._layer == "tokens" else self._layer)
+        stored = None if found is None else stored_spec(type(self._own), found, self._layer)
+        if stored is None or maker(stored) != self._made_by:
+            raise IdentityError(
+                f"layer {self._layer!r} must be as it was when writing began, got another in {self._storage.url}: "
+                "another job began it anew with another model; stop one of them"
+            )

@@ -149,8 +149,9 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
     )  # fmt: skip
     writer.create_store(storage, spec)
     writer.add_layer(storage, spec, "target", target)
-    for loss in losses or {}:
-        writer.add_layer(storage, spec, f"losses/{loss}", LossSpec(model=name))
+    spec = dataclasses.replace(spec, losses={loss: LossSpec(model=name) for loss in losses or {}})
+    for loss, layer_spec in spec.losses.items():
+        writer.add_layer(storage, spec, f"losses/{loss}", layer_spec)
     for shard, members in enumerate(shards):
         ids, mask = (np.concatenate([member[j] for member in members]) for j in (0, 1))
         started = time.monotonic()
@@ -214,3 +215,21 @@ def tiny_store(tiny, tmp_path_factory):
     target, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.target, tiny.reference))
     url = str(tmp_path_factory.mktemp("store") / "cache.zarr")
     return write_store(url, documents, target, tokenizer, losses={"reference": reference})
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory):
+    """A store of three shards of random numbers, made without torch."""
+    import stores
+
+    return stores.make(tmp_path_factory.mktemp("small") / "cache.zarr")
+
+
+@pytest.fixture(scope="session")
+def reader():
+    """A process of bounded memory that reads whole stores."""
+    from reader_process import ReaderProcess
+
+    process = ReaderProcess()
+    yield process
+    process.close()

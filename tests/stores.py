@@ -1,0 +1,274 @@
+"""A small store of random numbers, written by NumPy alone, and the ways to make it lie: all checksums stay valid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from logitstore import Rows, codec, commits, layout, objects, writer
+from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.storage import Storage
+
+VOCAB = 16
+K = 4
+SHARD_ROWS = 64
+MAX_LENGTH = 12
+LAYERS = ("tokens", "target", "losses/ref", "losses/draft")
+MODEL = ModelSpec(name="random", revision="0", dtype="float32", padded_vocab_size=VOCAB)
+
+
+def spec_of(num_shards, shard_rows=SHARD_ROWS, k=K, max_length=MAX_LENGTH):
+    return StoreSpec(
+        tokenizer=TokenizerSpec(name="none", fingerprint="sha256:none", vocab_size=VOCAB, chat_template=None),
+        data=DataSpec(source="random.jsonl", digest=None, columns="input_ids", mask_policy="given"),
+        max_length=max_length, shard_rows=shard_rows, num_shards=num_shards,
+        target=TargetSpec(model=MODEL, scheme=Scheme(k=k)),
+        losses={name: LossSpec(model=MODEL) for name in ("ref", "draft")},
+    )  # fmt: skip
+
+
+def create(url, spec):
+    """Creates all layers of a store, empty."""
+    storage = Storage(url)
+    writer.create_store(storage, spec)
+    writer.add_layer(storage, spec, "target", spec.target)
+    for name, loss in spec.losses.items():
+        writer.add_layer(storage, spec, f"losses/{name}", loss)
+    return storage
+
+
+def shard_values(rng, shard_rows=SHARD_ROWS, k=K):
+    """The arrays of one shard, by layer: documents of 2 to 12 tokens that nearly fill it."""
+    lengths = []
+    while sum(lengths) <= shard_rows - MAX_LENGTH:
+        lengths.append(int(rng.integers(2, MAX_LENGTH + 1)))
+    num = sum(lengths)
+    mask = rng.random(num) < 0.7
+    mask[np.cumsum(lengths) - 1] = False
+    mask[0] = True
+    p = np.where(mask[:, None], rng.dirichlet(np.ones(VOCAB), num), np.nan)
+    order = np.argsort(-p, axis=1)[:, :k]
+    ids = rng.integers(0, VOCAB, num)
+    kept = np.take_along_axis(p, order, 1)
+    rows = Rows(
+        counts=k * mask.astype(np.int64),
+        token_ids=order[mask].ravel().astype(np.uint32),
+        logprobs=np.log(kept[mask]).ravel().astype(np.float32),
+        tail_mass=(1 - kept.sum(1)).astype(np.float32),
+        label_logprob=np.log(p[np.arange(num), np.roll(ids, -1)]).astype(np.float32),
+        entropy=-(p * np.log(p)).sum(1).astype(np.float32),
+    )
+    values = {
+        "tokens": {"ids": ids.astype("<u4"), "loss_mask": mask.astype("|u1"), "lengths": np.array(lengths, "<u4")},
+        "target": codec.encode(rows, codec.Codebook()),
+    }
+    for name in ("ref", "draft"):
+        ce, label = (np.where(mask, rng.exponential(2.0, num), np.nan).astype(np.float32) for _ in range(2))
+        values[f"losses/{name}"] = {"ce": codec.round_mantissa(ce), "label_logprob": codec.round_mantissa(-label)}
+    return values
+
+
+def make(url, num_shards=3, seed=0):
+    """Writes a finished store. The second document of shard 1 is set aside in `target`."""
+    spec = spec_of(num_shards)
+    storage = create(url, spec)
+    rng = np.random.default_rng(seed)
+    for shard in range(num_shards):
+        values = shard_values(rng)
+        if shard == 1:
+            blank(values, 1)
+            write_shard(storage, spec, shard, values, set_aside={1: "numbers that are not finite"})
+        else:
+            write_shard(storage, spec, shard, values)
+    return str(url)
+
+
+def copy(store, url):
+    """Copies a store quickly: objects are links, to be replaced and never written to. Returns its URL."""
+
+    def link_or_copy(source, target):
+        (os.link if "/c/" in source else shutil.copyfile)(source, target)
+
+    return str(shutil.copytree(store, url, copy_function=link_or_copy))
+
+
+def replace(path, data):
+    """Puts other content in the place of a file that other stores may share."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def blank(values, document):
+    """Leaves nothing of a document in the layers above its tokens."""
+    ends = np.cumsum(values["tokens"]["lengths"].astype(np.int64))
+    start, stop = ends[document] - values["tokens"]["lengths"][document], ends[document]
+    counts = values["target"]["counts"]
+    first, last = (counts[:row].sum(dtype=np.int64) for row in (start, stop))
+    for name in ("token_ids", "logprobs"):
+        values["target"][name] = np.delete(values["target"][name], slice(first, last))
+    for layer, arrays in values.items():
+        for name, array in arrays.items():
+            if layer != "tokens" and name not in ("token_ids", "logprobs"):
+                array[start:stop] = 0 if name == "counts" else np.nan
+
+
+def write_shard(storage, spec, shard, values, *, set_aside=None, **changes):
+    """Commits a shard of each layer that values are given for, in order. `changes` to the counts of the records."""
+    tokens = values.get("tokens")
+    computed_from = None
+    for layer, arrays in values.items():
+        if layer.startswith("losses/"):
+            computed_from = commits.find(storage, "target", shard).digest
+        elif layer == "target":
+            computed_from = commits.find(storage, "tokens", shard).digest
+        sizes = {
+            "documents": len(tokens["lengths"]), "rows": len(tokens["ids"]),
+            "counted": int((tokens["loss_mask"] == 1).sum()),
+        } | changes  # fmt: skip
+        writer.LayerWriter(storage, spec, layer).write(
+            shard,
+            arrays,
+            computed_from=computed_from,
+            started=time.monotonic(),
+            set_aside=set_aside if layer == "target" else None,
+            **sizes,
+        )
+
+
+def change_values(url, layer, shard, **arrays):
+    """Puts other values under the commit of a shard, and makes the commit theirs; layers above follow.
+
+    Each of `arrays` is the new array, or makes it from the old one.
+    """
+    import logitstore
+
+    storage = Storage(url)
+    spec = logitstore.open(url).spec
+    old = {name: read(url, name, shard) for name in LAYERS}
+    for name in (*arrays,):
+        found = arrays[name]
+        old[layer][0][name] = np.asarray(found(old[layer][0][name].copy()) if callable(found) else found)
+    for name in LAYERS[LAYERS.index(layer) :]:
+        values, commit = old[name]
+        for record in commits.names_of(storage, name, shard):
+            storage.remove(f"{commits.folder(name)}/{record}")
+        below = layout.below(name)
+        writer.LayerWriter(storage, spec, name).write(
+            shard, values, documents=commit.documents, rows=commit.rows,
+            counted=int((old["tokens"][0]["loss_mask"] == 1).sum()), started=time.monotonic(),
+            set_aside=commit.set_aside,
+            computed_from=None if below is None else commits.find(storage, below, shard).digest,
+        )  # fmt: skip
+
+
+def read(url, layer, shard):
+    """The arrays of a shard and its commit, by the package's own parts but none of its checks of what values mean."""
+    from logitstore import shards
+
+    storage = Storage(url)
+    commit = commits.find(storage, layer, shard)
+    spec = spec_of(3)
+    paths, _ = shards.paths(spec, layer, shard, commit.name)
+    data = [Path(url, path).read_bytes() if Path(url, path).is_file() else None for path in paths[1:]]
+    return shards.decode_layer(spec, layer, shard, commit, data), commit
+
+
+def record(url, layer, shard):
+    """The path of a shard's commit record."""
+    return next(Path(url, "commits", layer).glob(f"{shard:06d}-*.json"))
+
+
+def change_record(url, layer, shard, change):
+    """Changes a commit record, signs it anew and gives it the name that fits, as far as there is one."""
+    path = record(url, layer, shard)
+    value = json.loads(path.read_text())
+    del value[commits.CHECKSUM]
+    changed = change(value)
+    path.unlink()
+    return put_record(url, layer, shard, value if changed is None else changed)
+
+
+def put_record(url, layer, shard, value):
+    """Writes a record with its checksum; what has no counts keeps some."""
+    whole = value
+    if isinstance(value, dict):
+        text = json.dumps(value, sort_keys=True)
+        whole = value | {commits.CHECKSUM: f"{google_crc32c.value(text.encode()):08x}"}
+    else:
+        value = {}
+    counts = [value.get(name) for name in ("documents", "rows", "counted", "entries")]
+    counts = [count if type(count) is int and 0 <= count < 10**10 else 1 for count in counts]
+    aside = len(value["set_aside"]) if isinstance(value.get("set_aside"), dict) else 0
+    digests = [
+        commits.identity(digest) if isinstance(digest, str) and commits.DIGEST.fullmatch(digest) else commits.NOTHING
+        for digest in (value.get("digest"), value.get("computed_from"))
+    ]
+    documents, rows, counted, entries = counts
+    name = f"{shard:06d}-{documents}d-{rows}r-{counted}c-{entries}e-{aside}s-{digests[0]}-{digests[1]}.json"
+    path = Path(url, "commits", layer, name)
+    path.write_text(json.dumps(whole, indent=1, sort_keys=True))
+    return path
+
+
+def change_json(path, change):
+    """Changes a JSON file in place; `change` returns the new value, or None where it changed the old one."""
+    value = json.loads(Path(path).read_text())
+    changed = change(value)
+    Path(path).write_text(json.dumps(value if changed is None else changed))
+
+
+def change_spec(url, group, change):
+    """Changes the spec in the attributes of a group."""
+    change_json(Path(url, group, "zarr.json"), lambda value: change(value["attributes"]["logitstore"]))
+
+
+@dataclasses.dataclass
+class Object:
+    """An object taken apart: what lies before the index, and the index."""
+
+    body: bytearray
+    index: list[list[int]]
+
+    @staticmethod
+    def of(data, num_chunks):
+        cut = len(data) - 16 * num_chunks - 4
+        numbers = struct.unpack(f"<{2 * num_chunks}Q", data[cut:-4])
+        return Object(bytearray(data[:cut]), [list(numbers[i : i + 2]) for i in range(0, len(numbers), 2)])
+
+    def to_bytes(self):
+        """Puts it together with checksums that hold, as far as chunks are where the index says."""
+        body = bytearray(self.body)
+        for offset, size in self.index:
+            if size >= 4 and offset + size <= len(body):
+                body[offset + size - 4 : offset + size] = crc(bytes(body[offset : offset + size - 4]))
+        index = struct.pack(f"<{2 * len(self.index)}Q", *(number for entry in self.index for number in entry))
+        return bytes(body) + index + crc(index)
+
+
+def crc(data):
+    return google_crc32c.value(bytes(data)).to_bytes(4, "little")
+
+
+def num_chunks(array, shard_rows=SHARD_ROWS, k=K):
+    return layout.capacity(array, shard_rows, k) // layout.chunk_length(array, shard_rows, k)
+
+
+def array_of(layer, name):
+    return next(array for array in layout.layer_arrays(layer) if array.name == name)
+
+
+def one_chunk(chunk, before=b""):
+    """The object of an array of one inner chunk, from its Blosc bytes."""
+    return Object(bytearray(before + chunk + b"\0\0\0\0"), [[len(before), len(chunk) + 4]]).to_bytes()
+
+
+def encoded(values, layer, name, shard_rows=SHARD_ROWS, k=K):
+    return objects.encode(values, array_of(layer, name), shard_rows=shard_rows, k=k)
