@@ -1,0 +1,166 @@
+"""`logitstore verify` and `info` on stores that grow: appends under way, left, given up; a store being written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+
+import pytest
+from dumped import (
+    LAYERS,
+    add_layers,
+    contents,
+    documents,
+    make,
+    make_dumper,
+    prepare_tokens,
+    write_data,
+)
+
+import logitstore
+from logitstore import cli, publish
+from logitstore.errors import IdentityError
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("verify"), tiny)
+
+
+@pytest.fixture(scope="module")
+def more(made, tmp_path_factory):
+    """Documents to append, of two shards."""
+    return write_data(tmp_path_factory.mktemp("more") / "more.jsonl", documents(made.tokenizer, 5, 9))
+
+
+@pytest.fixture(scope="module")
+def other(made, tmp_path_factory):
+    """Others."""
+    return write_data(tmp_path_factory.mktemp("other") / "other.jsonl", documents(made.tokenizer, 9, 13))
+
+
+@pytest.fixture
+def url(made, tmp_path):
+    return shutil.copytree(made.url, tmp_path / "cache.zarr")
+
+
+def found(url):
+    return [str(problem) for problem in logitstore.verify(logitstore.open(url))]
+
+
+def verify(url, *options):
+    return cli.main(["verify", *options, str(url)])
+
+
+@pytest.fixture
+def half(url, made, more, monkeypatch):
+    """A store to which documents were being appended when the job was killed, in the middle of a shard."""
+    real = publish.publish
+    num = []
+
+    def killed(storage, commit, objects):
+        num.append(commit.shard)
+        if len(num) == 2:
+            monkeypatch.setattr(publish, "_copy", lambda *_: 1 / 0)
+        return real(storage, commit, objects)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "publish", killed)
+        with pytest.raises(ZeroDivisionError):
+            prepare_tokens(url, made, more, append=True)
+    monkeypatch.undo()
+    assert list(url.glob("staging/tokens/000005/winner*"))
+    return url
+
+
+def test_an_unfinished_append_is_stated_and_no_damage(half, more, capsys):
+    for command in ("info", "verify"):
+        assert cli.main([command, str(half)]) == 0
+        assert f"append 1: under way, or left unfinished ({more}: 1 of 2 shards so far)" in capsys.readouterr().out
+    assert cli.main(["info", "--json", str(half)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["shards"], facts["appends"], facts["unfinished_append"]["shards_done"]) == (4, [], 1)
+
+
+def test_repair_gives_up_an_unfinished_append_so_that_another_can_be_made(half, made, more, other, tmp_path, capsys):
+    with pytest.raises(IdentityError, match="append must be of"):
+        prepare_tokens(half, made, other, append=True)
+    assert verify(half, "--repair") == 0
+    assert f"repaired: append of {more}: given up" in capsys.readouterr().out
+    store = prepare_tokens(half, made, other, append=True)
+    fresh = shutil.copytree(made.url, tmp_path / "fresh.zarr")
+    prepare_tokens(fresh, made, other, append=True)
+    assert contents(half) == contents(fresh)
+    assert store.num_documents == logitstore.open(fresh).num_documents
+    assert found(half) == []
+
+
+def test_an_append_whose_claim_cannot_be_read_is_stated_and_given_up(half, capsys):
+    (half / "appends/000001.claim").write_text("{")
+    for command in ("info", "verify"):
+        assert cli.main([command, str(half)]) == 0
+        assert (
+            "append 1: under way, or left unfinished, but its claim cannot be read; `logitstore"
+            in capsys.readouterr().out
+        )
+    assert verify(half, "--repair") == 0
+    assert not [*half.rglob("*.claim"), *half.glob("commits/tokens/000004-*"), *half.glob("staging/tokens/*")]
+
+
+def test_shards_without_the_append_that_they_came_with_are_named(url, made, more, other):
+    prepare_tokens(url, made, more, append=True)
+    whole = contents(url)
+    (url / "appends/000001.json").rename(url / "appends/000002.json")
+    assert len(logitstore.open(url)) == len(logitstore.open(made.url))
+    stray, beyond = found(url)
+    assert beyond.startswith("tokens: shards 4-5 are committed, but the store ends before shard 4: a file in appends/")
+    assert stray.startswith("tokens: appends/000002.json is there without the one before")
+    assert verify(url, "--repair") == 1
+    (url / "appends/000002.json").unlink()
+    with pytest.raises(IdentityError, match=r"tokens of shard 4 must be [0-9a-f]{12} to be appended, got [0-9a-f]{12}"):
+        prepare_tokens(url, made, other, append=True)
+    (url / "appends/000001.claim").unlink()
+    prepare_tokens(url, made, more, append=True)  # the same documents: nothing is lost
+    assert contents(url) == whole
+
+
+def test_a_store_that_is_being_written_is_opened_shown_and_verified(made, more, tmp_path, capsys):
+    url = tmp_path / "cache.zarr"
+    done = threading.Event()
+    failures = []
+
+    def write():
+        try:
+            prepare_tokens(url, made)
+            add_layers(url, made)
+            dumper = make_dumper(url, made)
+            for shard in range(4):
+                dumper.dump(shard, LAYERS[1:])
+            prepare_tokens(url, made, more, append=True)
+            add_layers(url, made)
+            for shard in range(4, logitstore.open(url).num_shards):
+                dumper.dump(shard, LAYERS[1:])
+        except BaseException as error:
+            failures.append(error)
+            raise
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    seen = []
+    try:
+        while not (url / "zarr.json").exists():
+            done.wait(0.001)
+        while not done.is_set():
+            store = logitstore.open(url)
+            seen.append((store.num_shards, *(len(layer.index) for layer in store.layers.values())))
+            problems = logitstore.verify(store)
+            assert problems == [], [str(problem) for problem in problems]
+            assert cli.main(["info", str(url)]) == 0
+    finally:
+        thread.join()
+    assert failures == []
+    assert len(set(seen)) > 3
+    assert verify(url) == 0
