@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from logitstore.errors import LogitStoreError
+from logitstore.drivers import is_refusal
+from logitstore.errors import LogitStoreError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
@@ -22,8 +26,31 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, LogitStoreError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        end(error, 2)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns a disk or a service that fails while something is written into one line and exit status 1."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, StorageError) or (isinstance(error, OSError) and is_refusal(error)) or _no_space(error):
+            end(error, 1)
+        raise
+
+
+def _no_space(error: BaseException | None) -> bool:
+    """Tells whether an error, or one that it came from, is of a disk that takes no more."""
+    if error is None:
+        return False
+    return (isinstance(error, OSError) and error.errno in NO_SPACE) or _no_space(error.__cause__ or error.__context__)
+
+
+def end(error: Exception, status: int) -> NoReturn:
+    """Ends the job with an error in one line."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 class RaisingErrors:

@@ -5,8 +5,11 @@
         --data hf:NAME
     python jobs/dump_logits.py --store cache.zarr --reference NAME=MODEL        losses on a finished store, no target
 
-Run the same command again to go on after any kind of end: committed shards are skipped.
-Exit status: 0 done; 1 nothing can be computed; 2 a mistake in the arguments, nothing was tried; 3 shards set aside.
+    python jobs/dump_logits.py --store cache.zarr --target MODEL --data more.jsonl --append     more documents
+
+Run the same command again to go on after any kind of end: committed shards are skipped, those that were set aside are
+tried again. Exit status: 0 done; 1 nothing can be computed, or the disk or the bucket refuses; 2 a mistake in the
+arguments, nothing was tried; 3 documents or shards were set aside, all others are done.
 """
 
 from __future__ import annotations
@@ -15,19 +18,22 @@ import argparse
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _errors import Parser, user_errors
+from _errors import Parser, end, refusals, user_errors
 from _options import options_for
+from _set_aside import explain
 
+from logitstore.attributes import read_attributes
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
-from logitstore.errors import LayerNotFoundError
+from logitstore.errors import LayerNotFoundError, LogitStoreError
 from logitstore.layout import losses_layer
+from logitstore.options import storage_options
 from logitstore.reader import Store
-from logitstore.spec import LossSpec, ModelSpec, Scheme, TargetSpec, TokenizerSpec
-from logitstore.storage import Storage, read_options
+from logitstore.spec import LossSpec, ModelSpec, Scheme, TargetSpec, TokenizerSpec, check_room, maker
+from logitstore.storage import Storage
+from logitstore.verify import sweep
 from logitstore.writer import add_layer, check_layer
 
 if TYPE_CHECKING:
@@ -42,10 +48,11 @@ def parser() -> Parser:
 
     data = p.add_argument_group("documents (not needed once a store has them)")
     data.add_argument("--data", metavar="DATA", help="path or URL of JSONL, Parquet or text, or hf:name[:split]")
+    data.add_argument("--append", action="store_true", help="add the documents to a store that has others")
     data.add_argument("--tokenizer", metavar="MODEL", help="default: the target's")
     data.add_argument("--max_length", type=int, help="tokens of a document; longer ones become windows "
                       "(default: 2048, or the target's context where that is less)")  # fmt: skip
-    data.add_argument("--shard_rows", type=int, default=2**18, help="most rows of a shard (default %(default)s)")
+    data.add_argument("--shard_rows", type=int, help="most rows of a shard (default: 262144, or as in the store)")
     data.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
 
     models = p.add_argument_group("models")
@@ -64,6 +71,9 @@ def parser() -> Parser:
     rows.add_argument("--mass", type=float, help="nucleus: probability that the entries reach (default 0.98)")
     rows.add_argument("--k_min", type=int, help="nucleus: fewest entries of a row (default 4)")
 
+    p.add_argument("--retry_set_aside", action="store_true",
+                   help="try documents again that were set aside; shards that were need no flag")  # fmt: skip
+
     cluster = p.add_argument_group("cluster")
     cluster.add_argument("--num_actors", type=int, help="default: one per GPU, or one without GPUs")
     cluster.add_argument("--gpus_per_actor", type=float, help="share of a GPU per actor, 0 for the CPU")
@@ -81,11 +91,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Slow imports wait until the arguments are known to parse.
     import ray
 
-    from logitstore.dump.pipeline import DumpError, DumpPlan, missing_layers, run_dump
+    from logitstore.dump.pipeline import DumpError, DumpPlan, needs_models, run_dump
     from logitstore.dump.worker import ModelSource
 
     with user_errors():
-        storage = Storage(args.store, read_options(args.storage_options))
+        storage = Storage(args.store, storage_options(args.storage_options))
         sources = _references(args.reference)
         scheme = _scheme(args)
         for name in ("num_actors", "cpus_per_actor", "batch_tokens", "num_proc"):
@@ -95,6 +105,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"gpus_per_actor must be at least 0, got gpus_per_actor={args.gpus_per_actor}")
         if not args.target and not sources and not args.data:
             raise ValueError("target must be given, got none; give --target, --reference or --data to say what to do")
+        if args.append and not args.data:
+            raise ValueError("data must be given with --append, got none; give --data")
+        if args.append and sources and not args.target:
+            raise ValueError("target must be given with --append and --reference, got none: losses need its rows; "
+                             "give --target, or append first")  # fmt: skip
         store, target, references = _documents(args, storage, scheme, sources)
         if args.target is None and sources:
             _check_target_complete(store)
@@ -104,8 +119,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         wanted |= {losses_layer(name): LossSpec(model=spec) for name, spec in references.items()}
         for layer, layer_spec in wanted.items():
             check_layer(storage, layer, layer_spec)
-        for layer, layer_spec in wanted.items():
-            add_layer(storage, store.spec, layer, layer_spec)
+        with refusals():
+            for layer, layer_spec in wanted.items():
+                add_layer(storage, store.spec, layer, layer_spec)
 
     def source(name: str, revision: str | None, spec: ModelSpec) -> ModelSource:
         return ModelSource(
@@ -120,6 +136,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     plan = DumpPlan(
         target=None if target is None else source(args.target, args.revision, target),
         references={name: source(model, None, references[name]) for name, model in sources.items()},
+        made_by={layer: maker(layer_spec) for layer, layer_spec in wanted.items()},
+        retry_set_aside=args.retry_set_aside,
         num_actors=args.num_actors,
         gpus_per_actor=args.gpus_per_actor,
         cpus_per_actor=args.cpus_per_actor,
@@ -132,15 +150,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "counted_rows": store.num_counted,
     }
     if not wanted:
+        with refusals():
+            sweep(store)
         return summary
-    if missing_layers(Store(storage), plan) and not ray.is_initialized():
-        # No address: a submitted job joins its cluster, RAY_ADDRESS is heeded, otherwise a local Ray starts.
-        ray.init(logging_level=logging.ERROR)
     try:
+        if needs_models(storage, plan) and not ray.is_initialized():
+            # No address: a submitted job joins its cluster, RAY_ADDRESS is heeded, otherwise a local Ray starts.
+            ray.init(logging_level=logging.ERROR)
         report = run_dump(storage, plan, progress=not args.no_progress)
-    except DumpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        sizes = {layer: storage.num_bytes(layer) for layer in wanted}
+    except (DumpError, LogitStoreError) as error:
+        end(error, 1)
     summary |= {
         "layers": list(wanted),
         "rows": report.rows,
@@ -150,8 +170,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "shards_done": report.shards_done,
         "shards_skipped": report.shards_skipped,
         # Only rows that count have entries and losses.
-        "bytes_per_counted_row": {layer: round(storage.num_bytes(layer) / store.num_counted, 2) for layer in wanted},
-        "set_aside": {str(shard): reason for shard, reason in report.failed.items()},
+        "bytes_per_counted_row": {layer: round(size / store.num_counted, 2) for layer, size in sizes.items()},
+        "set_aside": {
+            "shards": {str(shard): reason for shard, reason in sorted(report.failed.items())},
+            "documents": {
+                layer: {str(number): reason for number, reason in named.items()}
+                for layer, named in report.documents.items()
+            },
+        },
+        "documents_set_aside": report.num_documents,
+        "stale": report.stale,
     }
     return summary
 
@@ -190,7 +218,7 @@ def _documents(
     """
 
     def check(
-        made: TokenizerSpec, max_length: int
+        made: TokenizerSpec, max_length: int, shard_rows: int
     ) -> tuple[ModelSpec | None, dict[str, ModelSpec]]:
         def describe(name: str, what: str, revision: str | None) -> ModelSpec:
             return check_model(
@@ -200,6 +228,7 @@ def _documents(
 
         if args.target is not None:
             scheme.check_vocabulary(made.vocab_size)
+            check_room(shard_rows, scheme.k)
         target = None if args.target is None else describe(args.target, "target", args.revision)
         references = {name: describe(model, f"reference {name}", None) for name, model in sources.items()}
         # Before an hour of tokenising, not after it.
@@ -211,12 +240,12 @@ def _documents(
 
     if args.data is None:
         store = Store(storage)
-        if missing := store.layers["tokens"].missing:
+        if missing := store.layers["tokens"].num_missing:
             raise LayerNotFoundError(
-                f"tokens must be complete, got {len(missing)} of {store.spec.num_shards} shards missing in "
+                f"tokens must be complete, got {missing} of {store.spec.num_shards} shards missing in "
                 f"{store.url}; give --data again to finish preparing"
             )
-        return store, *check(store.spec.tokenizer, store.spec.max_length)
+        return store, *check(store.spec.tokenizer, store.spec.max_length, store.spec.shard_rows)
     from logitstore.dump.documents import prepare
 
     name = args.tokenizer or args.target
@@ -227,25 +256,33 @@ def _documents(
         revision=args.revision if name == args.target else None,
         trust_remote_code=args.trust_remote_code,
     )
-    max_length = _max_length(args, storage)
-    target, references = check(tokenizer_spec(tokenizer, uses_chat_template=False), max_length)
-    store = prepare(
-        storage,
-        args.data,
-        tokenizer,
-        max_length=max_length,
-        shard_rows=args.shard_rows,
-        num_proc=args.num_proc,
-        storage_options=options_for(args.data, args.store, read_options(args.storage_options)),
-        progress=not args.no_progress,
-    )
+    max_length, shard_rows = _max_length(args, storage), _shard_rows(args, storage)
+    target, references = check(tokenizer_spec(tokenizer, uses_chat_template=False), max_length, shard_rows)
+    with refusals():
+        store = prepare(
+            storage,
+            args.data,
+            tokenizer,
+            max_length=max_length,
+            shard_rows=shard_rows,
+            num_proc=args.num_proc,
+            append=args.append,
+            storage_options=options_for(args.data, args.store, storage_options(args.storage_options)),
+            progress=not args.no_progress,
+        )
     return store, target, references
+
+
+def _shard_rows(args: argparse.Namespace, storage: Storage) -> int:
+    if args.shard_rows is not None:
+        return int(args.shard_rows)
+    return Store(storage).spec.shard_rows if read_attributes(storage, "") is not None else 2**18
 
 
 def _max_length(args: argparse.Namespace, storage: Storage) -> int:
     if args.max_length is not None:
         return int(args.max_length)
-    if storage.group_attributes("") is not None:
+    if read_attributes(storage, "") is not None:
         return Store(storage).spec.max_length
     context = None
     if args.target is not None:
@@ -257,10 +294,11 @@ def _max_length(args: argparse.Namespace, storage: Storage) -> int:
 def _check_target_complete(store: Store) -> None:
     if "target" not in store.layers:
         raise LayerNotFoundError(f"store must have target rows for losses, got {store.url} without; give --target too")
-    if missing := store.layers["target"].missing:
+    target = store.layers["target"]
+    if target.num_missing or target.stale:
         raise LayerNotFoundError(
-            f"target must be complete for losses, got {len(missing)} of {store.spec.num_shards} shards missing in "
-            f"{store.url}; run the dump with --target again to finish it"
+            f"target must be complete for losses, got {target.num_missing} of {store.spec.num_shards} shards missing "
+            f"and {len(target.stale)} stale in {store.url}; run the dump with --target again to finish it"
         )
 
 
@@ -268,7 +306,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     result = main()
     print(json.dumps(result, indent=1))
-    if result.get("set_aside"):
-        numbers = ", ".join(result["set_aside"])
-        print(f"error: shards {numbers} were set aside; run the same command again to try them alone", file=sys.stderr)
-        raise SystemExit(3)
+    raise SystemExit(explain(result))

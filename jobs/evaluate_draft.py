@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import logitstore
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
-from logitstore.errors import LayerNotFoundError
-from logitstore.storage import read_options
+from logitstore.options import storage_options
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
 from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
+from trainer.stream import check_complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,7 +174,7 @@ def _check(args: argparse.Namespace) -> _Plan:
         raise ValueError(f"json must be a file in a folder that is there, got json={args.json}; make the folder first")
 
     remote = args.trust_remote_code
-    options = read_options(args.storage_options)
+    options = storage_options(args.storage_options)
     store = None if args.store is None else _open_store(args.store, options)
     if store is None:
         target_tokenizer = load_tokenizer(args.target, revision=args.revision, trust_remote_code=remote)
@@ -232,13 +232,8 @@ def _check(args: argparse.Namespace) -> _Plan:
 
 def _open_store(url: str, options: dict[str, Any] | None) -> Store:
     store = logitstore.open(url, options)
-    if "target" not in store.layers:
-        raise LayerNotFoundError(f"store must have a target layer, got store={store.url}; dump the target first")
-    if missing := store.layers["target"].missing:
-        raise LayerNotFoundError(
-            f"target layer must be finished, got {len(missing)} of {store.spec.num_shards} shards missing in "
-            f"{store.url}; run the dump again to finish it"
-        )
+    for layer in ("tokens", "target"):
+        check_complete(store, layer)
     return store
 
 

@@ -38,7 +38,9 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 
 import logitstore
 from logitstore.causal_lm import SplitLM, check_model
-from logitstore.storage import read_options, without_credentials
+from logitstore.drivers import without_credentials
+from logitstore.options import storage_options
+from logitstore.reader import CACHE_BYTES
 from trainer.draft_trainer import DraftModule, DraftTrainer, check_training_arguments
 from trainer.objectives import OBJECTIVES
 from trainer.selection import SELECTIONS
@@ -69,6 +71,10 @@ class DraftArguments:
         default=None,
         metadata={"help": "JSON file with fsspec options for the store's URL, such as credentials"},
     )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "local folder that keeps what is read from a bucket; processes may share it"}
+    )
+    cache_bytes: int = field(default=CACHE_BYTES, metadata={"help": "the most that --cache_dir may grow to"})
     draft: str = field(default="", metadata={"help": "Hugging Face id or folder of the draft to start from (required)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the draft on the hub"})
     dtype: str = field(
@@ -254,7 +260,12 @@ def train(
         checkpoint: Folder to go on from; None starts from the draft.
     """
     with user_errors():
-        store = logitstore.open(args.store, read_options(args.storage_options))
+        store = logitstore.open(
+            args.store,
+            storage_options(args.storage_options),
+            cache_dir=args.cache_dir,
+            cache_bytes=args.cache_bytes,
+        )
         selection = SELECTIONS[args.selection]
         if args.reference is not None:
             store.loss(args.reference)

@@ -6,8 +6,6 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,13 +13,9 @@ import numpy as np
 import psutil
 import pytest
 from conftest import functions, write_jsonl
+from dump_jobs import arguments, in_process, left_in_staging, payload, private_folders, records, start_job
 
 import logitstore
-
-ROOT = Path(__file__).parent.parent
-JOB = str(ROOT / "jobs" / "dump_logits.py")
-SHARD_ROWS = 1024
-MAX_LENGTH = 256
 
 
 @pytest.fixture(scope="module")
@@ -30,38 +24,11 @@ def many(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("many") / "many.jsonl", functions(120))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def private_caches(tmp_path_factory):
-    """Nothing is looked up or left in the home folder; each job starts a Ray of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("RAY_ADDRESS", "local")
-        patch.setenv("TQDM_DISABLE", "1")
-        yield
-
-
-def arguments(store, tiny, data, *more):
-    return ["--store", str(store), "--target", tiny.target, "--data", data, "--max_length", str(MAX_LENGTH),
-            "--shard_rows", str(SHARD_ROWS), "--k", "12", "--num_proc", "1", "--num_actors", "1",
-            "--cpus_per_actor", "1", "--batch_tokens", "256", *more]  # fmt: skip
-
-
-def run_job(*args):
-    return subprocess.run([sys.executable, JOB, *args], capture_output=True, text=True, timeout=240, check=False)
-
-
 @pytest.fixture(scope="module")
-def job(private_caches):
+def job(tmp_path_factory):
     """The job's main in this process, on one Ray for the module."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "jobs"))
-        import dump_logits
-
-        ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
-        yield dump_logits.main
-        ray.shutdown()
+    with private_folders(tmp_path_factory.mktemp), in_process() as main:
+        yield main
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +39,10 @@ def undisturbed(job, tiny, many, tmp_path_factory):
     return url
 
 
-def payload(url):
-    """Every byte of every array."""
-    return {str(path.relative_to(url)): path.read_bytes() for path in sorted(Path(url).rglob("c/*"))}
-
-
-def start_job(*args):
-    return subprocess.Popen(
-        [sys.executable, JOB, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def run_job(*args):
+    job = start_job(*args)
+    output, errors = job.communicate(timeout=240)
+    return job.returncode, output, errors
 
 
 def wait_for_commits(job, url, number, layer="target"):
@@ -145,15 +107,16 @@ def test_a_killed_dump_goes_on_and_ends_as_if_never_killed(undisturbed, tiny, ma
     committed = {
         path: path.stat().st_mtime_ns
         for layer in ("tokens", "target", "losses/ref")
-        for record in Path(url, "commits", layer).glob("*.json")
-        for path in [record, *Path(url, layer).rglob(f"c/{int(record.stem)}")]
+        for shard, record in records(url, layer).items()
+        for path in [record, *Path(url, layer).rglob(f"c/{shard}")]
     }
     assert committed
-    run = run_job(*args)
-    assert run.returncode == 0, run.stderr
+    status, _, errors = run_job(*args)
+    assert status == 0, errors
     assert {path: path.stat().st_mtime_ns for path in committed} == committed
     assert payload(url) == wanted
     assert logitstore.verify(logitstore.open(url)) == []
+    assert left_in_staging(url) == []
 
 
 def test_an_actor_killed_in_mid_shard_does_not_fail_the_job(undisturbed, tiny, many, tmp_path):
@@ -167,31 +130,5 @@ def test_an_actor_killed_in_mid_shard_does_not_fail_the_job(undisturbed, tiny, m
     output, errors = job.communicate(timeout=240)
     assert job.returncode == 0, errors
     assert "is tried again: its actor died" in errors
-    assert json.loads(output[output.index("{") :])["set_aside"] == {}
+    assert json.loads(output[output.index("{") :])["set_aside"] == {"shards": {}, "documents": {}}
     assert payload(url) == payload(undisturbed)
-
-
-def test_a_shard_that_always_fails_is_set_aside_by_name(job, tiny, many, tmp_path):
-    """A target that gives NaN for one rare token: the shards without that token are finished."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    shutil.copytree(tiny.target, tmp_path / "target")
-    job(["--store", str(tmp_path / "c.zarr"), "--data", many, "--tokenizer", tiny.target, "--max_length",
-         str(MAX_LENGTH), "--shard_rows", str(SHARD_ROWS), "--num_proc", "1"])  # fmt: skip
-    store = logitstore.open(tmp_path / "c.zarr")
-    held = [set(shard.ids.tolist()) for shard in store.shards()]
-    rare = min(set().union(*held), key=lambda token: (sum(token in ids for ids in held), token))
-    expected = sorted(shard for shard, ids in enumerate(held) if rare in ids)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[rare] = float("nan")
-    model.save_pretrained(tmp_path / "target")
-    run = run_job("--store", str(tmp_path / "c.zarr"), "--target", str(tmp_path / "target"), "--k", "4")
-    assert run.returncode == 3, run.stderr
-    set_aside = json.loads(run.stdout)["set_aside"]
-    assert sorted(map(int, set_aside)) == logitstore.open(tmp_path / "c.zarr").layers["target"].missing
-    assert 0 < len(set_aside) <= len(expected)
-    assert all("must give finite numbers" in reason for reason in set_aside.values())
-    assert "run the same command again" in run.stderr
-    assert logitstore.verify(logitstore.open(tmp_path / "c.zarr")) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,10 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
     fresh = str(tmp_path / "fresh.zarr")
     for args, message in (
         (arguments(fresh, tiny, tiny.data, "--k", "600"), "k must be at most the vocabulary size 512, got k=600"),
+        (
+            arguments(fresh, tiny, tiny.data, "--k", "64", "--shard_rows", str(2**22)),
+            "k must be at most 16 in shards of 4194304 rows, got k=64",
+        ),
         (arguments(fresh, tiny, tiny.data, "--k", "abc"), "arguments must parse, got: argument --k: invalid int value"),
         (arguments(fresh, tiny, tiny.data, "--k", "0"), "k must be between 1 and 65535, got k=0"),
         (arguments(fresh, tiny, tiny.data, "--mass", "0.9"), "mass must be left out, got mass=0.9 with --scheme topk"),
@@ -59,6 +63,9 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
         (arguments(fresh, tiny, tiny.data, "--reference", "a=/nowhere/model"), "got model=/nowhere/model"),
         (arguments(fresh, tiny, "/nowhere/data.jsonl"), "/nowhere/data.jsonl"),
         (["--store", fresh], "target must be given, got none"),
+        (["--store", fresh, "--target", tiny.target, "--append"], "data must be given with --append, got none"),
+        (["--store", fresh, "--data", tiny.data, "--append", "--reference", f"r={tiny.draft}"],
+         "target must be given with --append and --reference, got none"),
         (["--store", fresh, "--data", tiny.data], "tokenizer must be given"),
         (["--store", fresh, "--target", tiny.target], "got url=" + fresh),
         (["--store", "gs://bucket/x", "--target", tiny.target], "pip install gcsfs"),
@@ -66,6 +73,19 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
     ):
         assert message in refused(job, capsys, *args), args
     assert not Path(fresh).exists()
+
+
+def test_a_disk_that_is_full_before_anything_is_computed_is_one_line(job, capsys, tiny, tmp_path):
+    """What the system limits the size of files to stands for the disk's end."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            job(arguments(tmp_path / "fresh.zarr", tiny, tiny.data))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ended.value.code == 1
+    assert "File too large" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_store_made_otherwise_is_refused(job, capsys, tiny, tiny_store, tmp_path):
@@ -89,7 +109,7 @@ def test_a_model_of_a_smaller_vocabulary_is_refused(job, capsys, tiny_store, tin
 
 def test_losses_before_the_target_is_finished_are_refused(job, capsys, tiny_store, tiny, tmp_path):
     url = shutil.copytree(tiny_store, tmp_path / "c.zarr")
-    os.unlink(url / "commits/target/000001.json")
+    next((url / "commits/target").glob("000001-*.json")).unlink()
     line = refused(job, capsys, "--store", str(url), "--reference", f"late={tiny.reference}")
     assert "target must be complete for losses, got 1 of" in line
 

@@ -73,7 +73,7 @@ def test_a_submitted_job_finishes_and_its_store_verifies(cluster, tiny, tmp_path
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert job.returncode == 0, job.stdout + job.stderr
-    assert '"set_aside": {}' in job.stdout
+    assert '"shards": {}' in job.stdout
     store = logitstore.open(url)
     assert not any(layer.missing for layer in store.layers.values())
     assert logitstore.verify(store) == []

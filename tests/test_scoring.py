@@ -38,7 +38,9 @@ def dense(store, target):
 def score(target, store, scheme, batch_tokens=700):
     spec = replace(store.spec.target, scheme=scheme)
     shard = store.shard(0)
-    arrays = scoring.score_target(SplitLM(target, VOCAB_SIZE), shard, spec, batch_tokens=batch_tokens)
+    scored = scoring.score_target(SplitLM(target, VOCAB_SIZE), shard, spec, batch_tokens=batch_tokens)
+    assert scored.set_aside == {}
+    arrays = scored.arrays
     return shard, arrays, codec.decode(arrays, spec.codebook), spec.codebook
 
 
@@ -114,7 +116,7 @@ def test_what_fills_the_padding_does_not_matter(target, store):
 def test_losses_equal_the_dense_oracle(tiny, store):
     reference = AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
     shard = store.shard(0)
-    found = scoring.score_losses(SplitLM(reference, VOCAB_SIZE), shard, shard.rows, batch_tokens=700)
+    found = scoring.score_losses(SplitLM(reference, VOCAB_SIZE), shard, shard.rows, batch_tokens=700).arrays
     dense = np.concatenate([dense_logprobs(reference, shard.document(i).ids) for i in range(len(shard))])
     ce, label = oracle_losses(shard.rows, dense, shard.ids)
     np.testing.assert_allclose(found["ce"], ce, rtol=2**-12, atol=2e-5)
@@ -125,7 +127,7 @@ def test_losses_equal_the_dense_oracle(tiny, store):
 def test_loss_gap_of_a_model_with_the_target_is_its_kl(tiny, store, target):
     """CE(p, r) - CE(p, p) is a KL on the support: nowhere below the rounding of what is stored."""
     shard = store.shard(0)
-    own = scoring.score_losses(SplitLM(target, VOCAB_SIZE), shard, shard.rows, batch_tokens=700)["ce"]
+    own = scoring.score_losses(SplitLM(target, VOCAB_SIZE), shard, shard.rows, batch_tokens=700).arrays["ce"]
     gap = shard.losses["reference"] - own
     assert np.nanmin(gap) > -2e-3
     assert np.nanmean(gap) > 0.1
@@ -156,14 +158,6 @@ def test_batches_cover_each_counted_row_once(store):
         assert batch.ids.size <= 300 or len(batch.ids) == 1
         np.testing.assert_array_equal(batch.ids.reshape(-1)[batch.places], shard.ids[batch.rows])
         np.testing.assert_array_equal(batch.labels, shard.ids[batch.rows + 1])
-
-
-def test_a_model_that_gives_nan_is_refused_by_document(target, store):
-    broken = AutoModelForCausalLM.from_pretrained(target.name_or_path)
-    with torch.no_grad():
-        broken.get_output_embeddings().weight[3] = float("nan")
-    with pytest.raises(ValueError, match=r"finite numbers, got nan at row \d+ of document \d+ of shard 0"):
-        score(broken, store, Scheme(k=4))
 
 
 def test_halves_equal_the_whole_for_other_architectures(tmp_path, tiny, target):

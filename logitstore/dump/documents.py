@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import tempfile
 import time
@@ -24,12 +25,14 @@ import pyarrow.compute
 from tqdm import tqdm
 
 from logitstore import commits, writer
+from logitstore.appends import claim, drop_claim, read_appends, write_append
+from logitstore.attributes import read_attributes, stored_spec
 from logitstore.causal_lm import tokenizer_spec
 from logitstore.dump.encoding import COLUMNS, Encoder, Kind, choose_columns
 from logitstore.dump.sources import find_source, open_records
-from logitstore.errors import IdentityError
+from logitstore.errors import IdentityError, LayerNotFoundError
 from logitstore.reader import Store
-from logitstore.spec import ROW_CHUNK, DataSpec, StoreSpec, check_same
+from logitstore.spec import ROW_CHUNK, Append, DataSpec, StoreSpec, check_same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,10 +143,11 @@ def prepare(
     max_length: int,
     shard_rows: int,
     num_proc: int,
+    append: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Store:
-    """Writes the `tokens` layer of a store, or what is missing of it.
+    """Writes the `tokens` layer of a store, or what is missing of it, or adds documents to it.
 
     Args:
         storage: The store's root.
@@ -152,12 +156,14 @@ def prepare(
         max_length: Most tokens of a document; longer ones are split into windows.
         shard_rows: Most rows of a shard; above 2**14 rounded up to a multiple of it.
         num_proc: Processes that tokenise.
+        append: Add the documents as new shards if the store does not hold these very ones.
         storage_options: What the data's file system needs. Never stored.
         progress: Show progress bars.
 
     Raises:
         ValueError: The data or an option is no good. Nothing has been written then.
-        IdentityError: The store was made with another tokenizer, other options or other documents.
+        IdentityError: The store was made with another tokenizer, other options or, without `append`, other documents.
+        LayerNotFoundError: Documents are to be appended to a store whose own are not all there.
         MissingDriverError: No installed package opens the data's URL.
     """
     if num_proc < 1:
@@ -175,15 +181,17 @@ def prepare(
             num_shards=0,
         )
 
-    attributes = storage.group_attributes("")
-    stored = None if attributes is None else writer.stored_spec(StoreSpec, attributes, "store")
+    attributes = read_attributes(storage, "")
+    stored = None if attributes is None else stored_spec(StoreSpec, attributes, "store")
     spec = spec_of("text", "all")  # refuses bad options before anything is read
     if stored is not None:
         spec = spec_of(stored.data.columns, stored.data.mask_policy)
         check_same(stored, spec, "store", writer.OTHER_STORE)
-        complete = len(commits.committed_shards(storage, "tokens")) == stored.num_shards
-        if complete and source.digest is not None and source.digest == stored.data.digest:
-            return Store(storage)
+        if source.digest is not None:
+            index = commits.read_index(storage, "tokens")
+            for part in _parts(storage, stored):
+                if part.data.digest == source.digest and all(shard in index for shard in part.shards):
+                    return Store(storage)
 
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
@@ -207,50 +215,135 @@ def prepare(
         )
         documents = tokenize(dataset, encoder, num_proc, folder)
         bounds = assign_shards(documents.lengths, shard_rows)
-        spec = dataclasses.replace(spec, num_shards=len(bounds) - 1)
-        _write(storage, spec, stored, documents, bounds, progress)
+        described = dataclasses.replace(spec.data, documents=_identity(documents, bounds))
+        spec = dataclasses.replace(spec, data=described, num_shards=len(bounds) - 1)
+        if stored is None:
+            writer.create_store(storage, spec)
+            stored = spec
+        same = next((part for part in _parts(storage, stored) if part.data.documents == spec.data.documents), None)
+        if same is not None:
+            _write(storage, same.first_shard, documents, bounds, progress)
+        elif append:
+            _append(storage, stored, spec, documents, bounds, progress)
+        else:
+            raise IdentityError(
+                f"documents must be {_short(stored.data.documents)} as in the store, got "
+                f"{_short(spec.data.documents)} from data={source.name}; give --append to add them, or another --store"
+            )
     return Store(storage)
 
 
-def _write(
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Documents that came into a store together."""
+
+    data: DataSpec
+    first_shard: int
+    num_shards: int
+
+    @property
+    def shards(self) -> range:
+        return range(self.first_shard, self.first_shard + self.num_shards)
+
+
+def _parts(storage: Storage, stored: StoreSpec) -> list[_Part]:
+    """Lists what the store began with, and what was appended since."""
+    appended = read_appends(storage, stored)
+    return [
+        _Part(data=stored.data, first_shard=0, num_shards=stored.num_shards),
+        *(_Part(data=a.data, first_shard=a.first_shard, num_shards=a.num_shards) for a in appended),
+    ]
+
+
+def _identity(documents: Documents, bounds: NDArray[np.int64]) -> str:
+    sha = hashlib.sha256()
+    for first, stop in pairwise(bounds.tolist()):
+        sha.update(commits.digest("tokens", documents.shard(first, stop)).encode())
+    return f"sha256:{sha.hexdigest()}"
+
+
+def _short(digest: str | None) -> str:
+    return str(digest)[:19]
+
+
+def _append(
     storage: Storage,
+    stored: StoreSpec,
     spec: StoreSpec,
-    stored: StoreSpec | None,
     documents: Documents,
     bounds: NDArray[np.int64],
     progress: bool,
 ) -> None:
-    """Writes the missing shards, once the committed ones are known to hold these very documents."""
-    committed = commits.committed_shards(storage, "tokens") if stored is not None else set()
-    other = f"the store holds other documents than data={spec.data.source}; {writer.OTHER_STORE}"
-    if stored is not None and stored.num_shards != spec.num_shards:
+    """Writes documents behind those that are there, and makes them all exist at once."""
+    parts = _parts(storage, stored)
+    index = commits.read_index(storage, "tokens")
+    for part in parts:
+        if missing := [shard for shard in part.shards if shard not in index]:
+            raise LayerNotFoundError(
+                f"tokens must be complete before others are appended, got {len(missing)} shards of "
+                f"{part.data.source} missing in {storage.url}; give --data {part.data.source} to finish them"
+            )
+    new = Append(data=spec.data, first_shard=parts[-1].shards.stop, num_shards=spec.num_shards)
+    holder = claim(storage, len(parts), new)
+    if holder.data.documents != new.data.documents:
         raise IdentityError(
-            f"num_shards must be {stored.num_shards} as in the store, got num_shards={spec.num_shards}; {other}"
+            f"append must be of {holder.data.source} ({_short(holder.data.documents)}), which is under way or was left "
+            f"unfinished, got {spec.data.source} ({_short(new.data.documents)}); finish that one with its --data and "
+            "--append, or give it up with `logitstore verify --repair`"
         )
-    spans = [(int(first), int(stop)) for first, stop in pairwise(bounds)]
-    for commit in commits.read_commits(storage, "tokens", sorted(committed)):
-        arrays = documents.shard(*spans[commit.shard])
-        found = commits.describe(
-            "tokens", commit.shard, arrays, **_size(arrays), computed_from=None, seconds=0.0
-        ).digest
-        if found != commit.digest:
-            old = f"{commit.digest[:19]} as in the store"
-            raise IdentityError(f"tokens of shard {commit.shard} must be {old}, got {found[:19]}; {other}")
-    writer.create_store(storage, spec)
-    tokens = writer.LayerWriter(storage, spec, "tokens")
-    missing = [shard for shard in range(spec.num_shards) if shard not in committed]
-    for shard in tqdm(missing, desc="Writing tokens", unit="shard", disable=not progress):
+    _write(storage, new.first_shard, documents, bounds, progress)
+    _check_appended(storage, new.first_shard, documents, bounds)
+    grown = dataclasses.replace(spec, num_shards=new.first_shard + new.num_shards)
+    writer.make_room(storage, grown, "tokens")
+    if not write_append(storage, len(parts), new):
+        found = _parts(storage, stored)[len(parts)]
+        if found.data.documents != new.data.documents:
+            raise IdentityError(
+                f"append {len(parts)} must be of {spec.data.source}, got {found.data.source} from another job; run the "
+                "same command again"
+            )
+    drop_claim(storage, len(parts))
+
+
+def _check_appended(storage: Storage, first_shard: int, documents: Documents, bounds: NDArray[np.int64]) -> None:
+    """Checks that what was there already is of these documents too, before it becomes part of the store."""
+    index = commits.read_index(storage, "tokens")
+    for shard, span in enumerate(pairwise(bounds.tolist()), first_shard):
+        wanted = commits.identity(commits.digest("tokens", documents.shard(*span)))
+        found = None if (place := index.find(shard)) is None else bytes(index.digests[place]).decode()
+        if found != wanted:
+            raise IdentityError(
+                f"tokens of shard {shard} must be {wanted} to be appended, got {found} from another job; give that "
+                "append up with `logitstore verify --repair`, then run the same command again"
+            )
+
+
+def _write(
+    storage: Storage, first_shard: int, documents: Documents, bounds: NDArray[np.int64], progress: bool
+) -> None:
+    """Writes those shards of the documents that are missing, from a shard on."""
+    spans = list(enumerate(pairwise(bounds.tolist()), first_shard))
+    attributes = read_attributes(storage, "") or {}
+    tokens = writer.LayerWriter(storage, stored_spec(StoreSpec, attributes, "store"), "tokens")
+    index = commits.read_index(storage, "tokens")
+    missing = [(shard, span) for shard, span in spans if shard not in index]
+    for shard, span in tqdm(missing, desc="Writing tokens", unit="shard", disable=not progress):
         started = time.monotonic()
-        arrays = documents.shard(*spans[shard])
-        tokens.write(shard, arrays, **_size(arrays), computed_from=None, started=started)
-
-
-def _size(arrays: dict[str, NDArray[Any]]) -> dict[str, int]:
-    return {
-        "documents": len(arrays["lengths"]),
-        "rows": len(arrays["ids"]),
-        "counted": int(arrays["loss_mask"].sum(dtype=np.int64)),
-    }
+        arrays = documents.shard(*span)
+        commit = tokens.write(
+            shard,
+            arrays,
+            documents=len(arrays["lengths"]),
+            rows=len(arrays["ids"]),
+            counted=int(arrays["loss_mask"].sum(dtype=np.int64)),
+            computed_from=None,
+            started=started,
+        )
+        if commit.digest != (digest := commits.digest("tokens", arrays)):
+            raise IdentityError(
+                f"tokens of shard {shard} must be {_short(digest)}, got {_short(commit.digest)} from another job; give "
+                "another --store, or take the shard back with `logitstore verify --repair`"
+            )
 
 
 def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,23 +9,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayTaskError
+import torch
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from tqdm import tqdm
 
-from logitstore.commits import committed_shards
+from logitstore import commits, set_aside
+from logitstore.dump.schedule import SHARDS_IN_FLIGHT, Schedule
+from logitstore.dump.todo import Todo, check_makers, documents_set_aside, find_todo
 from logitstore.dump.worker import ModelSource, ShardDumper
-from logitstore.layout import losses_layer
+from logitstore.errors import DamagedShardError, IdentityError, StorageError, StorageRefusedError
+from logitstore.layers import runs, spans
 from logitstore.reader import Store
+from logitstore.verify import sweep
 
 if TYPE_CHECKING:
+    from logitstore.commits import Commit
     from logitstore.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-SHARDS_IN_FLIGHT = 2
-"""Per actor: one on the device, one being encoded and written."""
-MAX_ATTEMPTS = 3
-"""How often a shard is tried before it is set aside."""
+FATAL = (StorageRefusedError, IdentityError)
+"""No other shard would do better: no space, no permission, or the layer is another job's by now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,10 @@ class DumpPlan:
 
     target: ModelSource | None
     references: dict[str, ModelSource]
+    made_by: dict[str, str]
+    """The layers to be filled, target first, and the digests of the specs that they were added with."""
+    retry_set_aside: bool = False
+    """Whether documents that were set aside are tried again."""
     num_actors: int | None = None
     """None: one for each GPU of the cluster, or one on a cluster without GPUs."""
     gpus_per_actor: float | None = None
@@ -56,137 +64,164 @@ class DumpReport:
     """From the first shard handed out to the last one committed, loading of the models included."""
     shards_done: int = 0
     shards_skipped: int = 0
-    """Shards that needed nothing."""
+    """Shards that needed nothing, or that another job did meanwhile."""
     failed: dict[int, str] = field(default_factory=dict)
     """Why each shard that was set aside failed last."""
+    num_documents: dict[str, int] = field(default_factory=dict)
+    """How many documents are set aside in each of the plan's layers, whoever did it; layers without are not here."""
+    documents: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Why, by layer and number in the store: of the first thousand of each layer."""
+    stale: dict[str, list[int]] = field(default_factory=dict)
+    """Shards, by layer, that were computed from other values than there are now; also of layers not in the plan."""
 
 
 class DumpError(RuntimeError):
-    """Nothing can be computed: the dump stops at once. What is committed stays."""
+    """Nothing more can be computed: the dump stops at once. What is committed stays."""
 
 
 class _Pool:
-    """A fixed number of actors; a dead one is replaced."""
+    """A fixed number of places for actors; a dead one is replaced."""
 
     def __init__(self, storage: Storage, plan: DumpPlan) -> None:
         resources = ray.cluster_resources()
         cluster_gpus, cluster_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
         gpus = plan.gpus_per_actor if plan.gpus_per_actor is not None else float(cluster_gpus > 0)
-        self.size = plan.num_actors or (max(1, int(cluster_gpus / gpus)) if gpus else 1)
-        cpus = plan.cpus_per_actor or (1.0 if gpus else max(1.0, cluster_cpus // self.size))
-        if self.size * gpus > cluster_gpus or self.size * cpus > cluster_cpus:
+        size = plan.num_actors or (max(1, int(cluster_gpus / gpus)) if gpus else 1)
+        cpus = plan.cpus_per_actor or (1.0 if gpus else max(1.0, cluster_cpus // size))
+        if size * gpus > cluster_gpus or size * cpus > cluster_cpus:
             logger.warning(
                 "%d actors of %g CPUs and %g GPUs are wanted where the cluster has %g and %d; waiting for it to grow",
-                self.size, cpus, gpus, cluster_cpus, cluster_gpus,
+                size, cpus, gpus, cluster_cpus, cluster_gpus,
             )  # fmt: skip
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": SHARDS_IN_FLIGHT}
         self._arguments = {
             "storage": storage,
             "target": plan.target,
             "references": plan.references,
+            "made_by": plan.made_by,
             "batch_tokens": plan.batch_tokens,
             "device": "cuda" if gpus else "cpu",
             # Ray gives its workers one OpenMP thread whatever they reserved.
             "num_threads": None if gpus else max(1, int(cpus)),
         }
-        self.actors = [self._start() for _ in range(self.size)]
+        self.actors = [self._start() for _ in range(size)]
 
     def _start(self) -> Any:  # noqa: ANN401
         # No retries by Ray itself: the loop below knows which shards are committed and counts attempts.
         return ray.remote(ShardDumper).options(**self._options).remote(**self._arguments)
 
-    def replace(self, actor: Any) -> None:  # noqa: ANN401
-        ray.kill(actor)  # one that only could not be reached would go on holding its GPU
-        self.actors = [self._start() if member is actor else member for member in self.actors]
+    def replace(self, place: int) -> None:
+        ray.kill(self.actors[place])  # one that only could not be reached would go on holding its GPU
+        self.actors[place] = self._start()
+
+    def give_up(self, place: int) -> None:
+        ray.kill(self.actors[place])
+        self.actors[place] = None
 
     def stop(self) -> None:
         for actor in self.actors:
-            ray.kill(actor)
+            if actor is not None:
+                ray.kill(actor)
 
 
 class _Run:
     """The loop over shards: hand out, wait, settle."""
 
-    def __init__(
-        self, store: Store, storage: Storage, pool: _Pool, todo: dict[int, tuple[str, ...]], bar: tqdm[Any]
-    ) -> None:
-        self.store = store
-        self.storage = storage
+    def __init__(self, store: Store, pool: _Pool, todo: Todo, bar: tqdm[Any]) -> None:
+        self.rows = store.layers["tokens"].index.rows  # without a gap: shards are their own places
+        self.storage = store.storage
         self.pool = pool
         self.todo = todo
-        self.report = DumpReport(shards_skipped=store.num_shards - len(todo))
+        self.schedule = Schedule(list(todo.shards), len(pool.actors), todo.failed_before)
+        self.report = DumpReport(shards_skipped=store.num_shards - len(todo.shards))
         self.bar = bar
-        self.queue = list(todo)
-        self.running: dict[Any, tuple[Any, int]] = {}
-        self.attempts = dict.fromkeys(todo, 0)
-        self.deaths = 0
+        self.running: dict[Any, tuple[Any, int, int]] = {}
 
     def loop(self) -> None:
-        while self.queue or self.running:
-            # A first shard for every actor before a second for any.
-            for depth in range(1, SHARDS_IN_FLIGHT + 1):
-                for actor in self.pool.actors:
-                    if self.queue and sum(busy is actor for busy, _ in self.running.values()) < depth:
-                        shard = self.queue.pop(0)
-                        self.running[actor.dump.remote(shard, self.todo[shard])] = (actor, shard)
+        while not self.schedule.is_done:
+            for place, shard in self.schedule.hand_out():
+                actor = self.pool.actors[place]
+                result = actor.dump.remote(shard, self.todo.layers, self.todo.shards[shard])
+                self.running[result] = (actor, place, shard)
             done, _ = ray.wait(list(self.running), num_returns=1)
             self.settle(done[0], *self.running.pop(done[0]))
 
-    def settle(self, result: Any, actor: Any, shard: int) -> None:  # noqa: ANN401
+    def settle(self, result: Any, actor: Any, place: int, shard: int) -> None:  # noqa: ANN401
+        is_there = self.pool.actors[place] is actor  # and not replaced since
         try:
-            commits = ray.get(result)
-        except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
-            if isinstance(error, ActorDiedError) and error.actor_init_failed:
-                raise DumpError(f"models must load on an actor, got {_last_line(error)}") from error
-            self.bury(actor, error)
-            self.fail(shard, f"its actor died ({_first_line(error)})", again=True)
+            written = ray.get(result)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, FATAL):
+                raise DumpError(_line(cause)) from error
+            if isinstance(cause, DamagedShardError):
+                way_out = "`logitstore verify --repair` takes it back, and the dump then writes it again"
+                self.fail(place, shard, f"layer {cause.layer!r} is damaged: {cause.reason}; {way_out}", again=False)
+                return
             # Wrong numbers stay wrong; anything else (a bucket, a device) may pass.
-            self.fail(shard, f"{type(cause).__name__}: {_first_line(cause)}", again=not isinstance(cause, ValueError))
-        else:
-            self.finish(shard, sum(commit.entries for commit in commits))
-
-    def finish(self, shard: int, entries: int) -> None:
-        rows = self.store.commit("tokens", shard).rows
-        self.report.shards_done += 1
-        self.report.rows += rows
-        self.report.entries += entries
-        self.bar.update(rows)
-
-    def bury(self, actor: Any, error: Exception) -> None:  # noqa: ANN401
-        """Replaces a dead actor, once, however many of its shards come back."""
-        if not any(actor is member for member in self.pool.actors):
-            return
-        self.deaths += 1
-        if self.report.shards_done == 0 and self.deaths >= MAX_ATTEMPTS:
-            raise DumpError(
-                f"actors must live to finish a shard, got {self.deaths} deaths before the first "
-                f"({_first_line(error)}); too little memory is the usual cause: give a smaller --batch_tokens"
-            ) from error
-        self.pool.replace(actor)
-
-    def fail(self, shard: int, reason: str, *, again: bool) -> None:
-        self.attempts[shard] += 1
-        if again and self.attempts[shard] < MAX_ATTEMPTS:
-            # What was committed before the end stays: the first of several layers, or all of them.
-            self.todo[shard] = tuple(
-                layer for layer in self.todo[shard] if shard not in committed_shards(self.storage, layer)
-            )
-            if self.todo[shard]:
-                logger.warning("shard %d is tried again: %s", shard, reason)
-                self.queue.append(shard)
+            again = not isinstance(cause, ValueError)
+            self.fail(place, shard, f"{type(cause).__name__}: {_line(cause)}", again=again)
+            if is_there:
+                self.blame(place, shard, cause, is_lost=isinstance(cause, torch.AcceleratorError))
+        except RayError as error:
+            if isinstance(error, ActorDiedError) and error.actor_init_failed:
+                self.check_start(error)
+                self.schedule.put_back(place, shard)
             else:
-                self.finish(shard, 0)
+                self.fail(place, shard, f"its actor died ({_line(error)})", again=True)
+            if is_there:
+                self.blame(place, shard, error, is_lost=True)
+        else:
+            self.finish(place, shard, written)
+
+    def finish(self, place: int, shard: int, written: list[Commit]) -> None:
+        self.schedule.finish(place, shard)
+        self.bar.update(int(self.rows[shard]))
+        if not written:  # another job did it, or an actor that died after it
+            self.report.shards_skipped += 1
+            return
+        self.report.shards_done += 1
+        self.report.rows += int(self.rows[shard])
+        self.report.entries += sum(commit.entries for commit in written)
+
+    def check_start(self, error: ActorDiedError) -> None:
+        """Stops if an actor could not load its models, unless others could, or it could before."""
+        name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
+        if name.rpartition(".")[2] in {kind.__name__ for kind in FATAL}:
+            raise DumpError(reason) from error
+        if not self.schedule.has_finished_any:
+            raise DumpError(f"models must load on an actor, got {name}: {reason}") from error
+
+    def blame(self, place: int, shard: int, error: Exception, *, is_lost: bool) -> None:
+        """Counts a failure against the place where it happened, and puts another actor there if need be."""
+        if not self.schedule.blame(place, shard):
+            if is_lost:
+                self.pool.replace(place)
+            return
+        self.pool.give_up(place)
+        if not self.schedule.has_places:
+            hint = "; too little memory is the usual cause: give a smaller --batch_tokens" if is_lost else ""
+            raise DumpError(f"shards must succeed now and then, got only failures: {_line(error)}{hint}") from error
+        logger.error("one actor less is used, because all that was tried there failed: %s", _line(error))
+
+    def fail(self, place: int, shard: int, reason: str, *, again: bool) -> None:
+        if not self.schedule.fail(place, shard, again=again):
+            logger.warning("shard %d is tried again: %s", shard, reason)
             return
         logger.error("shard %d is set aside: %s", shard, reason)
-        self.report.failed[shard] = reason
-        if self.report.shards_done == 0 and len(self.report.failed) >= MAX_ATTEMPTS * self.pool.size:
-            raise DumpError(f"a shard must succeed now and then, got {len(self.report.failed)} failures: {reason}")
+        self.report.failed[shard] = reason[: set_aside.REASON_LENGTH]
+        try:
+            for layer in self.todo.layers:
+                if not commits.names_of(self.storage, layer, shard):
+                    set_aside.record(self.storage, layer, shard, reason, self.schedule.attempts(shard))
+        except StorageRefusedError as error:
+            raise DumpError(_line(error)) from error
+        except StorageError as error:
+            logger.warning("that shard %d is set aside could not be recorded: %s", shard, _line(error))
 
 
 def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> DumpReport:
-    """Fills the missing shards of the plan's layers. Needs a Ray that was initialised.
+    """Fills the missing shards of the plan's layers, and replaces stale ones. Needs a Ray that was initialised.
 
     Shards that are committed are skipped. A shard whose actor dies or that raises is tried again, up to MAX_ATTEMPTS
     times, and then set aside; the others are finished.
@@ -197,23 +232,44 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
         progress: Whether to show a bar of rows on stderr.
 
     Returns:
-        What was written; `failed` is empty if everything was.
+        What was written, and what could not be.
 
     Raises:
-        DumpError: The models do not load, or not a single shard is finished while actor after actor dies.
+        DumpError: The models do not load, the disk or the service refuses, another job writes the layers with another
+            model, or shard after shard fails.
+        IdentityError: Another job began a layer anew.
+        StorageError: The store cannot be reached.
     """
     store = Store(storage)
-    todo = missing_layers(store, plan)
-    if not todo:
-        return DumpReport(shards_skipped=store.num_shards)
-    pool = _Pool(storage, plan)
+    todo = _find_todo(store, plan)
+    report = _run(store, plan, todo, progress=progress) if todo.shards else DumpReport(shards_skipped=store.num_shards)
+    store = Store(storage)
+    check_makers(store.storage, plan.made_by)
+    sweep(store)
+    for layer in plan.made_by:
+        set_aside.clear_committed(storage, layer)
+        if found := int(store.layers[layer].index.upto(store.num_shards).set_aside.sum()):
+            report.num_documents[layer] = found
+            report.documents[layer] = documents_set_aside(store, store.layers[layer])
+    stale = {name: sorted(n for n in layer.stale if n < store.num_shards) for name, layer in store.layers.items()}
+    report.stale = {name: numbers for name, numbers in stale.items() if numbers}
+    return report
+
+
+def _run(store: Store, plan: DumpPlan, todo: Todo, *, progress: bool) -> DumpReport:
+    for layer, shards in todo.stale.items():
+        logger.warning("%s: %d stale shards are computed again: %s", layer, len(shards), spans(runs(shards)))
+    for layer, shards in todo.retried.items():
+        logger.warning("%s: %d shards with documents set aside are tried again: %s", layer, len(shards),
+                       spans(runs(shards)))  # fmt: skip
+    pool = _Pool(store.storage, plan)
     started = time.monotonic()
     bar = tqdm(
-        total=sum(store.commit("tokens", shard).rows for shard in todo),
+        total=int(store.layers["tokens"].index.rows[list(todo.shards)].sum()),
         desc="dump", unit="row", unit_scale=True, smoothing=0.1, disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )  # fmt: skip
-    run = _Run(store, storage, pool, todo, bar)
+    run = _Run(store, pool, todo, bar)
     try:
         with bar:
             run.loop()
@@ -223,19 +279,16 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
     return run.report
 
 
-def missing_layers(store: Store, plan: DumpPlan) -> dict[int, tuple[str, ...]]:
-    """Returns which layers of which shards the plan still has to compute."""
-    layers = [*(["target"] if plan.target else []), *(losses_layer(name) for name in plan.references)]
-    missing = {
-        shard: tuple(layer for layer in layers if shard not in store.layers[layer].committed)
-        for shard in range(store.num_shards)
-    }
-    return {shard: wanted for shard, wanted in missing.items() if wanted}
+def needs_models(storage: Storage, plan: DumpPlan) -> bool:
+    """Returns whether the plan has anything to compute."""
+    return bool(_find_todo(Store(storage), plan).shards)
 
 
-def _first_line(error: BaseException) -> str:
+def _find_todo(store: Store, plan: DumpPlan) -> Todo:
+    check_makers(store.storage, plan.made_by)
+    return find_todo(store, list(plan.made_by), retry_set_aside=plan.retry_set_aside)
+
+
+def _line(error: BaseException) -> str:
+    """Writes an error in one line: its first, if it has more."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]

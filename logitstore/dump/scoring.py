@@ -3,31 +3,48 @@
 The full [batch, tokens, vocabulary] tensor never exists: the head runs on rows that count, a chunk at a time, and what
 crosses to the host is a few numbers and at most K entries per row.
 
-N rows that count, K entries per row at most, V vocabulary, B batch, T tokens.
+A document that cannot be computed is set aside: its rows hold nothing, as if its loss mask were 0, and the others of
+its shard keep their numbers. A shard scored again by the same models on the same device gives the same bytes.
+
+N rows that count, R rows of the shard, K entries per row at most, V vocabulary, B batch, T tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from logitstore.batches import batches
 from logitstore.codec import round_mantissa
+from logitstore.dump.running import documents_of, rows_of, run_batches
 from logitstore.support import Support, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
     from torch import Tensor
 
     from logitstore.batches import Batch
     from logitstore.causal_lm import SplitLM
-    from logitstore.reader import Shard
     from logitstore.rows import Rows
+    from logitstore.shards import Shard
     from logitstore.spec import TargetSpec
+
+LOGS_OF_MASS = frozenset({"tail", "label_logprob"})
+"""Numbers that may be minus infinity: the log of a probability of 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The values of one layer of a shard."""
+
+    arrays: dict[str, NDArray[Any]]
+    """As stored (docs/format.md). Rows of documents that were set aside are as those whose loss mask is 0."""
+    set_aside: dict[int, str]
+    """Documents that could not be computed, by their place in the shard, ascending, and why."""
 
 
 @torch.no_grad()
@@ -38,7 +55,7 @@ def score_target(
     *,
     batch_tokens: int,
     progress: Callable[[int], object] | None = None,
-) -> dict[str, NDArray[Any]]:
+) -> Scored:
     """Runs the target over a shard and truncates its distributions on the device.
 
     Args:
@@ -46,13 +63,16 @@ def score_target(
         shard: Tokens of the documents.
         spec: Truncation scheme and codebook.
         batch_tokens: Most tokens of a forward, padding included.
-        progress: Called with the number of rows after each batch.
+        progress: Called with the number of rows of each batch that the model took.
 
     Returns:
-        The arrays of the shard's `target` layer, as stored (docs/format.md).
+        The arrays of the shard's `target` layer: counts 0, no entries and NaN where masked or set aside. A document is
+        set aside if the model raises one of MODEL_ERRORS with it alone, or if a row of it that counts has an entropy
+        that is not finite, or a tail or label logprob that is NaN or plus infinity.
 
     Raises:
-        ValueError: The model gave something that is not a number.
+        ValueError: Not one of the documents with rows that count could be computed.
+        torch.AcceleratorError: The device cannot be used any more; a new process is needed.
     """
     k = spec.scheme.k
     counted = np.flatnonzero(shard.loss_mask)
@@ -79,15 +99,17 @@ def score_target(
         if progress is not None:
             progress(len(batch.rows))
 
-    _run(batches(shard, batch_tokens), launch, collect)
-    _refuse_nan(floats["entropy"], shard)
+    raised = run_batches(shard, batch_tokens, launch, collect)
+    set_aside = _blank(floats, shard, raised)
+    counts[rows_of(shard, set_aside)] = 0
     used = np.arange(k) < counts[counted][:, None]
-    return {
+    arrays: dict[str, NDArray[Any]] = {
         "counts": counts,
         "token_ids": token_ids[used],
         "logprobs": codes[used],
         **{name: round_mantissa(values) for name, values in floats.items()},
     }
+    return Scored(arrays=arrays, set_aside=set_aside)
 
 
 def truncate(logits: Tensor, labels: Tensor, spec: TargetSpec, boundaries: Tensor) -> tuple[Tensor, ...]:
@@ -130,21 +152,24 @@ def score_losses(
     *,
     batch_tokens: int,
     progress: Callable[[int], object] | None = None,
-) -> dict[str, NDArray[Any]]:
+) -> Scored:
     """Runs a model over a shard and computes its soft cross entropy on the stored support.
 
     Args:
         lm: A reference, or an untrained draft.
-        shard: Tokens of the documents.
+        shard: Tokens of the documents; the loss mask is 0 where the target's rows hold nothing (`without`).
         rows: The target's rows as stored.
         batch_tokens: Most tokens of a forward, padding included.
-        progress: Called with the number of rows after each batch.
+        progress: Called with the number of rows of each batch that the model took.
 
     Returns:
-        `ce` and `label_logprob`, float32 [R] each, nats, NaN where masked.
+        `ce` and `label_logprob`, float32 [R] each, nats, NaN where masked or set aside. A document is set aside if the
+        model raises one of MODEL_ERRORS with it alone, or if a row of it that counts has a cross entropy that is not
+        finite, or a label logprob that is NaN or plus infinity.
 
     Raises:
-        ValueError: The model gave something that is not a number.
+        ValueError: Not one of the documents with rows that count could be computed.
+        torch.AcceleratorError: The device cannot be used any more; a new process is needed.
     """
     values = {name: np.full(len(shard.ids), np.nan, dtype=np.float32) for name in ("ce", "label_logprob")}
 
@@ -169,9 +194,9 @@ def score_losses(
         if progress is not None:
             progress(len(batch.rows))
 
-    _run(batches(shard, batch_tokens), launch, collect)
-    _refuse_nan(values["ce"], shard)
-    return {name: round_mantissa(part) for name, part in values.items()}
+    raised = run_batches(shard, batch_tokens, launch, collect)
+    set_aside = _blank(values, shard, raised)
+    return Scored(arrays={name: round_mantissa(part) for name, part in values.items()}, set_aside=set_aside)
 
 
 def _hidden_rows(lm: SplitLM, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -186,42 +211,38 @@ def _chunks(num_rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def _run(
-    work: Iterator[Batch],
-    launch: Callable[[Batch], list[tuple[Tensor, ...]]],
-    collect: Callable[[Batch, list[NDArray[Any]]], None],
-) -> None:
-    """Launches each batch before it collects the one before, so that a GPU never waits for the host's copying."""
-    waiting: tuple[Batch, list[Tensor], torch.cuda.Event | None] | None = None
-    for batch in work:
-        on_device = [torch.cat(parts) for parts in zip(*launch(batch), strict=True)]
-        on_host = [part.to("cpu", non_blocking=True) for part in on_device]
-        copied = None
-        if on_device[0].is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
-        if waiting is not None:
-            _collect(waiting, collect)
-        waiting = (batch, on_host, copied)
-    if waiting is not None:
-        _collect(waiting, collect)
+def _blank(values: Mapping[str, NDArray[np.float32]], shard: Shard, raised: dict[int, str]) -> dict[int, str]:
+    """Finds the documents that could not be computed, and makes their rows NaN in place.
 
+    Args:
+        values: Numbers by name, [R] each; NaN where nothing was computed.
+        shard: Tokens of the documents.
+        raised: Those that the model raised with, and what.
 
-def _collect(
-    waiting: tuple[Batch, list[Tensor], torch.cuda.Event | None],
-    collect: Callable[[Batch, list[NDArray[Any]]], None],
-) -> None:
-    batch, on_host, copied = waiting
-    if copied is not None:
-        copied.synchronize()
-    collect(batch, [part.numpy() for part in on_host])
+    Returns:
+        All that are to be set aside, ascending, and why.
 
-
-def _refuse_nan(values: NDArray[np.float32], shard: Shard) -> None:
-    wrong = np.flatnonzero(~np.isfinite(values) & shard.loss_mask)
-    if len(wrong):
-        document = int(np.searchsorted(shard.starts, wrong[0], side="right")) - 1
+    Raises:
+        ValueError: They are all that have rows that count.
+    """
+    not_finite: dict[int, str] = {}
+    for name, part in values.items():
+        fine = part < np.inf if name in LOGS_OF_MASS else np.isfinite(part)
+        wrong = np.flatnonzero(~fine & shard.loss_mask)
+        for document, first in zip(*np.unique(documents_of(shard, wrong), return_index=True), strict=True):
+            place = wrong[first] - shard.starts[document]
+            not_finite.setdefault(
+                int(document), f"model must give finite numbers, got {name}={part[wrong[first]]} at row {place}"
+            )
+    set_aside = dict(sorted((not_finite | raised).items()))
+    if set_aside and len(set_aside) == len(np.unique(documents_of(shard, np.flatnonzero(shard.loss_mask)))):
+        document, reason = next(iter(set_aside.items()))
+        next_step = "see that it runs on one of them" if document in raised else "try --dtype float32"
         raise ValueError(
-            f"model must give finite numbers, got {values[wrong[0]]} at row {wrong[0] - shard.starts[document]} of "
-            f"document {document} of shard {shard.index}; try --dtype float32"
+            f"model must score a document of shard {shard.index} at least, got {len(set_aside)} that all fail, "
+            f"document {document}: {reason}; {next_step}"
         )
+    blank = rows_of(shard, set_aside)
+    for part in values.values():
+        part[blank] = np.nan
+    return set_aside

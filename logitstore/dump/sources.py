@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 
-from logitstore.storage import open_fs, without_credentials
+from logitstore.drivers import open_fs, without_credentials
+from logitstore.errors import LogitStoreError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,10 +110,30 @@ def find_source(data: str, storage_options: dict[str, Any] | None) -> Source:
     Raises:
         ValueError: There is nothing there, or files of no or several known formats.
         MissingDriverError: No installed package opens such a URL.
+        StorageError: The URL cannot be reached, or not with these credentials.
     """
     name = without_credentials(data)
     if data.startswith("hf:") and not data.startswith("hf://"):
         return Source(name=name, format="hub")
+    with _reached(name):
+        return _find(data, name, storage_options)
+
+
+@contextlib.contextmanager
+def _reached(name: str) -> Iterator[None]:
+    """Says in one line what a file system says in its own ways."""
+    try:
+        yield
+    except (ValueError, LogitStoreError):
+        raise
+    except Exception as error:  # drivers raise whatever their services' libraries do
+        raise StorageError(
+            f"data must be at a URL that can be read, got data={name} ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.300}); check the bucket, the credentials and --storage_options"
+        ) from error
+
+
+def _find(data: str, name: str, storage_options: dict[str, Any] | None) -> Source:
     fs, path = open_fs(data, storage_options)
     fs.invalidate_cache()
     # An existing file first: its name may hold brackets, which would make a glob of it.
@@ -212,7 +234,8 @@ def _fetch(source: Source, folder: Path) -> tuple[str, ...]:
         for file, path in zip(source.files, paths, strict=True):
             Path(path).symlink_to(file)
     else:
-        source.fs.get(list(source.files), paths)
+        with _reached(source.name):
+            source.fs.get(list(source.files), paths)
     return tuple(paths)
 
 

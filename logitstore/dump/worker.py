@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from logitstore import codec
+from logitstore import codec, commits
 from logitstore.causal_lm import SplitLM, load_model
-from logitstore.dump.scoring import score_losses, score_target
+from logitstore.dump.running import without
+from logitstore.dump.scoring import Scored, score_losses, score_target
+from logitstore.dump.todo import check_makers
+from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.layout import losses_layer
-from logitstore.reader import Shard, Store
+from logitstore.reader import Store
+from logitstore.verify import take_back
 from logitstore.writer import LayerWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from logitstore.commits import Commit
-    from logitstore.rows import Rows
+    from logitstore.shards import Shard
     from logitstore.storage import Storage
 
 
@@ -57,6 +61,7 @@ class ShardDumper:
         batch_tokens: int,
         device: str,
         num_threads: int | None = None,
+        made_by: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Loads the models.
 
@@ -67,17 +72,25 @@ class ShardDumper:
             batch_tokens: Most tokens of a forward, padding included.
             device: Such as "cpu" or "cuda".
             num_threads: CPU threads of torch; None leaves its default.
+            made_by: Digests of the specs that layers must have, by layer; what is not named may be anybody's.
+
+        Raises:
+            IdentityError: A layer has another spec by now.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        transformers_logging.disable_progress_bar()
+        self._storage = storage
         self._store = Store(storage)
+        layers = [*(["target"] if target else []), *(losses_layer(name) for name in references)]
+        check_makers(storage, made_by)  # from here on each write sees whether another job began a layer anew
+        self._made_by = {layer: self._store.layers[layer].made_by for layer in layers}
+        self._writers = {layer: LayerWriter(storage, self._store.spec, layer) for layer in layers}
+        self._target_spec = self._store.spec.target
         self._batch_tokens = batch_tokens
         self._device = device
-        self._target = None if target is None else self._load(target)
-        self._references = {name: self._load(source) for name, source in references.items()}
-        layers = [*(["target"] if target else []), *(losses_layer(name) for name in references)]
-        self._writers = {layer: LayerWriter(storage, self._store.spec, layer) for layer in layers}
+        with _no_progress_bars():
+            self._target = None if target is None else self._load(target)
+            self._references = {name: self._load(source) for name, source in references.items()}
         self._device_lock = threading.Lock()
 
     def _load(self, source: ModelSource) -> SplitLM:
@@ -93,50 +106,130 @@ class ShardDumper:
         lm.check()
         return lm
 
-    def dump(self, shard_number: int, layers: Sequence[str]) -> list[Commit]:
-        """Computes some layers of a shard and writes them.
+    def dump(self, shard_number: int, layers: Sequence[str], retry: Collection[str] = ()) -> list[Commit]:
+        """Computes what some layers of a shard lack, and writes it.
+
+        What is committed stays, unless it is of no use: stale, or of a job that lost the layer to another model before
+        it had written anything. Such a commit is taken back once there are values to put in its place. Documents that
+        a model fails with are set aside in the layer's commit, and the others are written.
 
         Args:
             shard_number: Which shard; its tokens are committed.
             layers: `target` and `losses/<name>` in any order; losses without `target` read the rows from the store.
+            retry: Names of commit records that are to give way too, because documents are set aside in them.
 
         Returns:
-            The commit records, in the order written.
+            The commit records of what was computed, in the order written.
+
+        Raises:
+            ValueError: A model fails with every document. Nothing is written.
+            IdentityError: Another job writes one of the layers with another model.
+            DamagedShardError: What is there of the shard is not as committed.
+            torch.AcceleratorError: The device cannot be used any more, nor can this object.
         """
         started = time.monotonic()
-        shard = self._store.read_shard(shard_number, layers=("tokens",) if "target" in layers else ("tokens", "target"))
-        names = [name for name in self._references if losses_layer(name) in layers]
-        arrays: dict[str, dict[str, NDArray[Any]]] = {}
-        with self._device_lock:
-            rows = shard.rows
-            if "target" in layers:
-                arrays["target"], rows = self._score_target(shard)
-            for name in names:
-                if rows is None:
-                    raise ValueError(f"layers must include target where the store has none, got layers={list(layers)}")
-                arrays[losses_layer(name)] = score_losses(
-                    self._references[name], shard, rows, batch_tokens=self._batch_tokens
-                )
-        digest = shard.target_digest
+        there = {layer: commits.find(self._storage, layer, shard_number) for layer in layers}
+
+        def is_wanted(layer: str, computed_from: str | None) -> bool:
+            if layer not in there:
+                return False
+            found = there[layer]
+            return found is None or found.name in retry or self._is_useless(found, computed_from)
+
+        shard = self._read(shard_number, ("tokens",) if "target" in layers else ("tokens", "target"))
+        scored: dict[str, Scored] = {}
+        if is_wanted("target", shard.tokens_digest):
+            scored["target"], shard = self._score_target(shard)
+        elif (target := there.get("target")) is not None:
+            if not any(is_wanted(layer, target.digest) for layer in layers if layer != "target"):
+                return []
+            shard = self._read(shard_number, ("tokens", "target"))
+        for name, reference in self._references.items():
+            if is_wanted(losses_layer(name), shard.target_digest):
+                scored[losses_layer(name)] = self._score_losses(reference, shard)
         written: list[Commit] = []
-        for layer, values in arrays.items():
-            commit = self._writers[layer].write(
-                shard_number,
-                values,
-                documents=len(shard),
-                rows=len(shard.ids),
-                counted=int(shard.loss_mask.sum()),
-                computed_from=shard.tokens_digest if layer == "target" else digest,
-                started=started,
-            )
-            digest = commit.digest if layer == "target" else digest
-            written.append(commit)
+        for layer, values in scored.items():
+            commit = self._write(layer, shard, values, there[layer], started)
+            if commit is not None:
+                written.append(commit)
+            if commit is None or (layer == "target" and commit.digest != shard.target_digest):
+                # Another writer was first. Losses must be of the rows that are there now.
+                left = list(scored)[len(written) :]
+                return [*written, *(self.dump(shard_number, left, retry) if left else [])]
         return written
 
-    def _score_target(self, shard: Shard) -> tuple[dict[str, NDArray[Any]], Rows]:
-        spec = self._store.spec.target
-        if self._target is None or spec is None:
+    def _is_useless(self, commit: Commit, computed_from: str | None) -> bool:
+        return commit.computed_from != computed_from or commit.made_by != self._made_by[commit.layer]
+
+    def _read(self, shard_number: int, layers: tuple[str, ...]) -> Shard:
+        try:
+            return self._store.read_shard(shard_number, layers)
+        except (LayerNotFoundError, IdentityError, DamagedShardError):
+            self._store = Store(self._storage)  # it may have been committed or replaced since this was opened
+            return self._store.read_shard(shard_number, layers)
+
+    def _score_target(self, shard: Shard) -> tuple[Scored, Shard]:
+        """Returns what is to be written, and the shard as it will be read, with rows and without what is set aside."""
+        if self._target is None or self._target_spec is None:
             raise ValueError(f"layers must not include target where none was loaded, got shard {shard.index}")
-        arrays = score_target(self._target, shard, spec, batch_tokens=self._batch_tokens)
+        with self._device_lock:
+            scored = score_target(self._target, shard, self._target_spec, batch_tokens=self._batch_tokens)
         # Losses are computed on what readers will see, not on what the target said.
-        return arrays, codec.decode(arrays, spec.codebook)
+        rows = codec.decode(scored.arrays, self._target_spec.codebook)
+        digest = commits.digest("target", scored.arrays)
+        return scored, replace(without(shard, scored.set_aside), rows=rows, target_digest=digest)
+
+    def _score_losses(self, reference: SplitLM, shard: Shard) -> Scored:
+        if shard.rows is None:
+            raise ValueError(f"layers must include target where the store has none, got shard {shard.index}")
+        with self._device_lock:
+            return score_losses(reference, shard, shard.rows, batch_tokens=self._batch_tokens)
+
+    def _write(
+        self, layer: str, shard: Shard, values: Scored, replaced: Commit | None, started: float
+    ) -> Commit | None:
+        """Writes one layer of a shard.
+
+        Returns:
+            What is committed now, of this writer or of another; None if that is of no use.
+        """
+        computed_from = shard.tokens_digest if layer == "target" else shard.target_digest
+        if replaced is not None and (
+            self._is_useless(replaced, computed_from) or commits.digest(layer, values.arrays) != replaced.digest
+        ):
+            self._take_back(replaced)
+        try:
+            commit = self._writers[layer].write(
+                shard.index,
+                values.arrays,
+                documents=len(shard),
+                rows=len(shard.ids),
+                counted=int(without(shard, values.set_aside).loss_mask.sum()),
+                computed_from=computed_from,
+                started=started,
+                set_aside=values.set_aside,
+            )
+        except IdentityError:
+            # Either the layer is another job's now, or one that lost it to this job was late with a last shard.
+            check_makers(self._storage, {layer: self._made_by[layer]})
+            return None
+        return None if self._is_useless(commit, computed_from) else commit
+
+    def _take_back(self, commit: Commit) -> None:
+        """Makes way for other values, unless another writer did so already."""
+        check_makers(self._storage, {commit.layer: self._made_by[commit.layer]})
+        now = commits.find(self._storage, commit.layer, commit.shard)
+        if now is not None and now.name == commit.name:
+            take_back(self._storage, commit.layer, commit.shard)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Loading shows bars of its own, one for each actor."""
+    were_wanted = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_wanted:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,260 @@
+"""The dump job on a real Ray, with a model that fails on some documents, kills its actor, loses its device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import failing_models
+import numpy as np
+import pytest
+from conftest import VOCAB_SIZE, functions, write_jsonl
+from dump_jobs import arguments, in_process, left_in_staging, payload, private_folders, records
+from dumped import edit_record
+
+import logitstore
+from logitstore import commits, set_aside
+from logitstore.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The job's main in this process."""
+    with private_folders(tmp_path_factory.mktemp), in_process() as main:
+        yield main
+
+
+@pytest.fixture
+def run(job, capfd, caplog):
+    """Runs the job; returns its figures, and its exit status, stderr and log as if it were a process."""
+    from _set_aside import explain
+
+    def run(*args):
+        capfd.readouterr()
+        caplog.clear()
+        try:
+            summary = job(list(args))
+            status = explain(summary)
+        except SystemExit as ended:
+            summary, status = None, ended.code
+        return SimpleNamespace(status=status, summary=summary, errors=capfd.readouterr().err, log=caplog.text)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def failing(job, tiny, tmp_path_factory):
+    """A model that can be told to fail, and a finished store of it."""
+    folder = tmp_path_factory.mktemp("failing") / "target"
+    model = failing_models.make(folder, tiny.target)
+    data = write_jsonl(folder / "data.jsonl", functions(30))
+    models = SimpleNamespace(target=str(model))
+    url = folder / "undisturbed.zarr"
+    reference = ["--reference", f"ref={tiny.reference}"]
+    make = lambda store, *more: arguments(store, models, data, "--trust_remote_code", *reference, *more)  # noqa: E731
+    return SimpleNamespace(folder=folder, data=data, url=url, arguments=make, target=str(model), reference=reference)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job, failing):
+    import dump_logits
+
+    dump_logits.main(failing.arguments(failing.url))
+    store = logitstore.open(failing.url)
+    assert store.num_shards >= 6
+    return store
+
+
+@pytest.fixture(autouse=True)
+def healed(failing):
+    yield
+    failing_models.fail(failing.folder)
+
+
+def rare_tokens(store, num):
+    """Tokens that one document has, each of another shard, ascending: (token, document) pairs."""
+    documents = [set(store[i].ids.tolist()) for i in range(len(store))]
+    counts = Counter(token for ids in documents for token in ids)
+    found = {}
+    for document, ids in enumerate(documents):
+        shard = store.locate(document)[0]
+        if rare := [token for token in sorted(ids) if counts[token] == 1]:
+            found.setdefault(shard, (rare[0], document))
+    return list(found.values())[:num]
+
+
+def test_documents_are_set_aside_by_number_and_tried_again_when_asked(run, failing, undisturbed, tmp_path):
+    url = tmp_path / "c.zarr"
+    pairs = rare_tokens(undisturbed, 2)
+    failing_models.fail(failing.folder, nan=[token for token, _ in pairs])
+    documents = [document for _, document in pairs]
+    shards = [undisturbed.locate(document)[0] for document in documents]
+    first = run(*failing.arguments(url))
+    assert first.status == 3
+    assert first.summary["set_aside"]["shards"] == {}
+    named = first.summary["set_aside"]["documents"]
+    assert {layer: list(map(int, found)) for layer, found in named.items()} == {"target": documents}
+    assert first.summary["documents_set_aside"] == {"target": len(documents)}
+    for document in documents:
+        assert f"set aside: document {document} of target: model must give finite numbers, got tail=nan" in first.errors
+    assert first.errors.strip().splitlines()[-1] == (
+        f"error: {len(documents)} documents were set aside, all others are done; run the same command with "
+        "--retry_set_aside to try the documents again"
+    )
+    store = logitstore.open(url)
+    assert logitstore.verify(store) == []
+    before, whole = payload(url), payload(failing.url)
+    differing = {int(path.rsplit("/", 1)[1]) for path, data in whole.items() if before[path] != data}
+    assert differing == set(shards)
+    for document in range(len(store)):
+        assert store[document].loss_mask.any() == (document not in documents)
+
+    # Without the flag they stay, and are still named.
+    again = run(*failing.arguments(url))
+    assert (again.status, again.summary["shards_done"]) == (3, 0)
+    assert again.summary["set_aside"] == first.summary["set_aside"]
+    assert payload(url) == before
+
+    # With it they alone are tried, and the losses that are not asked for are named as stale.
+    failing_models.fail(failing.folder)
+    target_alone = [arg for arg in failing.arguments(url, "--retry_set_aside") if arg not in failing.reference]
+    retried = run(*target_alone)
+    assert (retried.status, retried.summary["shards_done"]) == (0, len(shards))
+    assert retried.summary["stale"] == {"losses/ref": shards}
+    assert "give --reference ref=MODEL to compute them again" in retried.errors
+    assert f"target: {len(shards)} shards with documents set aside are tried again" in retried.log
+
+    last = run(*failing.arguments(url))
+    assert (last.status, last.summary["shards_done"], last.summary["stale"]) == (0, len(shards), {})
+    assert f"losses/ref: {len(shards)} stale shards are computed again" in last.log
+    assert payload(url) == whole
+    assert logitstore.verify(logitstore.open(url)) == []
+    assert left_in_staging(url) == []
+
+
+def test_what_fails_again_and_again_is_set_aside_and_the_rest_finished(run, failing, undisturbed, tmp_path):
+    """One shard kills its actor each time, another's actor loses its device once."""
+    url = tmp_path / "c.zarr"
+    (deadly, where), (unlucky, _) = rare_tokens(undisturbed, 2)
+    shard = undisturbed.locate(where)[0]
+    failing_models.fail(failing.folder, die=[deadly], lose_the_device=[unlucky])
+    first = run(*failing.arguments(url))
+    assert first.status == 3
+    assert list(first.summary["set_aside"]["shards"]) == [str(shard)]
+    assert first.summary["set_aside"]["documents"] == {}
+    assert f"set aside: shard {shard}: its actor died" in first.errors
+    assert "run the same command to try the shards again" in first.errors.strip().splitlines()[-1]
+    assert "is tried again: AcceleratorError: CUDA error: device-side assert triggered" in first.log
+    store = logitstore.open(url)
+    for layer in ("target", "losses/ref"):
+        assert store.layers[layer].missing == [shard]
+        (entry,) = set_aside.read_set_aside(store.storage, layer).values()
+        assert (entry.attempts, entry.reason[:14]) == (3, "its actor died")
+    whole = payload(failing.url)
+    assert payload(url) == {path: data for path, data in whole.items() if path.startswith("tokens")
+                            or not path.endswith(f"/{shard}")}  # fmt: skip
+
+    # The same command tries that one alone. That it fails again is no reason to give up.
+    written = {layer: records(url, layer) for layer in store.layers}
+    times = {path: path.stat().st_mtime_ns for found in written.values() for path in found.values()}
+    again = run(*failing.arguments(url))
+    assert (again.status, again.summary["shards_done"]) == (3, 0)
+    assert list(again.summary["set_aside"]["shards"]) == [str(shard)]
+
+    failing_models.fail(failing.folder)
+    last = run(*failing.arguments(url))
+    assert (last.status, last.summary["shards_done"]) == (0, 1)
+    assert last.summary["set_aside"] == {"shards": {}, "documents": {}}
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert payload(url) == whole
+    assert not [path for path in (url / "set_aside").rglob("*") if path.is_file()]
+
+
+def test_damaged_tokens_are_one_shards_failure_with_its_way_out(run, failing, undisturbed, tmp_path):
+    url = Path(shutil.copytree(failing.url, tmp_path / "c.zarr"))
+    for layer in ("target", "losses/ref"):
+        records(url, layer)[2].unlink()
+        records(url, layer)[3].unlink()
+    (url / "tokens" / "ids" / "c" / "2").write_bytes(b"damaged")
+    first = run(*failing.arguments(url))
+    assert (first.status, first.summary["shards_done"]) == (3, 1)
+    assert list(first.summary["set_aside"]["shards"]) == ["2"]
+    assert "set aside: shard 2: layer 'tokens' is damaged: ids that cannot be decoded" in first.errors
+    assert "`logitstore verify --repair` takes it back" in first.errors
+    assert logitstore.open(url).layers["target"].missing == [2]
+
+
+def test_stale_losses_are_replaced_and_no_others(run, failing, undisturbed, tmp_path):
+    url = Path(shutil.copytree(failing.url, tmp_path / "c.zarr"))
+    path = records(url, "losses/ref")[1]
+    edit_record(path, computed_from="sha256:" + "5" * 64)
+    path.rename(path.with_name(f"{path.name[:-17]}{'5' * 12}.json"))
+    assert logitstore.open(url).layers["losses/ref"].stale == {1}
+    staged = url / "staging" / "losses" / "ref" / "000003"
+    staged.mkdir(parents=True)
+    (staged / "left.ce").write_bytes(b"by a killed writer")
+    times = {path: path.stat().st_mtime_ns for shard, path in records(url, "losses/ref").items() if shard != 1}
+    first = run("--store", str(url), "--batch_tokens", "256", *failing.reference)
+    assert (first.status, first.summary["shards_done"], first.summary["stale"]) == (0, 1, {})
+    assert "losses/ref: 1 stale shards are computed again: 1" in first.log
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert commits.find(Storage(url), "losses/ref", 1).digest == undisturbed.commit("losses/ref", 1).digest
+    assert payload(url) == payload(failing.url)
+    assert left_in_staging(url) == []
+
+
+def test_appended_documents_are_dumped_for_all_layers(run, failing, undisturbed, tmp_path):
+    url = Path(shutil.copytree(failing.url, tmp_path / "c.zarr"))
+    more = write_jsonl(tmp_path / "more.jsonl", functions(36)[30:])
+    opened, before = logitstore.open(url), payload(url)
+    refused = run(*failing.arguments(url, "--data", more))
+    assert (refused.status, refused.summary) == (2, None)
+    assert "give --append to add them" in refused.errors
+    first = run(*failing.arguments(url, "--data", more, "--append"))
+    store = logitstore.open(url)
+    assert first.status == 0
+    assert first.summary["shards_done"] == store.num_shards - undisturbed.num_shards >= 1
+    assert len(store) > len(undisturbed) == len(opened)
+    assert not any(layer.missing for layer in store.layers.values())
+    assert logitstore.verify(store) == []
+    assert payload(url).items() >= before.items()
+    assert np.isfinite(store.loss("ref")[len(store) - 1]).any()
+    assert run(*failing.arguments(url, "--data", more, "--append")).summary["shards_done"] == 0
+
+
+def test_a_model_that_never_gives_numbers_stops_the_job_after_a_few_shards(run, failing, undisturbed, tmp_path):
+    url = tmp_path / "c.zarr"
+    failing_models.fail(failing.folder, nan=list(range(VOCAB_SIZE)))
+    stopped = run(*failing.arguments(url))
+    assert stopped.status == 1
+    line = stopped.errors.strip().splitlines()[-1]
+    assert line.startswith("error: shards must succeed now and then, got only failures: model must score a document")
+    assert list(set_aside.read_set_aside(Storage(url), "target")) == [0, 1, 2]
+
+
+def test_weights_that_cannot_be_loaded_stop_the_job_in_one_line(run, failing, undisturbed, tiny, tmp_path):
+    shutil.copytree(tiny.reference, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    url = shutil.copytree(failing.url, tmp_path / "c.zarr")
+    stopped = run("--store", str(url), "--reference", f"broken={tmp_path / 'broken'}")
+    assert stopped.status == 1
+    (line,) = [line for line in stopped.errors.splitlines() if line.startswith("error: ")]
+    assert "models must load on an actor, got " in line
+    assert "Traceback" not in stopped.errors
+
+
+def test_many_documents_are_counted_and_few_named(capfd):
+    from _set_aside import explain
+
+    documents = {"target": {str(i): f"because\n\x1b[31m{i}" for i in range(30)}}
+    summary = {"layers": ["target"], "set_aside": {"shards": {}, "documents": documents},
+               "documents_set_aside": {"target": 2000}, "stale": {}}  # fmt: skip
+    assert explain(json.loads(json.dumps(summary))) == 3
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "set aside: document 0 of target: because [31m0"
+    assert lines[20] == "set aside: and 1,980 more"
+    assert lines[21].startswith("error: 2,000 documents were set aside")
+    assert len(lines) == 22

@@ -1,0 +1,341 @@
+"""Documents that a model fails with are set aside one by one; the others of their shard keep every bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, dense_logprobs
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import logitstore
+from logitstore import codec
+from logitstore.batches import batches
+from logitstore.causal_lm import SplitLM
+from logitstore.dump import scoring
+from logitstore.dump.running import documents_of, without
+from logitstore.spec import Scheme
+
+TOGETHER, GROUPED, ALONE = 10**6, 700, 1
+"""Tokens of a batch: the whole shard is one, some are several documents, each document is one."""
+
+
+@pytest.fixture
+def target(tiny):
+    """Each test breaks its own."""
+    return AutoModelForCausalLM.from_pretrained(tiny.target).eval()
+
+
+@pytest.fixture
+def reference(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
+
+
+@pytest.fixture(scope="module")
+def store(tiny_store):
+    return logitstore.open(tiny_store)
+
+
+@pytest.fixture(scope="module")
+def shard(store):
+    return store.shard(0)
+
+
+@pytest.fixture(scope="module")
+def rare(shard):
+    """A token that two documents of the shard have, both before the first row that counts."""
+    documents = [shard.document(i) for i in range(len(shard))]
+    prompts = [set(document.ids[: document.loss_mask.argmax()].tolist()) for document in documents]
+    wholes = [set(document.ids.tolist()) for document in documents]
+    return next(
+        token
+        for token in sorted(set().union(*prompts))
+        if sum(token in ids for ids in prompts) == sum(token in ids for ids in wholes) == 2
+    )
+
+
+def holders(shard, condition):
+    """The documents with a token that meets a condition."""
+    return [i for i in range(len(shard)) if condition(shard.document(i).ids).any()]
+
+
+def score(model, store, shard, batch_tokens, scheme=None):
+    spec = replace(store.spec.target, scheme=scheme or store.spec.target.scheme)
+    return scoring.score_target(SplitLM(model, VOCAB_SIZE), shard, spec, batch_tokens=batch_tokens)
+
+
+def losses(model, shard, batch_tokens, rows=None):
+    return scoring.score_losses(SplitLM(model, VOCAB_SIZE), shard, rows or shard.rows, batch_tokens=batch_tokens)
+
+
+def document_bytes(shard, arrays, document):
+    """Every byte that is stored of a document."""
+    start, stop = shard.starts[document], shard.starts[document + 1]
+    ends = np.append(0, np.cumsum(arrays["counts"], dtype=np.int64)) if "counts" in arrays else None
+    return {
+        name: (values[ends[start] : ends[stop]] if name in ("token_ids", "logprobs") else values[start:stop]).tobytes()
+        for name, values in arrays.items()
+    }
+
+
+def blank_bytes(shard, arrays, document):
+    """What is stored of a document whose loss mask is 0 everywhere."""
+    length = int(shard.lengths[document])
+    blank = {"counts": np.zeros(length, np.uint16).tobytes(), "token_ids": b"", "logprobs": b""}
+    return {name: blank.get(name, np.full(length, np.nan, np.float32).tobytes()) for name in arrays}
+
+
+def check(shard, scored, expected, set_aside):
+    """Documents set aside are blank; the others have the bytes of `expected(document)`."""
+    assert list(scored.set_aside) == set_aside
+    for document in range(len(shard)):
+        found = document_bytes(shard, scored.arrays, document)
+        if document in set_aside:
+            assert found == blank_bytes(shard, scored.arrays, document)
+        else:
+            assert found == document_bytes(shard, expected(document).arrays, document)
+            assert np.isfinite(np.frombuffer(found.get("entropy", found.get("ce")), np.float32)).any()
+
+
+def break_token(model, token):
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    return model
+
+
+def shorten(model, num_tokens):
+    """Takes the last rows of the table of embeddings away."""
+    table = model.get_input_embeddings()
+    table.weight = torch.nn.Parameter(table.weight[:num_tokens].detach().clone())
+    return model
+
+
+def fail_when(model, condition, error):
+    """Makes the backbone raise an error at calls that meet a condition; returns the shapes of all calls."""
+    shapes = []
+
+    def hook(module, args, kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        if condition(shapes):
+            raise error
+
+    model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    return shapes
+
+
+@pytest.mark.parametrize("batch_tokens", [TOGETHER, GROUPED, ALONE])
+@pytest.mark.parametrize("scheme", [Scheme(k=16), Scheme(name="nucleus", k=32, mass=0.9, k_min=2)], ids=str)
+def test_documents_with_nan_are_blanked_and_the_others_keep_every_bit(target, store, shard, rare, scheme, batch_tokens):
+    healthy = score(target, store, shard, batch_tokens, scheme)
+    break_token(target, rare)
+    dense = [dense_logprobs(target, shard.document(i).ids)[shard.document(i).loss_mask] for i in range(len(shard))]
+    wrong = [i for i, logprobs in enumerate(dense) if not np.isfinite(logprobs).all()]
+    assert wrong == holders(shard, lambda ids: ids == rare)
+    scored = score(target, store, shard, batch_tokens, scheme)
+    check(shard, scored, lambda _: healthy, wrong)
+    first = shard.document(wrong[0]).loss_mask.argmax()
+    assert scored.set_aside[wrong[0]] == f"model must give finite numbers, got tail=nan at row {first}"
+    rows = codec.decode(scored.arrays, store.spec.target.codebook)
+    assert len(rows.token_ids) == rows.counts.sum() == healthy.arrays["counts"][without(shard, wrong).loss_mask].sum()
+
+
+@pytest.mark.parametrize("batch_tokens", [TOGETHER, GROUPED])
+def test_losses_that_are_nan_are_blanked_and_the_others_keep_every_bit(reference, shard, rare, batch_tokens):
+    healthy = losses(reference, shard, batch_tokens)
+    scored = losses(break_token(reference, rare), shard, batch_tokens)
+    check(shard, scored, lambda _: healthy, holders(shard, lambda ids: ids == rare))
+    assert all("must give finite numbers, got ce=nan at row" in reason for reason in scored.set_aside.values())
+
+
+def test_a_probability_of_zero_is_a_number_where_the_target_gives_none(reference, target, store, shard):
+    """A label that the model thinks impossible has logprob -inf; an impossible entry makes a cross entropy infinite."""
+    first = score(target, store, shard, GROUPED, Scheme(k=1))
+    rows = codec.decode(first.arrays, store.spec.target.codebook)
+    labels = np.append(shard.ids[1:], 0)[shard.loss_mask]
+    never_kept = np.setdiff1d(labels, rows.token_ids)[0]
+    kept = np.unique(rows.token_ids)
+    where = {token: np.unique(documents_of(shard, np.flatnonzero(shard.loss_mask)[rows.token_ids == token]))
+             for token in kept.tolist()}  # fmt: skip
+    entry = min(where, key=lambda token: (len(where[token]), token))
+    assert len(where[entry]) < len(shard)
+    head = reference.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(PADDED_VOCAB_SIZE))
+    with torch.no_grad():
+        head.bias[[int(never_kept), entry]] = -torch.inf
+    scored = losses(reference, shard, GROUPED, rows)
+    assert list(scored.set_aside) == where[entry].tolist()
+    assert all("got ce=inf" in reason for reason in scored.set_aside.values())
+    left = np.flatnonzero(without(shard, scored.set_aside).loss_mask)
+    impossible = np.isin(shard.ids[left + 1], [never_kept, entry])
+    assert impossible.any()
+    np.testing.assert_array_equal(np.isneginf(scored.arrays["label_logprob"][left]), impossible)
+    assert np.isfinite(scored.arrays["ce"][left]).all()
+
+
+def test_a_tail_without_any_mass_is_a_number(target, store, shard):
+    scored = score(target, store, shard, GROUPED, Scheme(k=VOCAB_SIZE))
+    assert scored.set_aside == {}
+    assert np.isneginf(scored.arrays["tail"][shard.loss_mask]).all()
+
+
+@pytest.mark.parametrize("batch_tokens", [TOGETHER, GROUPED, ALONE])
+@pytest.mark.parametrize("what", ["target", "losses"])
+def test_a_batch_that_raises_loses_only_the_documents_that_raise_alone(
+    target, reference, store, shard, what, batch_tokens
+):
+    """Documents that shared a batch with a failing one have the bits of a run alone, the others those of any run."""
+
+    def run(tokens):
+        return score(target, store, shard, tokens) if what == "target" else losses(reference, shard, tokens)
+
+    together, alone = run(batch_tokens), run(ALONE)
+    limit = int(shard.ids.max())
+    bad = holders(shard, lambda ids: ids >= limit)
+    groups = [set(documents_of(shard, batch.rows).tolist()) for batch in batches(shard, batch_tokens)]
+    touched = set().union(*(group for group in groups if group & set(bad)))
+    assert len(touched) == {TOGETHER: len(shard), ALONE: len(bad)}.get(batch_tokens, len(touched))
+    shorten(target if what == "target" else reference, limit)
+    scored = run(batch_tokens)
+    check(shard, scored, lambda document: alone if document in touched else together, bad)
+    assert set(scored.set_aside.values()) == {"IndexError: index out of range in self"}
+    again = run(batch_tokens)
+    assert [document_bytes(shard, again.arrays, i) for i in range(len(shard))] == [
+        document_bytes(shard, scored.arrays, i) for i in range(len(shard))
+    ]
+    assert again.set_aside == scored.set_aside
+
+
+def test_a_long_document_beyond_the_positions_does_not_take_short_ones_along(store, shard):
+    torch.manual_seed(0)
+    positions = int(np.median(shard.lengths))
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=positions, n_embd=32, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
+    scored = score(model, store, shard, TOGETHER)
+    assert list(scored.set_aside) == np.flatnonzero(shard.lengths > positions).tolist()
+    for i in np.flatnonzero(shard.lengths <= positions):
+        document = shard.document(i)
+        p = dense_logprobs(model, document.ids)[document.loss_mask]
+        found = scored.arrays["entropy"][shard.starts[i] : shard.starts[i + 1]]
+        np.testing.assert_allclose(found[document.loss_mask], -(np.exp(p) * p).sum(-1), rtol=2**-12, atol=1e-5)
+
+
+def test_numbers_that_are_not_finite_and_errors_in_one_shard_keep_their_own_reasons(target, store, shard, rare):
+    limit = int(shard.ids.max())
+    raising = holders(shard, lambda ids: ids >= limit)
+    wrong = sorted({*holders(shard, lambda ids: ids == rare)} - {*raising})
+    scored = score(shorten(break_token(target, rare), limit), store, shard, GROUPED)
+    assert list(scored.set_aside) == sorted([*raising, *wrong])
+    assert all(scored.set_aside[document].startswith("IndexError: ") for document in raising)
+    assert all("finite numbers" in scored.set_aside[document] for document in wrong)
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+@pytest.mark.parametrize("batch_tokens", [GROUPED, ALONE])
+def test_an_error_that_passes_changes_no_byte(target, store, shard, call, batch_tokens):
+    """Memory short for a moment: the batch runs again in the shape that it had."""
+    healthy = score(target, store, shard, batch_tokens)
+    shapes = fail_when(target, lambda calls: len(calls) == call + 1, torch.OutOfMemoryError("CUDA out of memory."))
+    check(shard, score(target, store, shard, batch_tokens), lambda _: healthy, [])
+    assert shapes[-1] == shapes[call]
+
+
+def test_batches_too_large_for_the_memory_run_one_document_at_a_time(target, store, shard, caplog):
+    alone = score(target, store, shard, ALONE)
+    room = int(np.sort(shard.lengths)[-2])
+    error = torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {'9' * 300} GiB\nGPU 0 has a capacity of 1")
+    shapes = fail_when(target, lambda calls: np.prod(calls[-1]) > room, error)
+    scored = score(target, store, shard, GROUPED)
+    longest = np.flatnonzero(shard.lengths > room).tolist()
+    check(shard, scored, lambda _: alone, longest)
+    assert len(scored.set_aside[longest[0]]) == 200
+    assert scored.set_aside[longest[0]].startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 9")
+    assert "documents of shard 0 are run one by one: OutOfMemoryError" in caplog.text
+    assert all(rows == 1 for rows, tokens in shapes if rows * tokens <= room)
+
+
+class Preempted(BaseException):
+    """Stands for what is raised to end a process."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.AcceleratorError("CUDA error: device-side assert triggered"), MemoryError(), TypeError("x"), Preempted()],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("batch_tokens", [GROUPED, ALONE])
+def test_errors_that_no_document_is_to_blame_for_go_up(target, store, shard, error, batch_tokens):
+    fail_when(target, lambda calls: len(calls) == 2, error)
+    with pytest.raises(type(error)):
+        score(target, store, shard, batch_tokens)
+
+
+@pytest.mark.parametrize("batch_tokens", [GROUPED, ALONE])
+def test_a_lost_device_behind_another_error_is_found_before_a_document_is_blamed(target, store, shard, batch_tokens):
+    """A matrix product reports a lost device as a mere RuntimeError; the next call says what it is."""
+    last = len(list(batches(shard, batch_tokens)))
+    fail_when(target, lambda calls: len(calls) == last, RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
+    lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    fail_when(target, lambda calls: len(calls) > last - 1, lost)
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        score(target, store, shard, batch_tokens)
+
+
+@pytest.mark.parametrize("batch_tokens", [TOGETHER, ALONE])
+def test_a_model_that_gives_no_document_finite_numbers_is_refused(target, reference, store, shard, batch_tokens):
+    for model in (target, reference):
+        with torch.no_grad():
+            model.get_output_embeddings().weight[3] = float("nan")
+    message = (
+        r"model must score a document of shard 0 at least, got {} that all fail, document 0: model must give finite "
+    )
+    message = message.format(len(shard))
+    with pytest.raises(ValueError, match=message + r"numbers, got tail=nan at row \d+; try --dtype float32$"):
+        score(target, store, shard, batch_tokens)
+    with pytest.raises(ValueError, match=message + r"numbers, got ce=nan at row \d+; try --dtype float32$"):
+        losses(reference, shard, batch_tokens)
+
+
+@pytest.mark.parametrize("batch_tokens", [TOGETHER, ALONE])
+def test_a_model_that_raises_with_every_document_is_refused(target, store, shard, batch_tokens):
+    fail_when(target, lambda calls: True, ValueError("\n this model wants images \nand nothing else"))
+    with pytest.raises(ValueError, match=r"document 0: ValueError: this model wants images; see that it runs on one"):
+        score(target, store, shard, batch_tokens)
+
+
+def test_a_document_that_raises_alone_is_tried_twice_and_no_more(target, store, shard):
+    longest = int(shard.lengths.max())
+    shapes = fail_when(target, lambda calls: calls[-1][1] == longest, AssertionError())
+    assert set(score(target, store, shard, ALONE).set_aside.values()) == {"AssertionError"}
+    assert len(shapes) == len(shard) + 1
+
+
+def test_documents_without_a_row_that_counts_are_not_run(target, reference, store, shard):
+    """So that a model fails with none of them: nor are losses computed where the target's rows hold nothing."""
+    limit = int(shard.ids.max())
+    bad = holders(shard, lambda ids: ids >= limit)
+    masked = without(shard, bad)
+    assert not masked.loss_mask[np.isin(documents_of(shard, np.arange(len(shard.ids))), bad)].any()
+    healthy = score(target, store, masked, GROUPED), losses(reference, masked, GROUPED)
+    shorten(target, limit)
+    shorten(reference, limit)
+    for expected, scored in zip(
+        healthy, (score(target, store, masked, GROUPED), losses(reference, masked, GROUPED)), strict=True
+    ):
+        assert scored.set_aside == {}
+        for name, values in scored.arrays.items():
+            np.testing.assert_array_equal(values, expected.arrays[name])
+        assert all(document_bytes(shard, scored.arrays, i) == blank_bytes(shard, scored.arrays, i) for i in bad)
+    nothing = score(target, store, without(shard, range(len(shard))), GROUPED)
+    assert (nothing.set_aside, nothing.arrays["counts"].sum()) == ({}, 0)
+
+
+@pytest.mark.parametrize("batch_tokens", [TOGETHER, GROUPED, ALONE])
+def test_progress_counts_the_rows_that_the_model_took(target, store, shard, batch_tokens):
+    limit = int(shard.ids.max())
+    bad = holders(shard, lambda ids: ids >= limit)
+    seen = []
+    lm = SplitLM(shorten(target, limit), VOCAB_SIZE)
+    scoring.score_target(lm, shard, store.spec.target, batch_tokens=batch_tokens, progress=seen.append)
+    assert sum(seen) == without(shard, bad).loss_mask.sum()
