@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerState
 
 import logitstore
-from logitstore.errors import LayerNotFoundError
+from logitstore.errors import IdentityError, LayerNotFoundError
 from trainer.draft_trainer import _TellEpoch
 from trainer.stream import DocumentDataset, WindowShuffleSampler, collate
 
@@ -156,3 +158,16 @@ def test_documents_come_in_the_same_order_with_and_without_workers(tiny_store):
 def test_an_unknown_reference_is_refused_with_those_there_are(tiny_store):
     with pytest.raises(LayerNotFoundError, match=r"reference must be one of \['reference'\] .* got reference=other"):
         dataset(tiny_store, "other")
+
+
+@pytest.mark.parametrize("layer", ["target", "losses/reference"])
+def test_stale_shards_are_refused_before_any_is_read(tiny_store, tmp_path, layer):
+    url = shutil.copytree(tiny_store, tmp_path / "cache.zarr")
+    for shard in (2, 1):
+        (record,) = Path(url, "commits", layer).glob(f"{shard:06d}-*")
+        record.rename(record.with_name(f"{record.stem.rpartition('-')[0]}-{'a' * 12}.json"))
+    message = (
+        rf"layer '{layer}' must be computed from .*, got 2 stale shards in .* \(shard 1 is the first\); run the dump"
+    )
+    with pytest.raises(IdentityError, match=message):
+        dataset(url)

@@ -178,8 +178,8 @@ def misfits(tiny, tiny_store, tmp_path_factory):
     for name in ("no_target", "unfinished", "unscored"):
         shutil.copytree(tiny_store, folder / name)
     shutil.rmtree(folder / "no_target" / "target")
-    (folder / "unfinished/commits/target/000001.json").unlink()
-    (folder / "unscored/commits/losses/reference/000000.json").unlink()
+    next((folder / "unfinished/commits/target").glob("000001-*")).unlink()
+    next((folder / "unscored/commits/losses/reference").glob("000000-*")).unlink()
     other = make_tokenizer(folder / "other_tokenizer", vocab_size=400)
     make_model(folder / "other_draft", other)
     make_model(folder / "narrow_draft", tiny.tokenizer, vocab_size=VOCAB_SIZE - 8)

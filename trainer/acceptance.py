@@ -191,9 +191,9 @@ class _ShardScorer:
 
     def __init__(self, lm: SplitLM, store: Store, target: TargetSpec, index: int) -> None:
         self._lm = lm
-        self.shard = store.read_shard(index, layers=("tokens", "target"))
-        # Read a second time, as codes: a draft's forward costs far more than that.
-        arrays = store.read_arrays("target", index)
+        stored = store.read_stored(index, layers=("target",))
+        self.shard = store.assemble(stored)
+        arrays = stored["target"].arrays
         self._rows = (codec.decode(arrays, target.codebook), *codec.decode_bounds(arrays, target.codebook))
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from logitstore.errors import LayerNotFoundError
+from logitstore.errors import IdentityError, LayerNotFoundError
 from logitstore.layout import losses_layer
 from logitstore.reader import CACHED_SHARDS
 from logitstore.rows import Rows
@@ -56,6 +56,7 @@ class DocumentDataset(Dataset[Sample]):
 
     Raises:
         LayerNotFoundError: The store lacks the target or the reference, or some shards of them.
+        IdentityError: Some shards of them were computed from other values than the store holds now.
     """
 
     def __init__(self, store: Store, reference: str | None = None) -> None:
@@ -67,10 +68,10 @@ class DocumentDataset(Dataset[Sample]):
             check_complete(store, name)
         self._store = store
         self._pid = os.getpid()
-        self.documents_per_shard = [store.commit("tokens", shard).documents for shard in range(store.num_shards)]
+        self.documents_per_shard = store.layers["tokens"].index.documents[: store.num_shards].tolist()
 
     def __len__(self) -> int:
-        return sum(self.documents_per_shard)
+        return self._store.num_documents
 
     def __getitem__(self, document: int) -> Sample:
         store = self._opened_here()
@@ -100,17 +101,25 @@ def check_complete(store: Store, layer: str) -> None:
 
     Raises:
         LayerNotFoundError: It is not.
+        IdentityError: Some shards were computed from other tokens or target rows than the store holds now: reading
+            them would fail, hours later perhaps.
     """
     if layer not in store.layers:
         raise LayerNotFoundError(
             f"store must have a layer {layer!r}, got layers={list(store.layers)} in {store.url}; "
             "dump it first with jobs/dump_logits.py"
         )
-    if missing := store.layers[layer].missing:
+    if missing := store.layers[layer].gaps:
         total = store.spec.num_shards
+        there = total - store.layers[layer].num_missing
         raise LayerNotFoundError(
-            f"layer {layer!r} must have all of its {total} shards, got {total - len(missing)} in {store.url} (shard "
-            f"{missing[0]} is the first missing); run the dump again to finish it"
+            f"layer {layer!r} must have all of its {total} shards, got {there} in {store.url} (shard "
+            f"{missing[0].start} is the first missing); run the dump again to finish it"
+        )
+    if stale := store.layers[layer].stale:
+        raise IdentityError(
+            f"layer {layer!r} must be computed from what the store holds now, got {len(stale)} stale shards in "
+            f"{store.url} (shard {min(stale)} is the first); run the dump again, which replaces them"
         )
 
 
