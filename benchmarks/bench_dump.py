@@ -26,11 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitstore import writer
 from logitstore.batches import batches
-from logitstore.dump.pipeline import SHARDS_IN_FLIGHT
+from logitstore.dump.schedule import SHARDS_IN_FLIGHT
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.reader import Store
 from logitstore.spec import DataSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
+from logitstore.verify import take_back
 
 
 def make_model(folder, args):
@@ -97,6 +98,8 @@ def forward(dumper, storage, args, *, chunked):
 
 def dump(dumper, args):
     """Seconds of the whole dump, as an actor runs it."""
+    for shard in range(args.shards):
+        take_back(dumper._storage, "target", shard)  # of the round before
     started = time.perf_counter()
     with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as pool:
         list(pool.map(lambda shard: dumper.dump(shard, ("target",)), range(args.shards)))

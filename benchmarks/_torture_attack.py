@@ -1,0 +1,300 @@
+"""Rounds of writers: plain processes that write one store, several to each shard, while they are killed.
+
+Every few moments one is killed with SIGKILL, or stopped and woken up later: a zombie that finishes long after it was
+given up. Whoever is gone is replaced, until one has seen all shards committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import _torture_rows as rows
+from benchmarks import _torture_writer as writing
+from logitstore import layout
+from logitstore.local_files import PARTIAL
+from logitstore.reader import Store
+from logitstore.storage import Storage
+from logitstore.verify import repair, sweep, take_back, verify
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+STALLED_S = 300
+"""So long without an end, nobody being killed any more, is one."""
+
+AIMS = (*[None] * 4, "stage", "elect", "publish", "commit", "clean")
+"""Half of the blows fall at any moment; most of them would never meet the short steps of a commit on a fast disk."""
+AIM_S = 0.2
+"""How long one waits for such a step."""
+
+
+class TortureError(RuntimeError):
+    """What may never happen did."""
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """What was done, and what was found."""
+
+    rounds: Counter = field(default_factory=Counter)
+    seconds: Counter = field(default_factory=Counter)
+    """By kind of round."""
+    started: Counter = field(default_factory=Counter)
+    """Processes, by what they are."""
+    kills: Counter = field(default_factory=Counter)
+    """With SIGKILL, by what the process was: driver, actor, writer, and whatever else belongs to a Ray."""
+    steps: Counter = field(default_factory=Counter)
+    """What killed writers were doing."""
+    faults: Counter = field(default_factory=Counter)
+    """Injected, by kind."""
+    events: Counter = field(default_factory=Counter)
+    """All else that was done to a store, or happened to it."""
+    rows: Counter = field(default_factory=Counter)
+    """Compared in finished stores, read meanwhile; lost, doubled, mixed."""
+    requests: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harm:
+    """How hard a round is."""
+
+    writers: int
+    """At any time."""
+    blows: int
+    """At most; after that everybody may finish."""
+    every_s: float
+    """Between two of them, on average."""
+    pauses: float
+    """Share of blows that stop a writer for a while instead."""
+    pause_s: float
+    """For how long at most."""
+
+
+def draw_harm(rng, *, in_bucket, effort):
+    """Draws how hard a round is: a shard of a layer takes some 10 ms in a folder, and some 30 requests in a bucket."""
+    return Harm(
+        writers=rng.randint(3, 6),
+        blows=round(effort * rng.randint(15, 40)),
+        every_s=log_uniform(rng, 0.1, 0.6) if in_bucket else log_uniform(rng, 0.01, 0.08),
+        pauses=rng.choice([0.0, 0.3, 0.6]),
+        pause_s=3.0 if in_bucket else 0.5,
+    )
+
+
+def log_uniform(rng, least, most):
+    return math.exp(rng.uniform(math.log(least), math.log(most)))
+
+
+class WriterRound:
+    """One store, from nothing to finished."""
+
+    def __init__(self, *, url, options, direct, folder, oracles, seed, effort, totals, quiet, tick):
+        """Draws what is to be done.
+
+        Args:
+            url: The store's, which does not exist yet.
+            options: By which writers reach it.
+            direct: By which it is looked at.
+            folder: For logs.
+            oracles: What it must be in the end, without and with what is appended.
+            seed: Of all that is drawn.
+            effort: How long a round is, 1 as a rule.
+            totals: Counted into.
+            quiet: Waits until nothing that was asked of the bucket is under way any more.
+            tick: Called now and then.
+        """
+        rng = random.Random(seed)
+        self._rng, self._url, self._options, self._direct = rng, url, options, direct
+        self._folder, self._totals, self._quiet, self._tick = Path(folder), totals, quiet, tick
+        self._harm = draw_harm(rng, in_bucket=options is not None, effort=effort)
+        self._conflicting = rng.random() < 0.6
+        # In one order all meet at the same shards.
+        self._order = rng.getrandbits(32) if rng.random() < 0.6 else None
+        self._append = rng.random() < 0.4
+        self._num_repairs = round(effort * rng.choice([0, 1, 1, 2]))
+        self._oracle = oracles[self._append]
+        self._num_started = 0
+        self._paused = {}
+
+    def run(self):
+        """Writes the store under attack; returns how it differs.
+
+        Raises:
+            TortureError: A process ended in a way that none may.
+        """
+        self._fill(append=False)
+        for _ in range(self._num_repairs):
+            self._damage()
+            self._fill(append=False)
+        if self._append:
+            self._fill(append=True)
+            self._totals.events["documents appended to a store"] += 1
+        self._totals.events["leftovers swept"] += sweep(self._store())
+        if self._options is None:  # a day later they would be swept, too
+            self._totals.events["half files of killed writers"] += len(list(Path(self._url).rglob(f"*{PARTIAL}")))
+        return self._oracle.compare(self._url, self._direct)
+
+    def _store(self):
+        return Store(Storage(self._url, self._direct))
+
+    def _fill(self, *, append):
+        """Has all written that is missing, and again what was computed from rows that are no longer there."""
+        self._attack(append=append)
+        store = self._store()
+        while stale := [(name, shard) for name, layer in store.layers.items() for shard in layer.stale]:
+            for name, shard in stale:
+                take_back(store.storage, name, shard)
+                self._totals.events["stale shards replaced"] += 1
+            self._attack(append=append)
+            store = self._store()
+
+    def _attack(self, *, append):
+        """Has writers write all that is missing, and kills them meanwhile."""
+        stop = self._folder / f"stop-{self._num_started}"
+        reader = self._start(writing.read, append, str(stop))
+        crew = [self._start(writing.write, append) for _ in range(self._harm.writers)]
+        try:
+            self._fight(crew, append)
+            stop.touch()
+            self._settle(reader)
+        finally:
+            for process in [*crew, reader]:
+                process.kill()
+        self._totals.rows["read meanwhile"] += int(stop.read_text() or 0)
+        self._quiet()
+
+    def _fight(self, crew, append):
+        """Kills writers and replaces them, until one has finished and all are gone."""
+        blows, done, give_up = 0, False, time.monotonic() + STALLED_S
+        blow = time.monotonic() + self._wait()
+        while crew:
+            sentinels = [process.sentinel for process in crew]
+            multiprocessing.connection.wait(sentinels, timeout=max(0.0, min(blow - time.monotonic(), 0.1)))
+            for process in [process for process in crew if process.exitcode is not None]:
+                crew.remove(process)
+                done = self._settle(process) or done
+                if not done:
+                    crew.append(self._start(writing.write, append))
+            if done and self._paused and len(self._paused) == len(crew):
+                self._wake(everybody=True)  # zombies: all is committed by now
+            self._wake()
+            if crew and time.monotonic() >= blow:
+                blow = time.monotonic() + self._wait()
+                if blows < self._harm.blows and (victim := self._victim(crew)) is not None:
+                    blows += 1
+                    give_up = time.monotonic() + STALLED_S
+                    self._strike(victim)
+            if time.monotonic() > give_up:
+                raise TortureError(f"writers must finish, got none that does within {STALLED_S} s")
+            self._tick()
+
+    def _wait(self):
+        return self._rng.expovariate(1 / self._harm.every_s)
+
+    def _start(self, what, append, *more):
+        """Starts a writer or a reader."""
+        self._num_started += 1
+        job = writing.Job(
+            url=self._url,
+            options=self._options,
+            seed=self._rng.getrandbits(32) if self._order is None or what is writing.read else self._order,
+            variant=self._rng.randrange(rows.VARIANTS) if self._conflicting else 0,
+            append=append,
+            threads=self._rng.choice([1, 2]),
+            again=self._rng.random() < 0.2,
+            log=str(self._folder / f"{what.__name__}-{self._num_started}.log"),
+        )
+        process = FORKSERVER.Process(target=what, args=(job, *more), name=job.log)
+        process.start()
+        self._totals.started["reader" if what is writing.read else "writer"] += 1
+        return process
+
+    def _victim(self, crew):
+        """Chooses a process: any, or one that is at a drawn step of a commit right now. None: the blow misses."""
+        wanted, give_up = self._rng.choice(AIMS), time.monotonic() + AIM_S
+        while wanted is not None and time.monotonic() < give_up:
+            for process in crew:
+                if step_of(process) == wanted:
+                    return process
+            time.sleep(0.0001)
+        victim = self._rng.choice(crew)
+        # Starting takes longer than a shard: most would never get beyond it.
+        return victim if step_of(victim) != writing.START or self._rng.random() < 0.1 else None
+
+    def _strike(self, process):
+        """Kills a process, or stops it."""
+        if self._rng.random() < self._harm.pauses:
+            send(process, signal.SIGSTOP)
+            self._totals.events["writers stopped for a while"] += 1
+            self._paused[process] = time.monotonic() + self._rng.random() * self._harm.pause_s
+        else:
+            send(process, signal.SIGKILL)
+
+    def _wake(self, *, everybody=False):
+        for process, until in list(self._paused.items()):
+            if everybody or time.monotonic() > until or process.exitcode is not None:
+                del self._paused[process]
+                send(process, signal.SIGCONT)
+
+    def _settle(self, process):
+        """Counts how a process ended; returns whether it finished its work."""
+        process.join()
+        log = Path(process.name)
+        if process.exitcode == -signal.SIGKILL:
+            self._totals.kills["writer"] += 1
+            self._totals.steps[step_of(process)] += 1
+        elif process.exitcode == writing.GAVE_UP:
+            self._totals.events["writers given up by the bucket"] += 1
+        elif process.exitcode != 0:
+            said = log.read_text().strip()
+            raise TortureError(f"{log.name} ended with {process.exitcode}: {said.rpartition(chr(10))[2]}")
+        return process.exitcode == 0
+
+    def _damage(self):
+        """Takes shards back, or damages them so that verify does, when nobody is at work."""
+        storage = Storage(self._url, self._direct)
+        for _ in range(self._rng.randint(1, 3)):
+            # Most of all the target: if another variant of its rows comes next, losses become stale.
+            layer, shard = self._rng.choice([*rows.LAYERS, "target"]), self._rng.randrange(rows.NUM_SHARDS)
+            array = self._rng.choice(layout.layer_arrays(layer))
+            path = layout.object_path(layer, array, shard)
+            (data,) = storage.get_many([path], [2**30])
+            harm = self._rng.choice(["take back", "flip", "cut", "delete"])
+            if harm == "take back" or data is None:
+                take_back(storage, layer, shard)
+                self._totals.events["shards taken back"] += 1
+                continue
+            self._totals.events["objects damaged"] += 1
+            place = self._rng.randrange(len(data))
+            if harm == "flip":
+                storage.put(path, data[:place] + bytes([data[place] ^ 1 << self._rng.randrange(8)]) + data[place + 1 :])
+            elif harm == "cut":
+                storage.put(path, data[:place])
+            else:
+                storage.remove(path)
+        store = self._store()
+        repair(store, verify(store))
+
+
+def step_of(process):
+    """Returns what a writer does, or did last."""
+    try:
+        return Path(f"{process.name}.step").read_text().strip() or writing.START
+    except FileNotFoundError:
+        return writing.START
+
+
+def send(process, signal_number):
+    """Sends a signal to a process that may have ended."""
+    if process.exitcode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal_number)

@@ -1,0 +1,187 @@
+"""Compares a finished store with undisturbed ones: every object byte for byte, and every row.
+
+Where values may differ between writers there are several undisturbed stores, one for each: then each shard must be one
+of theirs, whole, with what was computed from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import fsspec
+import numpy as np
+
+from logitstore.commits import names_of
+from logitstore.errors import LogitStoreError
+from logitstore.layout import layer_arrays
+from logitstore.local_files import PARTIAL
+from logitstore.reader import Store
+from logitstore.storage import Storage
+from logitstore.verify import verify
+
+PLACE = re.compile(r"(?:commits/)?(tokens|target|losses/[^/]+)/(?:[^/]+/c/([0-9]+)|([0-9]+)-[^/]*\.json)")
+"""Paths of what belongs to one shard of a layer."""
+VOLATILE = ("seconds", "writer", "written", "crc32c")
+"""Fields of a commit record that differ from run to run, and the checksum over them."""
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """How a finished store differs from the undisturbed one."""
+
+    rows: int = 0
+    """Rows of all layers that were compared."""
+    lost: int = 0
+    doubled: int = 0
+    mixed: int = 0
+    """Rows that are not there, there twice, or not as one writer computed them."""
+    differences: list[str] = field(default_factory=list)
+    """Everything else, and what led to the above, in words."""
+
+
+class Oracle:
+    """Stores that nobody disturbed."""
+
+    def __init__(self, urls):
+        self._stores = [Store(Storage(url)) for url in urls]
+        self._files = [snapshot(url) for url in urls]
+        self._layers = list(self._stores[0].layers)
+        self._num_shards = self._stores[0].num_shards
+        self._arrays = [
+            [{layer: store.read_arrays(layer, shard) for layer in self._layers} for shard in range(self._num_shards)]
+            for store in self._stores
+        ]
+
+    def compare(self, url, options=None):
+        """Returns how a store differs that should be finished."""
+        verdict = Verdict()
+        found = snapshot(url, options)
+        chosen = [self._variant(found, shard) for shard in range(self._num_shards)]
+        verdict.differences += [f"staging is not empty: {path}" for path in found if path.startswith("staging/")]
+        wanted = {
+            path: data
+            for variant, files in enumerate(self._files)
+            for path, data in files.items()
+            if variant == (chosen[place[1]] if (place := shard_of(path)) and place[0] != "tokens" else 0)
+        }
+        for path in sorted(wanted.keys() | found.keys()):
+            if not path.startswith("staging/") and (reason := different(path, wanted.get(path), found.get(path))):
+                verdict.differences.append(f"{path}: {reason}")
+        try:
+            store = Store(Storage(url, options))
+            self._compare_rows(store, chosen, verdict)
+            verdict.differences += [f"verify: {problem}" for problem in verify(store)]
+        except LogitStoreError as error:
+            verdict.differences.append(f"cannot be read: {error}")
+            verdict.lost = max(verdict.lost, self._stores[0].num_rows)
+            return verdict
+        for what in ("num_documents", "num_rows", "num_counted", "num_shards"):
+            expected, actual = getattr(self._stores[0], what), getattr(store, what)
+            if expected != actual:
+                verdict.differences.append(f"{what} is {actual}, not {expected}")
+        return verdict
+
+    def _variant(self, found, shard):
+        """Returns whose rows a shard has; the first undisturbed store's if nobody's."""
+        names = {path for path in found if path.startswith("commits/target/") and shard_of(path) == ("target", shard)}
+        return next((i for i, files in enumerate(self._files) if not names.isdisjoint(files)), 0)
+
+    def _compare_rows(self, store, chosen, verdict):
+        """Counts rows that are lost, doubled or mixed, by what a reader gets."""
+        wanted, there = Counter(), Counter()
+        for shard in range(max(self._num_shards, store.num_shards)):
+            arrays = self._arrays[chosen[shard]][shard] if shard < self._num_shards else {}
+            num_rows = len(arrays["tokens"]["ids"]) if arrays else 0
+            verdict.rows += num_rows * len(arrays)
+            wanted.update(documents(arrays))
+            read = {}
+            for layer in self._layers:
+                if len(records := names_of(store.storage, layer, shard)) > 1:
+                    verdict.doubled += num_rows
+                    verdict.differences.append(f"{layer}/{shard} has {len(records)} records")
+                try:
+                    read[layer] = store.read_arrays(layer, shard)
+                except LogitStoreError as error:
+                    verdict.lost += num_rows if layer != "tokens" else 0  # those are counted by document
+                    verdict.differences.append(f"{layer}/{shard} cannot be read: {error}")
+            there.update(documents(read))
+            for layer in read.keys() & arrays.keys():
+                mixed = num_different(layer, arrays, read)
+                verdict.mixed += mixed
+                if mixed:
+                    verdict.differences.append(f"{layer}/{shard} has {mixed} rows that are not one writer's")
+        for document, more in (there - wanted).items():
+            num_rows = len(document[0]) // 4 * more
+            if document in wanted:
+                verdict.doubled += num_rows
+            else:
+                verdict.mixed += num_rows
+        verdict.lost += sum(len(document[0]) // 4 * less for document, less in (wanted - there).items())
+
+
+def snapshot(url, options=None):
+    """Reads every object of a store, by path. What killed writers left under names that mean nothing is left out."""
+    fs, root = fsspec.url_to_fs(url, **(options or {}))
+    fs.invalidate_cache()
+    paths = [path for path in fs.find(root) if not path.endswith(PARTIAL)]
+    return {path.removeprefix(f"{root}/"): data for path, data in (fs.cat(paths) if paths else {}).items()}
+
+
+def shard_of(path):
+    """Returns the layer and the shard that an object belongs to; None for what belongs to none."""
+    found = PLACE.fullmatch(path)
+    return None if found is None else (found[1], int(found[2] or found[3]))
+
+
+def different(path, wanted, found):
+    """Returns how an object differs from the one that should be there; empty if it does not."""
+    if wanted is None or found is None:
+        return "is not there" if found is None else "should not be there"
+    if wanted == found:
+        return ""
+    if path.startswith("commits/"):
+        records = [json.loads(data) for data in (wanted, found)]
+        fields = records[0].keys() | records[1].keys()
+        changed = sorted(name for name in fields - set(VOLATILE) if records[0].get(name) != records[1].get(name))
+        return f"differs in {', '.join(changed)}" if changed else ""
+    return f"{len(found)} bytes differ from the {len(wanted)} that should be there"
+
+
+def documents(arrays):
+    """Returns the documents of a shard, so that they can be counted: ids and mask of each as bytes."""
+    if "tokens" not in arrays:
+        return []
+    ids, mask = arrays["tokens"]["ids"], arrays["tokens"]["loss_mask"]
+    ends = np.cumsum(arrays["tokens"]["lengths"], dtype=np.int64)
+    return [
+        (ids[end - n : end].tobytes(), mask[end - n : end].tobytes())
+        for end, n in zip(ends.tolist(), arrays["tokens"]["lengths"].tolist(), strict=True)
+    ]
+
+
+def num_different(layer, wanted, read):
+    """Counts the rows of a shard of a layer that are not as they should be; of tokens, documents do."""
+    if layer == "tokens":
+        return 0
+    if all(values.tobytes() == read[layer][name].tobytes() for name, values in wanted[layer].items()):
+        return 0
+    pairs = zip(_rows(layer, wanted[layer]), _rows(layer, read[layer]), strict=False)
+    return max(1, sum(one != other for one, other in pairs))
+
+
+def _rows(layer, arrays):
+    """Returns the values of each row as bytes."""
+    num_rows = len(next(iter(arrays.values())))
+    counts = arrays["counts"].astype(np.int64) if "counts" in arrays else np.zeros(num_rows, np.int64)
+    starts = np.cumsum(counts) - counts
+    entries = {array.name for array in layer_arrays(layer) if array.per == "entry"}
+    return [
+        b"|".join(
+            values[starts[i] : starts[i] + counts[i]].tobytes() if name in entries else values[i].tobytes()
+            for name, values in arrays.items()
+        )
+        for i in range(num_rows)
+    ]

@@ -1,0 +1,85 @@
+"""What the writers of a torture run write: values made from a shard's number, so that every row is known again.
+
+A row's token id is the row's number: a row that is lost, doubled or in the wrong place shows. Of a shard of `target`
+there are several variants, as if models computed on different devices; `losses/reference` follows from the rows
+that it is computed from. R rows, D documents, E entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from logitstore.spec import Append, DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+
+LOSSES = "losses/reference"
+LAYERS = ("tokens", "target", LOSSES)
+VARIANTS = 3
+K = 4
+SHARD_ROWS = 256
+MAX_LENGTH = 48
+VOCAB_SIZE = 2**16
+NUM_SHARDS = 8
+APPENDED = 3
+
+MODEL = ModelSpec(name="torture", revision="0", dtype="float32", padded_vocab_size=VOCAB_SIZE)
+TARGET = TargetSpec(model=MODEL, scheme=Scheme(k=K))
+REFERENCE = LossSpec(model=MODEL)
+DATA = DataSpec(source="torture", digest=None, columns="input_ids", mask_policy="given")
+SPEC = StoreSpec(
+    tokenizer=TokenizerSpec(name="torture", fingerprint="none", vocab_size=VOCAB_SIZE, chat_template=None),
+    data=DATA, max_length=MAX_LENGTH, shard_rows=SHARD_ROWS, num_shards=NUM_SHARDS,
+)  # fmt: skip
+APPEND = Append(data=dataclasses.replace(DATA, source="more"), first_shard=NUM_SHARDS, num_shards=APPENDED)
+
+
+def tokens(shard):
+    """Returns the arrays of `tokens` of a shard. In every fifth shard no row counts: arrays without any object."""
+    rng = np.random.default_rng([1, shard])
+    lengths = []
+    while (room := SHARD_ROWS - sum(lengths)) >= 2:
+        lengths.append(min(room, int(rng.integers(2, MAX_LENGTH + 1))))
+    rows = sum(lengths)
+    mask = np.zeros(rows, np.uint8) if shard % 5 == 4 else (rng.random(rows) < 0.6).astype(np.uint8)
+    mask[np.cumsum(lengths) - 1] = 0
+    ids = np.arange(shard * SHARD_ROWS, shard * SHARD_ROWS + rows, dtype=np.uint32)
+    return {"ids": ids, "loss_mask": mask, "lengths": np.array(lengths, np.uint32)}
+
+
+def target(shard, variant):
+    """Returns the arrays of `target` of a shard as one variant of the model computes them."""
+    mask = tokens(shard)["loss_mask"].astype(bool)
+    rng = np.random.default_rng([2, shard, variant])
+    counts = np.where(mask, rng.integers(1, K + 1, len(mask)), 0).astype(np.uint16)
+    entries = int(counts.sum())
+    # An array of nothing but its fill value has no object: it must not keep another variant's.
+    token_ids = np.zeros(entries) if (shard + variant) % 3 == 0 else rng.integers(0, VOCAB_SIZE, entries)
+    return {
+        "counts": counts,
+        "token_ids": token_ids.astype(np.uint32),
+        "logprobs": rng.integers(0, 256, entries).astype(np.uint8),
+        "tail": masked(-0.1 - 8 * rng.random(len(mask)), mask),
+        "label_logprob": masked(-9 * rng.random(len(mask)), mask),
+        "entropy": masked(5 * rng.random(len(mask)), mask),
+    }
+
+
+def losses(rows):
+    """Returns the arrays of `losses/reference` of a shard, computed from its arrays of `target`."""
+    mask = rows["counts"] > 0
+    row = np.repeat(np.arange(len(mask)), rows["counts"])
+    codes = np.bincount(row, weights=rows["logprobs"] + rows["token_ids"] / VOCAB_SIZE, minlength=len(mask))
+    return {
+        "ce": masked(codes / 256 - rows["tail"], mask),
+        "label_logprob": masked(rows["label_logprob"] - rows["entropy"], mask),
+    }
+
+
+def masked(values, mask):
+    return np.where(mask, values, np.nan).astype(np.float32)
+
+
+def same(arrays, others):
+    """Compares the arrays of a shard, byte for byte."""
+    return all(arrays[name].tobytes() == others[name].tobytes() for name in others)

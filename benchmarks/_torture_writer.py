@@ -1,0 +1,208 @@
+"""The processes of a torture run that write a store, and the one that reads it meanwhile. No torch, no Ray.
+
+A parent imports this module once and forks: nothing here may start a thread or an event loop before `write` or `read`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import s3fs  # noqa: F401 - imported before forking, as it takes a second
+
+from benchmarks import _torture_rows as rows
+from logitstore import appends, commits, writer
+from logitstore.errors import StorageError, StorageRefusedError, StoreNotFoundError
+from logitstore.reader import Store
+from logitstore.spec import check_same
+from logitstore.storage import Storage
+
+GAVE_UP = 75
+"""Exit status of a process for which the bucket failed too often: it is to be started again."""
+
+
+START = "start"
+"""What a writer does before its first shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process does."""
+
+    url: str
+    options: dict | None
+    seed: int
+    """Of the order of its shards."""
+    variant: int
+    append: bool
+    threads: int
+    """Shards written at once."""
+    again: bool
+    """Whether it writes shards all the same that are committed."""
+    log: str
+    """File for its stderr; beside it lies the one that says what it does right now."""
+
+
+class TracedStorage(Storage):
+    """Says what it did last in a file, for those who kill the process."""
+
+    def __init__(self, url, options, steps):
+        super().__init__(url, options)
+        self._file = os.open(steps, os.O_WRONLY | os.O_CREAT)
+        self.has_begun = False
+
+    def step(self, name):
+        os.pwrite(self._file, f"{name if self.has_begun else START:<10}".encode(), 0)
+
+    def names(self, path):
+        self.step("look")
+        return super().names(path)
+
+    def names_with(self, path, prefix):
+        self.step("look")
+        return super().names_with(path, prefix)
+
+    def get_many(self, paths, limits, *, cached=False):
+        self.step("look")
+        return super().get_many(paths, limits, cached=cached)
+
+    def put(self, path, data):
+        self.step({"staging": "stage", "commits": "commit"}.get(path.partition("/")[0], "metadata"))
+        super().put(path, data)
+
+    def create(self, path, data):
+        self.step("elect" if path.startswith("staging/") else "metadata")
+        return super().create(path, data)
+
+    def copy(self, source, path):
+        self.step("publish")
+        super().copy(source, path)
+
+    def remove(self, path):
+        self.step("clean" if path.startswith("staging/") else "publish")
+        super().remove(path)
+
+    def remove_folder(self, path):
+        self.step("clean")
+        super().remove_folder(path)
+
+
+def write(job):
+    """Writes all layers of all shards, whoever else does."""
+    _leave_traces(job.log)
+    try:
+        write_all(job)
+    except StorageRefusedError:
+        raise
+    except StorageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(GAVE_UP)
+
+
+def write_all(job):
+    """Creates the store and its layers, or finds them, and writes what is missing."""
+    storage, rng = TracedStorage(job.url, job.options, f"{job.log}.step"), random.Random(job.seed)
+    writer.create_store(storage, rows.SPEC)
+    if job.append:
+        _append(storage)
+    spec = Store(storage).spec
+    writer.add_layer(storage, spec, "target", rows.TARGET)
+    writer.add_layer(storage, spec, rows.LOSSES, rows.REFERENCE)
+    store = Store(storage)
+    writers = {layer: writer.LayerWriter(storage, store.spec, layer) for layer in rows.LAYERS}
+    shards = list(range(store.spec.num_shards))
+    rng.shuffle(shards)
+    there = {shard for shard in shards if all(shard in store.layers[layer].committed for layer in rows.LAYERS)}
+    shards = [shard for shard in shards if job.again or shard not in there]
+    storage.has_begun = True
+    with ThreadPoolExecutor(job.threads) as pool:
+        list(pool.map(lambda shard: write_shard(storage, writers, shard, job.variant), shards))
+
+
+def write_shard(storage, writers, shard, variant):
+    """Writes one shard of all layers, losses of the rows that are committed."""
+    storage.step("compute")
+    started = time.monotonic()
+    own = rows.tokens(shard)
+    size = {
+        "documents": len(own["lengths"]), "rows": len(own["ids"]), "counted": int(own["loss_mask"].sum()),
+        "started": started,
+    }  # fmt: skip
+    commit = writers["tokens"].write(shard, own, computed_from=None, **size)
+    own = rows.target(shard, variant)
+    commit = writers["target"].write(shard, own, computed_from=commit.digest, **size)
+    if commit.digest != commits.digest("target", own):
+        own = Store(storage).read_arrays("target", shard)
+    writers[rows.LOSSES].write(shard, rows.losses(own), computed_from=commit.digest, **size)
+
+
+def _append(storage):
+    """Adds the shards of rows.APPEND to the tokens, as jobs/dump_logits.py --append does."""
+    store = Store(storage)
+    tokens = writer.LayerWriter(storage, store.spec, "tokens")
+    if not store.spec.appends:
+        check_same(appends.claim(storage, 1, rows.APPEND), rows.APPEND, "append", "there is only one here")
+        for shard in range(rows.APPEND.first_shard, rows.APPEND.first_shard + rows.APPEND.num_shards):
+            own = rows.tokens(shard)
+            tokens.write(
+                shard, own, documents=len(own["lengths"]), rows=len(own["ids"]), computed_from=None,
+                counted=int(own["loss_mask"].sum()), started=time.monotonic(),
+            )  # fmt: skip
+        writer.make_room(storage, appends.joined(rows.SPEC, (rows.APPEND,)), "tokens")
+        appends.write_append(storage, 1, rows.APPEND)
+    appends.drop_claim(storage, 1)
+
+
+def read(job, stop):
+    """Reads what is there again and again until the file `stop` exists; every value must be a writer's, whole.
+
+    Raises:
+        ValueError: A row was read that nobody wrote, or not as one wrote it.
+    """
+    _leave_traces(job.log)
+    storage, rng, num_rows = Storage(job.url, job.options), random.Random(job.seed), 0
+    while not Path(stop).exists():
+        try:
+            num_rows += _read(storage, rng)
+        except StoreNotFoundError:
+            time.sleep(0.01)
+        except StorageRefusedError:
+            raise
+        except StorageError as error:
+            print(error, file=sys.stderr)
+    Path(stop).write_text(str(num_rows))
+
+
+def _read(storage, rng):
+    store = Store(storage)
+    num_rows = 0
+    for _ in range(4):
+        layers = rows.LAYERS[: rng.randint(1, len(rows.LAYERS))]
+        if not store.layers.keys() >= set(layers):
+            continue
+        # Where shards were taken back, what was computed from them is there before they are again.
+        there = frozenset.intersection(*(store.layers[name].committed - store.layers[name].stale for name in layers))
+        if not there:
+            continue
+        shard = rng.choice(sorted(there))
+        values = store.read_stored(shard, layers)
+        store.assemble(values)
+        read = {name: value.arrays for name, value in values.items()}
+        if not rows.same(read["tokens"], rows.tokens(shard)):
+            raise ValueError(f"tokens of shard {shard} must be as written, got others")
+        if "target" in read and not any(rows.same(read["target"], rows.target(shard, v)) for v in range(rows.VARIANTS)):
+            raise ValueError(f"target rows of shard {shard} must be one writer's, got a mixture")
+        if rows.LOSSES in read and not rows.same(read[rows.LOSSES], rows.losses(read["target"])):
+            raise ValueError(f"losses of shard {shard} must be of the rows that are there, got others")
+        num_rows += len(read["tokens"]["ids"])
+    time.sleep(0.02 if storage.is_local else 0.5)  # not to take all from the writers
+    return num_rows
+
+
+def _leave_traces(log):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())

@@ -1,0 +1,66 @@
+"""Kills everything that writes a store, again and again, and compares what comes out with an undisturbed store.
+
+    python -m benchmarks.torture --minutes 20 [--seed 1] [--kinds local s3 ray-local ray-s3]
+
+Each round makes a new store. In `local` and `s3` rounds plain processes write it, several to each shard, and are
+killed with SIGKILL or stopped for a while at random moments; shards are taken back, objects damaged and repaired,
+documents appended; another process reads meanwhile. In `ray-local` and `ray-s3` rounds jobs/dump_logits.py writes it:
+its actors are killed, its driver, its whole family, and a second job is started beside it. The bucket is that of a real
+S3 server behind a proxy, which answers with errors, resets, slow bodies, or not at all after doing what was asked.
+
+A finished store must be the undisturbed one: every object byte for byte, commit records but for their times and
+writers, nothing left in staging. Exit status 1 and the folder kept if one is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+
+from benchmarks._torture_run import SHARES, torture
+
+ROWS = ("compared", "read meanwhile", "lost", "doubled", "mixed")
+
+
+def table(totals, seconds):
+    """Returns what was done and found, as lines."""
+
+    def line(what, counts):
+        detail = ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n)
+        return f"{what:<24}{round(counts.total()):>12,}  {detail}".rstrip()
+
+    times = {name: round(value) for name, value in totals.seconds.items()}
+    lines = [
+        line("rounds", totals.rounds),
+        line("kills", totals.kills),
+        line("  writers killed at", totals.steps),
+        line("faults", totals.faults),
+        f"{'requests':<24}{totals.requests:>12,}",
+        line("processes started", totals.started),
+        *(f"{'  ' + name:<40}{n:>8,}" for name, n in sorted(totals.events.items())),
+        *(f"{'rows ' + name:<24}{totals.rows[name]:>12,}" for name in ROWS),
+        f"{'differences in all':<24}{len(totals.differences):>12,}",
+        f"{'seconds':<24}{seconds:>12,.0f}  {', '.join(f'{name} {n}' for name, n in times.items())}",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True, help="no round begins after so long")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; moments differ all the same")
+    parser.add_argument("--kinds", nargs="+", choices=tuple(SHARES), default=tuple(SHARES))
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    folder = tempfile.mkdtemp(prefix="torture-")
+    totals = torture(folder, minutes=args.minutes, seed=args.seed, kinds=args.kinds)
+    print(table(totals, time.monotonic() - started))
+    if totals.differences:
+        raise SystemExit(1)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

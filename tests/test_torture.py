@@ -1,0 +1,152 @@
+"""The torture run in short, and that it would notice. The long form is `python -m benchmarks.torture`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import _torture_rows as rows
+from benchmarks import torture as command
+from benchmarks._torture_attack import WriterRound
+from benchmarks._torture_oracle import Verdict
+from benchmarks._torture_run import make_oracles, torture
+from logitstore import commits, layout
+from logitstore.reader import Store
+from logitstore.storage import Storage
+from logitstore.verify import take_back
+from logitstore.writer import LayerWriter
+
+ROWS = [len(rows.tokens(shard)["ids"]) for shard in range(rows.NUM_SHARDS)]
+
+
+def test_no_row_is_lost_doubled_or_mixed_by_killed_writers_and_a_failing_bucket(tmp_path):
+    totals = torture(tmp_path, minutes=0, seed=41, kinds=("local", "s3"), effort=0.3)
+    assert totals.differences == []
+    assert (totals.rows["lost"], totals.rows["doubled"], totals.rows["mixed"]) == (0, 0, 0)
+    assert totals.rounds == {"local": 1, "s3": 1}
+    assert totals.rows["compared"] >= 2 * 3 * sum(ROWS)
+    assert totals.kills["writer"] >= 5
+    assert totals.faults.total() >= 50
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The oracle without an append, and its stores: one for each variant."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return make_oracles(folder)[0], [folder / f"undisturbed-{variant}" for variant in range(rows.VARIANTS)]
+
+
+@pytest.fixture
+def url(undisturbed, tmp_path):
+    """A finished store to do harm to, with variant 0 of the target's rows."""
+    return shutil.copytree(undisturbed[1][0], tmp_path / "cache.zarr")
+
+
+def write_anew(url, layer, shard, arrays, computed_from):
+    """Commits a shard anew, whole, with other values."""
+    storage = Storage(url)
+    own = arrays if layer == "tokens" else rows.tokens(shard)
+    take_back(storage, layer, shard)
+    LayerWriter(storage, Store(storage).spec, layer).write(
+        shard, arrays, documents=len(own["lengths"]), rows=len(own["ids"]), counted=int(own["loss_mask"].sum()),
+        computed_from=computed_from, started=time.monotonic(),
+    )  # fmt: skip
+
+
+def test_shards_of_different_writers_are_no_difference_as_long_as_each_is_one_writers(undisturbed, url):
+    oracle, _ = undisturbed
+    assert oracle.compare(url) == Verdict(rows=3 * sum(ROWS))
+    own = rows.target(3, variant=1)
+    write_anew(url, "target", 3, own, commits.digest("tokens", rows.tokens(3)))
+    assert oracle.compare(url).lost == ROWS[3]  # the losses are still those of the other rows, and stale
+    write_anew(url, rows.LOSSES, 3, rows.losses(own), commits.digest("target", own))
+    assert oracle.compare(url) == Verdict(rows=3 * sum(ROWS))
+
+
+def lose_a_commit(url, others):
+    next(Path(url, "commits", "target").glob("000003-*")).unlink()
+    # nothing can be read of losses without the rows that they were computed from
+    return 2 * ROWS[3], 0, 0
+
+
+def double_a_commit(url, others):
+    other = next(Path(others[1], "commits", "target").glob("000003-*"))
+    shutil.copy(other, Path(url, "commits", "target"))
+    return 2 * ROWS[3], ROWS[3], 0
+
+
+def put_another_writers_object_under_a_commit(url, others):
+    shutil.copy(others[1] / "target/tail/c/2", Path(url, "target/tail/c/2"))
+    return ROWS[2], 0, 0
+
+
+def mix_rows_of_two_writers(url, others):
+    one, other = rows.target(3, 0), rows.target(3, 1)
+    mixed = one | {"tail": np.concatenate([one["tail"][:50], other["tail"][50:]])}
+    write_anew(url, "target", 3, mixed, commits.digest("tokens", rows.tokens(3)))
+    write_anew(url, rows.LOSSES, 3, rows.losses(mixed), commits.digest("target", mixed))
+    num = int((rows.tokens(3)["loss_mask"][50:] == 1).sum())
+    return 0, 0, 2 * num
+
+
+def compute_losses_from_another_writers_rows(url, others):
+    write_anew(url, rows.LOSSES, 3, rows.losses(rows.target(3, 0)) | {"ce": rows.losses(rows.target(3, 1))["ce"]},
+               commits.digest("target", rows.target(3, 0)))  # fmt: skip
+    return 0, 0, int(rows.tokens(3)["loss_mask"].sum())
+
+
+@pytest.mark.parametrize("harm", [
+    lose_a_commit, double_a_commit, put_another_writers_object_under_a_commit, mix_rows_of_two_writers,
+    compute_losses_from_another_writers_rows,
+])  # fmt: skip
+def test_rows_that_are_lost_doubled_or_mixed_are_counted(undisturbed, url, harm):
+    expected = harm(url, undisturbed[1])
+    verdict = undisturbed[0].compare(url)
+    assert (verdict.lost, verdict.doubled, verdict.mixed) == expected
+    assert verdict.differences
+
+
+def test_documents_that_are_there_twice_in_place_of_others_are_counted(undisturbed, url):
+    write_anew(url, "tokens", 1, rows.tokens(0), None)
+    verdict = undisturbed[0].compare(url)
+    # its own documents, and the rows of the target that were computed from them
+    assert (verdict.lost, verdict.doubled, verdict.mixed) == (2 * ROWS[1], ROWS[0], 0)
+
+
+@pytest.mark.parametrize(("path", "data", "reason"), [
+    ("staging/target/000003/0123.tail", b"x", "staging is not empty: staging/target/000003/0123.tail"),
+    ("target/tail/c/99", b"x", "target/tail/c/99: should not be there"),
+    ("zarr.json", None, "zarr.json: [0-9]+ bytes differ from the [0-9]+ that should be there"),
+])  # fmt: skip
+def test_objects_that_belong_to_no_row_are_compared_too(undisturbed, url, path, data, reason):
+    Path(url, path).parent.mkdir(parents=True, exist_ok=True)
+    Path(url, path).write_bytes(Path(url, path).read_bytes() + b"\n" if data is None else data)
+    (difference,) = undisturbed[0].compare(url).differences
+    assert re.fullmatch(reason, difference)
+
+
+def test_a_store_that_differs_ends_the_run_with_status_1_and_is_kept(tmp_path, monkeypatch, capsys):
+    real = WriterRound.run
+
+    def run(self):
+        verdict = real(self)
+        assert verdict.differences == []
+        array = layout.layer_arrays("target")[0]
+        Path(self._url, layout.object_path("target", array, 0)).unlink()
+        return self._oracle.compare(self._url)
+
+    monkeypatch.setattr(WriterRound, "run", run)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["--minutes", "0", "--kinds", "local", "--seed", "22"])
+    assert exit_.value.code == 1
+    said = capsys.readouterr().out
+    (kept,) = tmp_path.glob("torture-*/round-0")
+    assert re.search(rf"round 0 \(local, seed [0-9]+\) of seed 22 differs; see {kept}", said)
+    assert re.search(r"^rows lost +[1-9]", said, re.MULTILINE)
+    assert (kept / "cache.zarr" / "zarr.json").exists()
