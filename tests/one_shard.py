@@ -1,0 +1,139 @@
+"""A store with room for one shard, three writers of it with different values, and what must come of that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from stepping import Process, SteppedStorage, watch
+
+from logitstore import commits, layout, objects, publish, writer
+from logitstore.errors import LayerNotFoundError
+from logitstore.reader import Store
+from logitstore.spec import DataSpec, StoreSpec, TokenizerSpec, maker
+from logitstore.storage import Storage
+from logitstore.verify import verify
+
+SPEC = StoreSpec(
+    tokenizer=TokenizerSpec(name="none", fingerprint=f"sha256:{'0' * 64}", vocab_size=6, chat_template=None),
+    data=DataSpec(source="none", digest=None, columns="input_ids", mask_policy="given"),
+    max_length=4, shard_rows=8, num_shards=1,
+)  # fmt: skip
+
+
+def attempt(ids, mask, lengths):
+    """What one writer would commit as shard 0: its record and its objects."""
+    values = {
+        "ids": np.array(ids, np.uint32), "loss_mask": np.array(mask, np.uint8), "lengths": np.array(lengths, np.uint32)
+    }  # fmt: skip
+    encoded = {array.name: objects.encode(values[array.name], array, shard_rows=8, k=1) for array in layout.TOKENS}
+    sizes = {"documents": len(lengths), "rows": len(ids), "counted": sum(mask), "computed_from": None, "seconds": 0.0}
+    return commits.describe("tokens", 0, values, made_by=maker(SPEC), **sizes), encoded
+
+
+# Of other lengths, and B without an object for its loss mask: an array that is all fill value has none.
+A = attempt([4, 1, 3, 5, 1, 2, 0], [0, 1, 1, 0, 1, 1, 0], [4, 3])
+B = attempt([2, 2, 3], [0, 0, 0], [2, 1])
+C = attempt([5, 4, 5, 4, 5], [1, 1, 1, 0, 0], [4, 1])
+EVERYBODY = (A, B, C)
+
+
+class World:
+    """An empty store on one kind of storage, that can be emptied again."""
+
+    def __init__(self, url):
+        self.url = url
+        writer.create_store(Storage(url), SPEC)
+        self.is_local = Storage(url).is_local
+        self._empty = self.content()
+
+    def process(self, function, *args, storage=None):
+        stepped = storage or (Storage if self.is_local else SteppedStorage)(self.url)
+        return Process(lambda: function(stepped, *args))
+
+    def writer(self, attempt, storage=None):
+        return self.process(publish.publish, *attempt, storage=storage)
+
+    def content(self):
+        """All that is stored, by path."""
+        if self.is_local:
+            files = [path for path in Path(self.url).rglob("*") if path.is_file()]
+            return {path.relative_to(self.url).as_posix(): path.read_bytes() for path in files}
+        store = Storage(self.url)._fs.store
+        root = Storage(self.url).root + "/"
+        return {path.removeprefix(root): file.getvalue() for path, file in store.items() if path.startswith(root)}
+
+    def restore(self, content=None):
+        """Puts everything back as it was when empty, or at another moment."""
+        content = self._empty if content is None else content
+        fs, root = Storage(self.url)._fs, Storage(self.url).root
+        if self.is_local:
+            for name in ("staging", "commits", *(f"tokens/{array.name}/c" for array in layout.TOKENS)):
+                shutil.rmtree(f"{root}/{name}", ignore_errors=True)
+        else:
+            for path in self.content():
+                del fs.store[f"{root}/{path}"]
+        for path, data in content.items():
+            fs.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
+            fs.pipe_file(f"{root}/{path}", data)
+
+
+@contextlib.contextmanager
+def make_world(kind, tmp_path, monkeypatch):
+    """A world on the local disk or in memory."""
+    # Syncing costs a millisecond each, and shows only when the power is cut.
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    if kind == "local":
+        watch(tmp_path / "s")
+        yield World(str(tmp_path / "s"))
+    else:
+        world = World(f"memory://{uuid.uuid4().hex}")
+        yield world
+        fsspec.filesystem("memory").rm(Storage(world.url).root, recursive=True)
+
+
+def whose(world, candidates=EVERYBODY):
+    """Opens the store as a reader and tells whose shard is there, whole; None if there is none."""
+    store = Store(Storage(world.url))
+    try:
+        arrays = store.read_arrays("tokens", 0)
+    except LayerNotFoundError:
+        return None
+    commit = store.commit("tokens", 0)
+    (found,) = [candidate for candidate in candidates if candidate[0] == commit]
+    assert commits.digest("tokens", arrays) == commit.digest
+    assert store.num_rows == commit.rows
+    return found
+
+
+def check_finished(world, candidates=EVERYBODY, *, stopped=False):
+    """Checks that the store is what one writer alone would have left: every file of it, and no other.
+
+    A writer that was stopped while it wrote a commit record leaves half a file of another name beside it.
+    """
+    commit, encoded = whose(world, candidates)
+    expected = {layout.object_path("tokens", array, 0): encoded[array.name] for array in layout.TOKENS}
+    expected = {path: data for path, data in expected.items() if data is not None}
+    expected |= {f"commits/tokens/{commit.name}": commits.to_bytes(commit)} | world._empty
+    content = world.content()
+    if stopped:
+        content = {path: data for path, data in content.items() if not re.fullmatch("commits/.*[.]partial", path)}
+    else:
+        assert verify(Store(Storage(world.url)), num_threads=1) == []
+    assert content == expected
+    return commit
+
+
+def num_steps(world, function, *args):
+    """Counts the steps of a process in an empty store."""
+    world.restore()
+    process = world.process(function, *args)
+    process.run()
+    world.restore()
+    return len(process.steps)

@@ -1,0 +1,178 @@
+"""A plain model of a store, and tiny random values to fill it with: no model, no tokenizer, no file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from logitstore import Rows, codec, commits, layout, writer
+from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
+from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+
+VOCAB, K, SHARD_ROWS, MAX_LENGTH = 8, 2, 16, 5
+LAYERS = ("tokens", "target", "losses/a", "losses/b")
+MODEL = ModelSpec(name="none", revision="0", dtype="float32", padded_vocab_size=VOCAB)
+
+
+def data_spec(version):
+    name = f"sha256:{version:064d}"
+    return DataSpec(source=str(version), digest=name, columns="input_ids", mask_policy="given", documents=name)
+
+
+def spec_of(num_shards):
+    return StoreSpec(
+        tokenizer=TokenizerSpec(name="none", fingerprint=f"sha256:{'0' * 64}", vocab_size=VOCAB, chat_template=None),
+        data=data_spec(0), max_length=MAX_LENGTH, shard_rows=SHARD_ROWS, num_shards=num_shards,
+        target=TargetSpec(model=MODEL, scheme=Scheme(k=K)), losses={name: LossSpec(model=MODEL) for name in ("a", "b")},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attempt:
+    """What one writer has computed for a shard of a layer."""
+
+    key: tuple
+    """Layer and shard."""
+    arrays: dict
+    lengths: np.ndarray
+    mask: np.ndarray
+    """Rows that have values."""
+    computed_from: str | None
+    set_aside: dict
+
+    @property
+    def digest(self):
+        return commits.digest(self.key[0], self.arrays)
+
+    @property
+    def sizes(self):
+        return {
+            "documents": len(self.lengths), "rows": len(self.mask), "counted": int(self.mask.sum()),
+            "computed_from": self.computed_from, "set_aside": self.set_aside,
+        }  # fmt: skip
+
+    @property
+    def name(self):
+        """Of its commit record."""
+        return commits.describe(*self.key, self.arrays, made_by="", seconds=0.0, **self.sizes).name
+
+    def write(self, storage, spec):
+        """Writes it as the dump does; returns the record that is committed then."""
+        into = writer.LayerWriter(storage, spec, self.key[0])
+        return into.write(self.key[1], self.arrays, started=time.monotonic(), **self.sizes)
+
+
+def tokens_attempt(shard, seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, MAX_LENGTH + 1, rng.integers(1, 4)).astype(np.uint32)
+    mask = rng.random(lengths.sum()) < rng.choice([0.0, 0.6, 1.0])  # where none counts, most arrays have no object
+    mask[np.cumsum(lengths) - 1] = False
+    ids = rng.integers(0, VOCAB, len(mask), np.uint32)
+    arrays = {"ids": ids, "loss_mask": mask.astype(np.uint8), "lengths": lengths}
+    return Attempt(key=("tokens", shard), arrays=arrays, lengths=lengths, mask=mask, computed_from=None, set_aside={})
+
+
+def computed_attempt(layer, below, seed, set_aside):
+    """Values of `target` or losses for what is committed in the layer below, with some documents set aside."""
+    rng = np.random.default_rng(seed)
+    kept = np.ones(len(below.lengths), dtype=bool)
+    kept[list(set_aside)] = False
+    mask = below.mask & np.repeat(kept, below.lengths)
+    if layer == "target":
+        arrays = target_arrays(rng, below.arrays["ids"], mask)
+    else:
+        ce, label = (np.where(mask, rng.exponential(2.0, len(mask)), np.nan).astype(np.float32) for _ in range(2))
+        arrays = {"ce": codec.round_mantissa(ce), "label_logprob": codec.round_mantissa(-label)}
+    return Attempt(
+        key=(layer, below.key[1]), arrays=arrays, lengths=below.lengths, mask=mask, computed_from=below.digest,
+        set_aside=set_aside,
+    )  # fmt: skip
+
+
+def target_arrays(rng, ids, mask):
+    p = np.where(mask[:, None], rng.dirichlet(np.ones(VOCAB), len(mask)), np.nan)
+    order = np.argsort(-p, axis=1)[:, :K]
+    kept = np.take_along_axis(p, order, 1)
+    rows = Rows(
+        counts=K * mask.astype(np.int64),
+        token_ids=order[mask].ravel().astype(np.uint32),
+        logprobs=np.log(kept[mask]).ravel().astype(np.float32),
+        tail_mass=(1 - kept.sum(1)).astype(np.float32),
+        label_logprob=np.log(p[np.arange(len(mask)), np.roll(ids, -1)]).astype(np.float32),
+        entropy=-(p * np.log(p)).sum(1).astype(np.float32),
+    )
+    return codec.encode(rows, codec.Codebook())
+
+
+def equal(found, expected):
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[name], expected[name], equal_nan=found[name].dtype.kind == "f") for name in expected
+    )
+
+
+class StoreModel:
+    """What a store holds, as dictionaries.
+
+    Attributes:
+        committed: Attempts, by layer and shard.
+        damaged: What is damaged of those, "record" or "objects".
+        parts: What documents there are, and in how many shards: those that the store began with, then those appended.
+        pending: The part that is being appended.
+    """
+
+    def __init__(self, seed, num_shards):
+        self.seed = seed
+        self.committed, self.damaged = {}, {}
+        self.parts = [(0, num_shards)]
+        self.pending = None
+
+    @property
+    def num_shards(self):
+        return sum(num for _, num in self.parts)
+
+    @property
+    def extent(self):
+        """Shards that readers see."""
+        return next((s for s in range(self.num_shards) if ("tokens", s) not in self.committed), self.num_shards)
+
+    def documents(self, shard):
+        """The tokens of a shard, which no two writers can disagree about."""
+        first = 0
+        for version, num in [*self.parts, self.pending]:
+            if shard < first + num:
+                return tokens_attempt(shard, [self.seed, version, shard])
+            first += num
+        raise AssertionError
+
+    def is_stale(self, key):
+        below = self.committed.get((layout.below(key[0]), key[1]))
+        return below is not None and self.committed[key].computed_from != below.digest
+
+    def chain(self, key):
+        """A shard of a layer, and what it was computed from."""
+        names = {"tokens": ("tokens",), "target": ("tokens", "target")}.get(key[0], ("tokens", "target", key[0]))
+        return [(name, key[1]) for name in names]
+
+    def errors(self, key):
+        """What reading a shard must raise, one of these; none if it must be read."""
+        found = set()
+        for link in self.chain(key):
+            if link not in self.committed:
+                found.add(LayerNotFoundError)
+            # Losses need the record of the target, not its values.
+            elif link in self.damaged and (link[0] != "target" or link == key or self.damaged[link] == "record"):
+                found.add(DamagedShardError)
+        if key in self.committed and self.is_stale(key):
+            found.add(IdentityError)
+        return tuple(found)
+
+    @property
+    def problems(self):
+        """What verify must find."""
+        stale = [
+            key for key in self.committed
+            if self.is_stale(key) and self.damaged.get((layout.below(key[0]), key[1])) != "record"
+        ]  # fmt: skip
+        return {key for key in (*self.damaged, *stale) if key[1] < self.num_shards}
