@@ -1,8 +1,8 @@
 """The commit protocol: how one attempt's bytes, and only one's, become a shard of a layer (docs/format.md).
 
 Any number of writers may work on one shard at once, be killed at any point, or finish long after they were given up.
-Zarr's keys are fixed, so nobody writes to them what he computed: he stages it under names of his own, the first to
-put his record at the winner's name wins, and everybody publishes the winner's bytes. Until the shard is committed
+Zarr's keys are fixed, so no writer puts there what it computed: each stages its bytes under names of its own, the first
+to put a record at the winner's name wins, and all publish the winner's bytes. Until the shard is committed
 nothing that was staged is removed, so there is one winner only; from then on nobody can win who would publish.
 """
 

@@ -218,6 +218,17 @@ class StoreMachine(RuleBasedStateMachine):
             self.learn()
             self.zombies.append((process, key, self.epochs[key]))
 
+    @precondition(lambda self: self.model.committed)
+    @rule(which=some, other=st.integers(0, 3), aside=st.booleans())
+    def compute_again(self, which, other, aside):
+        """Takes a shard back and writes it anew, with other values perhaps: what was computed from it is stale then."""
+        key = self.choose(which, self.model.committed)
+        take_back(Storage(self.url), *key)
+        self.forget(key)
+        if key[1] < self.model.num_shards and (attempt := self.compute(key, other, aside)) is not None:
+            self.finish(self.stepped(attempt.write, spec_of(self.model.num_shards)), key, self.epochs[key])
+        self.tell("computed again")
+
     def finish(self, process, key, epoch):
         """Lets a writer go on to its end."""
         try:
