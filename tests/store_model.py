@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from logitstore import Rows, codec, commits, layout, writer
+from logitstore import Rows, appends, codec, commits, layout, writer
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
 
@@ -104,6 +104,18 @@ def target_arrays(rng, ids, mask):
         entropy=-(p * np.log(p)).sum(1).astype(np.float32),
     )
     return codec.encode(rows, codec.Codebook())
+
+
+def add_documents(storage, spec, number, new, attempts):
+    """Appends as the dump does. Returns whether the documents are there then: another append may be under way."""
+    if appends.claim(storage, number, new) != new:
+        return False
+    for attempt in attempts:
+        attempt.write(storage, spec)
+    writer.make_room(storage, spec_of(new.first_shard + new.num_shards), "tokens")
+    appends.write_append(storage, number, new)
+    appends.drop_claim(storage, number)
+    return True
 
 
 def equal(found, expected):

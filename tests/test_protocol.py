@@ -40,11 +40,9 @@ def pairs(world, first, second):
     return every if LONG or not world.is_local else itertools.islice(every, 0, None, 31)
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(("world", "links"), [("local", True), ("local", False), ("memory", True)], indirect=["world"])
 def test_a_writer_that_is_killed_anywhere_leaves_nothing_wrong(world, monkeypatch, links):
     if not links:
-        if not world.is_local:
-            pytest.skip("links are of local disks")
         monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(local_files, "ABANDONED_S", 0)
     steps = num_steps(world, publish.publish, *A)

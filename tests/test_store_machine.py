@@ -12,12 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
-import uuid
-from collections import Counter
 
-import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,123 +25,35 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from stepping import Process, SteppedStorage, watch
-from store_model import LAYERS, StoreModel, computed_attempt, data_spec, equal, spec_of
+from known_store import KnownStore, told
+from store_model import LAYERS, StoreModel, add_documents, computed_attempt, data_spec, equal, spec_of
 
 from logitstore import appends, commits, layout, writer
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.reader import Store
 from logitstore.spec import Append
 from logitstore.storage import Storage
-from logitstore.verify import check_shard, repair, take_back, verify
+from logitstore.verify import repair, take_back, verify
 
 EXAMPLES = os.environ.get("LOGITSTORE_EXAMPLES")
 MOST_SHARDS = 5
-told = Counter()
-"""What happened in all stories."""
-
-
-def add_documents(storage, spec, number, new, attempts):
-    """Appends as the dump does. Returns whether the documents are there then: another append may be under way."""
-    if appends.claim(storage, number, new) != new:
-        return False
-    for attempt in attempts:
-        attempt.write(storage, spec)
-    writer.make_room(storage, spec_of(new.first_shard + new.num_shards), "tokens")
-    appends.write_append(storage, number, new)
-    appends.drop_claim(storage, number)
-    return True
-
-
 moments = st.one_of(st.integers(1, 25), st.integers(26, 140))
 """How many steps a process may take: a writer takes some 20 in a bucket, 60 to 120 on a disk."""
 some = st.integers(0, 2**16)
 """Chooses one of several, by its remainder."""
 
 
-class StoreMachine(RuleBasedStateMachine):
-    """A store and its model; the rest says what may still happen to it."""
+class StoreMachine(KnownStore, RuleBasedStateMachine):
+    """What may happen, and what must be true after each step."""
 
     @initialize(kind=st.sampled_from(["local", "memory"]), num_shards=st.integers(1, 3), seed=some, full=st.booleans())
     def create(self, kind, num_shards, seed, full):
-        self.folder = tempfile.mkdtemp() if kind == "local" else None
-        self.url = f"{self.folder}/s" if self.folder else f"memory://{uuid.uuid4().hex}"
-        if self.folder:
-            watch(self.url)
-        self.model = StoreModel(seed, num_shards)
-        self.staged = {}
-        """By layer and shard: attempts that may be published yet, by the names of their records."""
-        self.attempts = {}
-        """All that were ever made, by layer, shard and name."""
-        self.epochs = Counter()
-        """By layer and shard: how often what was staged was thrown away. Zombies from before may do damage."""
-        self.zombies, self.readers = [], []
+        self.begin(kind, StoreModel(seed, num_shards))
         writer.create_store(Storage(self.url), spec_of(num_shards))
         self.grow()
         self.tell(f"a store on {kind}")
         if full:
             self.dump(0, wake=False)
-
-    def teardown(self):
-        for process, *_ in getattr(self, "zombies", ()):
-            process.kill()
-        if getattr(self, "folder", None):
-            shutil.rmtree(self.folder)
-        elif hasattr(self, "url"):
-            fsspec.filesystem("memory").rm(Storage(self.url).root, recursive=True)
-
-    def tell(self, what):
-        told[what] += 1
-
-    # How the model learns what interrupted processes have done
-
-    def stepped(self, function, *args):
-        storage = (Storage if self.folder else SteppedStorage)(self.url)
-        return Process(lambda: function(storage, *args))
-
-    def records(self, key):
-        names = Storage(self.url).names(commits.folder(key[0]))
-        return [name for name in names if name.startswith(f"{key[1]:06d}-") and name.endswith(".json")]
-
-    def forget(self, key):
-        """A shard was taken back: what was staged for it and for what is computed from it is gone."""
-        self.model.committed.pop(key, None)
-        self.model.damaged.pop(key, None)
-        for layer in LAYERS[LAYERS.index(key[0]) :]:
-            if key[0] in ("tokens", "target") or layer == key[0]:
-                self.staged.pop((layer, key[1]), None)
-                self.epochs[layer, key[1]] += 1
-
-    def learn(self, may_vanish=()):
-        """Looks which shards are committed now. Those that were must be; others may be if somebody staged them."""
-        for key in {*self.model.committed, *self.staged, *may_vanish}:
-            found = self.records(key)
-            if key in self.model.committed:
-                if not found and key in may_vanish:
-                    self.forget(key)
-                elif self.model.damaged.get(key) != "record":
-                    assert found == [self.model.committed[key].name], key
-            elif found:
-                (name,) = found
-                self.model.committed[key] = self.staged[key][name]
-
-    def settle(self, key):
-        """Looks what became of a shard that somebody may have harmed, or healed, who should have been dead."""
-        found = self.records(key)
-        if found:
-            self.model.committed[key] = self.attempts[(*key, found[0])]
-            self.model.damaged.pop(key, None)
-            problem = check_shard(Store(Storage(self.url)), *key)
-            if problem is not None and not problem.reason.startswith("stale"):
-                self.model.damaged[key] = "record" if "commit record" in problem.reason else "objects"
-        else:
-            assert key not in self.model.committed
-
-    def settle_after_zombie(self, key):
-        before = key in self.model.damaged
-        self.settle(key)
-        if before != (key in self.model.damaged):
-            self.tell("healed by a zombie" if before else "damaged by a zombie")
 
     # What happens
 
@@ -314,14 +221,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.overwrite(path, changed)
         self.settle(key)
         assert not intact or data == changed or key in self.model.damaged
-
-    def overwrite(self, path, data):
-        storage = Storage(self.url)
-        full = f"{storage.root}/{path}"
-        if data is None:
-            storage._fs.rm_file(full)
-        else:
-            storage._fs.pipe_file(full, bytes(data))
 
     @rule(num=st.integers(1, 2), version=st.integers(1, 3), steps=st.none() | moments)
     def append(self, num, version, steps):
