@@ -17,8 +17,8 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready  ## the whole pipeline on real text, on a CPU
 	HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python jobs/demo.py
 
-test: $(VENV)/.ready  ## all tests
-	HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest
+test: $(VENV)/.ready  ## all tests, on two cores
+	HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .

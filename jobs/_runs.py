@@ -27,6 +27,7 @@ STEPS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = NOT_REPEATED | {
     *STEPS,
     "output_dir",  # the folder itself, by whatever path
+    "cache_dir", "cache_bytes", "storage_options",  # of a machine: how the same bytes are reached
     "disable_tqdm",
     "enable_jit_checkpoint",
     "include_num_input_tokens_seen",

@@ -9,7 +9,8 @@
 
 Run the same command again to go on after any kind of end: committed shards are skipped, those that were set aside are
 tried again. Exit status: 0 done; 1 nothing can be computed, or the disk or the bucket refuses; 2 a mistake in the
-arguments, nothing was tried; 3 documents or shards were set aside, all others are done.
+arguments, nothing was tried; 3 documents or shards were set aside, or taken back meanwhile by another job or a repair,
+all others are done.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from logitstore.errors import LayerNotFoundError, LogitStoreError
 from logitstore.layout import losses_layer
 from logitstore.options import storage_options
 from logitstore.reader import Store
+from logitstore.set_aside import explain_missing
 from logitstore.spec import LossSpec, ModelSpec, Scheme, TargetSpec, TokenizerSpec, check_room, maker
 from logitstore.storage import Storage
 from logitstore.verify import sweep
@@ -180,6 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
         "documents_set_aside": report.num_documents,
         "stale": report.stale,
+        "missing": report.missing,
     }
     return summary
 
@@ -299,6 +302,7 @@ def _check_target_complete(store: Store) -> None:
         raise LayerNotFoundError(
             f"target must be complete for losses, got {target.num_missing} of {store.spec.num_shards} shards missing "
             f"and {len(target.stale)} stale in {store.url}; run the dump with --target again to finish it"
+            f"{explain_missing(store.storage, 'target')}"
         )
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from logitstore.errors import FormatError
 from logitstore.spec import MAX_SHARDS, Append, from_json
-from logitstore.storage import parse_json, to_json_bytes
+from logitstore.storage import FROM_A_COPY, parse_json, to_json_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from logitstore.commits import Index
     from logitstore.spec import StoreSpec
     from logitstore.storage import Storage
 
@@ -125,3 +126,25 @@ def drop_claim(storage: Storage, number: int) -> bool:
 def joined(spec: StoreSpec, appends: tuple[Append, ...]) -> StoreSpec:
     """Returns the spec of the store with what was appended."""
     return dataclasses.replace(spec, appends=appends, num_shards=spec.num_shards + sum(a.num_shards for a in appends))
+
+
+def check_end(storage: Storage, spec: StoreSpec, tokens: Index) -> None:
+    """Checks that no documents lie behind a store's end but those of an append: it must not end early unnoticed.
+
+    Args:
+        storage: The store's root.
+        spec: What a reader has, with the appends that it saw.
+        tokens: Shards of tokens that it saw after that.
+
+    Raises:
+        FormatError: Some do.
+    """
+    if not (behind := len(tokens) - len(tokens.upto(spec.num_shards))):
+        return
+    number = len(spec.appends) + 1
+    if {f"{number:06d}.claim", f"{number:06d}.json"}.isdisjoint(storage.names(FOLDER)):
+        raise FormatError(
+            f"store must hold all shards that are committed, got {storage.url} that ends before shard "
+            f"{spec.num_shards} with {behind} behind it: zarr.json was changed, or a file in {FOLDER}/ is gone; "
+            f"{FROM_A_COPY}, or run the dump with the --data of these documents and --append"
+        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from fsspec.config import apply_config
 from fsspec.core import split_protocol
-from fsspec.registry import known_implementations
+from fsspec.registry import known_implementations, registry
 
 from logitstore.errors import MissingDriverError
 
@@ -28,6 +28,7 @@ CREDENTIAL_ERRORS = frozenset(
 """Names of what the drivers' own libraries raise for credentials, told by name: none of them need be installed."""
 
 S3 = ("s3", "s3a")
+AZURE = ("abfs", "abfss", "az")
 
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 """No space, no permission, larger than a file may be: another try finds the same."""
@@ -35,6 +36,13 @@ REFUSED_CODES = frozenset(
     {"InvalidToken", "TokenRefreshRequired", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
 )
 """The same by services of S3, in words that s3fs has no such number for."""
+REFUSED_STATUSES = frozenset({"401", "403"})
+"""Of HTTP. Where drivers have no exception of their own for them, they stand in one of these attributes."""
+STATUS_ATTRIBUTES = ("status_code", "status", "code")  # azure.core, aiohttp, gcsfs
+GCS_FORBIDDEN = "Forbidden: "
+"""How gcsfs begins what it says of a 403, which has no status of its own there."""
+GCS_THROTTLED = "ratelimitexceeded"
+"""A 403 of Google Cloud Storage that passes."""
 POINTLESS = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR})
 """The request itself is at fault."""
 
@@ -51,7 +59,7 @@ def open_fs(url: str, storage_options: dict[str, Any] | None = None, *, tries_ag
         MissingDriverError: No installed package opens this protocol; the message names the one that would.
     """
     protocol = split_protocol(url)[0]
-    if protocol is not None and protocol not in fsspec.available_protocols():
+    if protocol is not None and protocol not in known_implementations and protocol not in registry:
         raise MissingDriverError(
             f"url must have a protocol that fsspec knows, got url={without_credentials(url)}; "
             "give a folder, s3://, gs:// or abfs://, or install the package that registers this protocol"
@@ -87,10 +95,16 @@ def _open_s3(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def without_credentials(url: str) -> str:
-    """Drops `user:password@` from a URL, so that it may be stored and printed."""
+    """Drops `user:password@` from a URL, so that it may be stored and printed.
+
+    In `abfs://CONTAINER@ACCOUNT.dfs.core.windows.net` it is the container that stands before the @, and stays.
+    """
     scheme, separator, rest = url.partition("://")
     authority, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}" if separator else url
+    user, at, host = authority.rpartition("@")
+    if scheme in AZURE and at:
+        host = f"{user.partition(':')[0]}@{host}"
+    return f"{scheme}{separator}{host}{slash}{path}" if separator else url
 
 
 def fetch(fs: Any, paths: Sequence[str], limits: Sequence[int]) -> list[bytes | Exception]:  # noqa: ANN401
@@ -131,6 +145,7 @@ def is_refusal(error: BaseException) -> bool:
         or (isinstance(link, OSError) and link.errno in REFUSED)
         or type(link).__name__ in CREDENTIAL_ERRORS
         or _code(link) in REFUSED_CODES
+        or _is_forbidden(link)
         for link in _chain(error)
     )
 
@@ -147,6 +162,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None:
         yield link
         link = link.__cause__
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    statuses = {str(getattr(error, name, None)) for name in STATUS_ATTRIBUTES}
+    text = str(error)
+    said_no = not statuses.isdisjoint(REFUSED_STATUSES) or (isinstance(error, OSError) and GCS_FORBIDDEN in text[:20])
+    return said_no and GCS_THROTTLED not in text.lower()
 
 
 def _code(error: BaseException) -> object:

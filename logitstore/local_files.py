@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 """Ends the names of files that are being written, or that a killed writer left."""
+NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+"""What file systems without hard links say to one, or that a file has all that it may have."""
 ABANDONED_S = 24 * 60 * 60
 """A file that is still partial after this long is nobody's any more."""
 
@@ -56,7 +58,9 @@ def create(final: Path, data: bytes) -> bool:
             os.link(partial, final)
         except FileExistsError:
             return False
-        except OSError:  # a file system without hard links
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
             return _rename_if_free(partial, final)
         return True
 
@@ -71,9 +75,9 @@ def copy(source: Path, final: Path) -> None:
     with _partial(final, beside=source) as partial:
         try:
             os.link(source, partial)
-        except FileNotFoundError:
-            raise
-        except OSError:  # a file system without hard links
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
             with source.open("rb") as data, partial.open("xb") as file:
                 shutil.copyfileobj(data, file)
                 file.flush()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from logitstore import codec, commits, layers, layout, shards
-from logitstore.appends import joined, read_appends
+from logitstore.appends import check_end, joined, read_appends
 from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError, StoreNotFoundError
 from logitstore.row_values import RowValues
@@ -185,7 +185,7 @@ class Store:
 
     def shard(self, shard: int, layers: Sequence[str] | None = None) -> Shard:
         """Like `read_shard`, and keeps the last few in memory."""
-        key = (shard, tuple(layers or self.layers))
+        key = (shard, tuple(layers if layers is not None else self.layers))
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
@@ -279,7 +279,7 @@ class Store:
         names = {layer: self._record(layer, shard) for layer in wanted}
         try:
             return self._read_once(shard, names, cached=True)
-        except DamagedShardError:
+        except (DamagedShardError, IdentityError):  # of a store that was made anew at this URL, perhaps
             if self.storage.cache is None:
                 raise
         paths = [path for layer, name in names.items() for path in shards.paths(self.spec, layer, shard, name)[0]]
@@ -386,7 +386,9 @@ def open(
 
     Raises:
         StoreNotFoundError: There is no store.
-        FormatError: It is of another format version, or its metadata is malformed.
+        FormatError: It is of another format version, its metadata is malformed, or says less than is committed.
         MissingDriverError: No installed package opens such a URL.
     """
-    return Store(Storage(url, storage_options, None if cache_dir is None else (cache_dir, cache_bytes)))
+    store = Store(Storage(url, storage_options, None if cache_dir is None else (cache_dir, cache_bytes)))
+    check_end(store.storage, store.spec, store.layers["tokens"].index)
+    return store

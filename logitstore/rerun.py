@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from logitstore.reader import Store
-    from logitstore.spec import TargetSpec
+    from logitstore.spec import ModelSpec, TargetSpec
 
 JOB = "python jobs/dump_logits.py"
 
@@ -29,8 +29,10 @@ def commands(store: Store, shards: Collection[tuple[str, int]]) -> list[str]:
         [JOB, "--store", store.url, "--data", source, "--tokenizer", store.spec.tokenizer.name, *_sizes(store.spec)]
         for source in _sources(store.spec, {shard for layer, shard in shards if layer == "tokens"})
     ]
-    if models := [*_target(store.spec.target, layers), *_references(store.spec, layers)]:
-        lines.append([JOB, "--store", store.url, *models])
+    parts: dict[str, list[str]] = {}  # by dtype: one command knows one
+    for model, flags in [*_target(store.spec.target, layers), *_references(store.spec, layers)]:
+        parts.setdefault(model.dtype, []).extend(flags)
+    lines += [[JOB, "--store", store.url, *flags, "--dtype", dtype] for dtype, flags in parts.items()]
     return [f"{line[0]} {shlex.join(line[1:])}" for line in lines]
 
 
@@ -45,19 +47,19 @@ def _sizes(spec: StoreSpec) -> list[str]:
     return [] if spec.shard_rows == default else ["--shard_rows", str(spec.shard_rows)]
 
 
-def _target(target: TargetSpec | None, layers: Collection[str]) -> Iterator[str]:
+def _target(target: TargetSpec | None, layers: Collection[str]) -> Iterator[tuple[ModelSpec, list[str]]]:
     if target is None or "target" not in layers:
         return
     scheme, revision = target.scheme, target.model.revision
-    yield from ("--target", target.model.name)
+    flags = ["--target", target.model.name]
     if re.fullmatch("[0-9a-f]{40}", revision):
-        yield from ("--revision", revision)
+        flags += ["--revision", revision]
     if scheme.name != "topk":
-        yield from ("--scheme", scheme.name, "--mass", f"{scheme.mass:g}", "--k_min", str(scheme.k_min))
-    yield from ("--k", str(scheme.k))
+        flags += ["--scheme", scheme.name, "--mass", repr(scheme.mass), "--k_min", str(scheme.k_min)]
+    yield target.model, [*flags, "--k", str(scheme.k)]
 
 
-def _references(spec: StoreSpec, layers: Collection[str]) -> Iterator[str]:
+def _references(spec: StoreSpec, layers: Collection[str]) -> Iterator[tuple[ModelSpec, list[str]]]:
     for name, loss in spec.losses.items():
         if f"losses/{name}" in layers:
-            yield from ("--reference", f"{name}={loss.model.name}")
+            yield loss.model, ["--reference", f"{name}={loss.model.name}"]

@@ -75,6 +75,12 @@ def read_set_aside(storage: Storage, layer: str) -> dict[int, SetAside]:
     return {shard: entry for shard, entry in zip(shards, _read(storage, layer, shards), strict=True) if entry}
 
 
+def explain_missing(storage: Storage, layer: str) -> str:
+    """Returns why the first shard of a layer that was set aside was, as a clause to end a message with; "" for none."""
+    found = read_set_aside(storage, layer)
+    return "".join(f"; shard {shard} was set aside: {entry.reason}" for shard, entry in list(found.items())[:1])
+
+
 def clear(storage: Storage, layer: str, shard: int) -> None:
     """Removes the record of a shard, if there is one."""
     storage.remove(_path(layer, shard))

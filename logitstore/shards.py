@@ -159,6 +159,7 @@ def check_target(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[A
     Raises:
         DamagedShardError: They are not.
     """
+    _check_counted(commit, mask)
     counts = arrays["counts"]
     if len(counts) != len(mask) or int(counts.sum(dtype=np.int64)) != commit.entries:
         raise DamagedShardError("target", commit.shard, "counts that do not add up to its entries")
@@ -177,8 +178,15 @@ def check_losses(commit: Commit, arrays: Mapping[str, NDArray[Any]], mask: NDArr
     Raises:
         DamagedShardError: They are not.
     """
+    _check_counted(commit, mask)
     _check_floats(commit.layer, commit, "ce", arrays["ce"], mask, least=-SLACK_NATS)
     _check_floats(commit.layer, commit, "label_logprob", arrays["label_logprob"], mask, most=SLACK_NATS)
+
+
+def _check_counted(commit: Commit, mask: NDArray[np.bool_]) -> None:
+    if (counted := int(mask.sum())) != commit.counted:
+        reason = f"a commit record with counted={commit.counted}, not {counted}"
+        raise DamagedShardError(commit.layer, commit.shard, reason)
 
 
 def _check_floats(

@@ -25,6 +25,9 @@ MAX_SHARD_ROWS = 2**24
 MAX_SHARD_ENTRIES = 2**26
 """What a store may ask of the memory of a reader: just under 1 GB for the entries of a shard at the very most."""
 
+ELSEWHERE = ("target", "losses", "appends")
+"""Fields of an opened store's spec that are not in the root's attributes."""
+
 T = TypeVar("T")
 
 
@@ -186,9 +189,7 @@ class StoreSpec:
 def to_json(spec: StoreSpec | TargetSpec | LossSpec) -> dict[str, Any]:
     """Returns what is kept in the attributes of the spec's group."""
     values = dataclasses.asdict(spec)
-    if isinstance(spec, StoreSpec):
-        del values["target"], values["losses"], values["appends"]
-    return values
+    return {name: value for name, value in values.items() if name not in ELSEWHERE}
 
 
 def check_room(shard_rows: int, k: int) -> None:
@@ -209,7 +210,7 @@ def maker(spec: StoreSpec | TargetSpec | LossSpec) -> str:
 def _identity(spec: object) -> object:
     if not dataclasses.is_dataclass(spec):
         return spec
-    joined = ("target", "losses", "appends") if isinstance(spec, StoreSpec) else ()
+    joined = ELSEWHERE if isinstance(spec, StoreSpec) else ()
     return {
         f.name: _identity(getattr(spec, f.name))
         for f in dataclasses.fields(spec)
@@ -237,6 +238,9 @@ def from_json(cls: type[T], values: object, where: str) -> T:
         )
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if cls is StoreSpec:
+        for name in ELSEWHERE:
+            del fields[name]
     if unknown := sorted(set(values) - set(fields)):
         raise FormatError(f"{where} must have known fields only, got {unknown[0]!r:.80}; a newer version wrote it")
     converted = {}

@@ -35,6 +35,8 @@ FIRST_PATIENCE_S = 15.0
 """How long before that: an address that is wrong must show soon."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
 """Waits between tries: each twice the one before, drawn between half and all of it."""
+COPIES_AT_ONCE = frozenset({"s3", "gs", "memory"})
+"""File systems whose copy is there once they say so. Azure may make it later, from what is at the source then."""
 REQUESTS_AT_ONCE = 8
 """Objects written at once to a bucket by one process."""
 FROM_A_COPY = "restore it from a copy of the store"
@@ -262,8 +264,19 @@ class Storage:
         """
         if self.is_local:
             self._try(lambda: local_files.copy(self._inside(source), self._inside(path)), path)
-        else:
-            self._try(lambda: self._fs.cp_file(f"{self.root}/{source}", f"{self.root}/{path}"), path)
+            return
+        full = (f"{self.root}/{source}", f"{self.root}/{path}")
+        self._try(lambda: self._fs.cp_file(*full), path)
+        if COPIES_AT_ONCE.isdisjoint([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol):
+            self._try(lambda: self._check_copied(*full), path)
+
+    def _check_copied(self, source: str, copy: str) -> None:
+        size = self._fs.info(source)["size"]
+        wanted, found = fetch(self._fs, [source, copy], [size, size])
+        if isinstance(wanted, Exception):
+            raise wanted
+        if found != wanted:
+            raise TimeoutError("the service has not finished its copy")
 
     def remove(self, path: str) -> None:
         """Deletes an object, if it is there; on a local disk also a folder in its place."""
@@ -278,13 +291,9 @@ class Storage:
         self._try(removed, path)
 
     def remove_folder(self, path: str) -> None:
-        """Deletes a folder and all in it, if it is there."""
+        """Deletes a folder of a local disk and all in it, if it is there; a bucket has no folders."""
         if self.is_local:
             self._try(lambda: local_files.remove_folder(str(self._inside(path))), path)
-            return
-        # Not by `rm`: it takes a folder with brackets in its name for a pattern.
-        found = self._try(lambda: self._sizes(f"{self.root}/{path}"), path)
-        self.for_each(self.remove, [name.removeprefix(f"{self.root}/") for name in found])
 
     def remove_partials(self, path: str) -> int:
         """Deletes what writers killed a day ago or more left in a folder. Returns how many files.

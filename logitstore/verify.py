@@ -173,8 +173,8 @@ def _check_outside(store: Store) -> Iterator[Problem]:
         if intact := [shard for shard, problem in zip(outside, found, strict=True) if problem is None]:
             reason = (
                 f"shards {spans(runs(intact))} are committed, but the store ends before shard {store.spec.num_shards}: "
-                f"a file in {FOLDER}/ is gone; restore it from a copy of the store, or run the dump with the --data of "
-                "these documents and --append"
+                f"zarr.json was changed, or a file in {FOLDER}/ is gone; restore it from a copy of the store, or run "
+                "the dump with the --data of these documents and --append"
             )
             yield Problem(layer=name, shard=None, reason=reason)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from logitstore import commits, layout, objects, publish
 from logitstore.attributes import read_attributes, stored_spec
-from logitstore.errors import FormatError, IdentityError, LayerNotFoundError
+from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError
 from logitstore.shards import entries_per_row
 from logitstore.spec import LossSpec, StoreSpec, TargetSpec, check_room, check_same, maker, to_json
 from logitstore.storage import parse_json
@@ -71,13 +71,18 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
     layout.layer_arrays(layer)
     if isinstance(layer_spec, TargetSpec):
         check_room(spec.shard_rows, layer_spec.scheme.k)
-    if not check_layer(storage, layer, layer_spec):
-        # Whoever still writes for the other model is refused by his next commit, and his commits by readers.
-        storage.remove_folder(layer)
-        storage.remove_folder(f"staging/{layer}")
+    is_ours = check_layer(storage, layer, layer_spec)
     if "/" in layer:
         storage.create(f"{layer.partition('/')[0]}/zarr.json", objects.group_metadata({}))
-    storage.create(f"{layer}/zarr.json", objects.group_metadata({"logitstore": to_json(layer_spec)}))
+    path, metadata = f"{layer}/zarr.json", objects.group_metadata({"logitstore": to_json(layer_spec)})
+    if is_ours:
+        storage.create(path, metadata)
+    else:
+        # Whoever still writes for the other model is refused by his next commit, and his commits by readers. Values
+        # stay: without a commit they mean nothing, and they may have one by now, of another writer of this very model.
+        storage.put(path, metadata)
+        for array in layout.layer_arrays(layer):
+            storage.remove(f"{layer}/{array.name}/zarr.json")
     if read_attributes(storage, layer) is None or not check_layer(storage, layer, layer_spec):
         raise IdentityError(
             f"{layer} must be begun by one job at a time, got another that began it with another model just now; stop "
@@ -152,6 +157,16 @@ def _with(spec: StoreSpec, layer_spec: TargetSpec | LossSpec) -> StoreSpec:
     return replace(spec, target=layer_spec) if isinstance(layer_spec, TargetSpec) else spec
 
 
+def _is_readable(commit: Commit) -> bool:
+    """Returns whether readers will take a record: the reasons in it may be long, or have too many brackets."""
+    data = commits.to_bytes(commit)
+    try:
+        commits.parse(data, commit.layer, commit.shard, commit.name)
+    except DamagedShardError:
+        return False
+    return len(data) <= MAX_RECORD_BYTES
+
+
 class LayerWriter:
     """Writes shards of one layer. Any number, in any processes, may write at once, the same shards too."""
 
@@ -221,7 +236,7 @@ class LayerWriter:
             seconds=time.monotonic() - started,
             set_aside=set_aside,
         )
-        if len(commits.to_bytes(commit)) > MAX_RECORD_BYTES:
+        if not _is_readable(commit):
             raise ValueError(
                 f"set_aside must be of few documents, got {len(commit.set_aside)} of {documents} in shard {shard}; "
                 f"find out why they fail: {next(iter(commit.set_aside.values()), '')}"

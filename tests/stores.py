@@ -122,7 +122,7 @@ def blank(values, document):
 
 def write_shard(storage, spec, shard, values, *, set_aside=None, **changes):
     """Commits a shard of each layer that values are given for, in order. `changes` to the counts of the records."""
-    tokens = values.get("tokens")
+    tokens = values["tokens"]
     computed_from = None
     for layer, arrays in values.items():
         if layer.startswith("losses/"):
@@ -131,7 +131,7 @@ def write_shard(storage, spec, shard, values, *, set_aside=None, **changes):
             computed_from = commits.find(storage, "tokens", shard).digest
         sizes = {
             "documents": len(tokens["lengths"]), "rows": len(tokens["ids"]),
-            "counted": int((tokens["loss_mask"] == 1).sum()),
+            "counted": num_counted(tokens, () if layer == "tokens" else set_aside or ()),
         } | changes  # fmt: skip
         writer.LayerWriter(storage, spec, layer).write(
             shard,
@@ -141,6 +141,16 @@ def write_shard(storage, spec, shard, values, *, set_aside=None, **changes):
             set_aside=set_aside if layer == "target" else None,
             **sizes,
         )
+
+
+def num_counted(tokens, set_aside):
+    """How many rows count without some documents; where the mask lies, a mask of 1 does."""
+    mask = tokens["loss_mask"] == 1
+    lengths = tokens["lengths"].astype(np.int64)
+    ends = np.cumsum(lengths)
+    for document in set_aside:
+        mask[ends[document] - lengths[document] : ends[document]] = False
+    return int(mask.sum())
 
 
 def change_values(url, layer, shard, **arrays):
@@ -163,8 +173,8 @@ def change_values(url, layer, shard, **arrays):
         below = layout.below(name)
         writer.LayerWriter(storage, spec, name).write(
             shard, values, documents=commit.documents, rows=commit.rows,
-            counted=int((old["tokens"][0]["loss_mask"] == 1).sum()), started=time.monotonic(),
-            set_aside=commit.set_aside,
+            counted=num_counted(old["tokens"][0], () if name == "tokens" else old["target"][1].set_aside),
+            started=time.monotonic(), set_aside=commit.set_aside,
             computed_from=None if below is None else commits.find(storage, below, shard).digest,
         )  # fmt: skip
 

@@ -112,14 +112,17 @@ def test_info_says_how_far_a_store_is(url, capsys):
             [("tokens", 0), ("tokens", 5), ("tokens", 6)],
             ["--data 'my data.jsonl' --tokenizer tok --shard_rows 128", "--data b --tokenizer tok --shard_rows 128"],
         ),
-        ([("target", 0)], ["--target org/big --revision " + "a" * 40 + " --scheme nucleus --mass 0.9 --k_min 2 --k 6"]),
-        ([("losses/reference", 0)], ["--reference 'reference=a b'"]),
+        (
+            [("target", 0)],
+            [f"--target org/big --revision {'a' * 40} --scheme nucleus --mass 0.9 --k_min 2 --k 6 --dtype float32"],
+        ),
+        ([("losses/reference", 0)], ["--reference 'reference=a b' --dtype float32"]),
         (
             [("losses/reference", 0), ("tokens", 0), ("target", 1)],
             [
                 "--data 'my data.jsonl' --tokenizer tok --shard_rows 128",
                 "--target org/big --revision " + "a" * 40 + " --scheme nucleus --mass 0.9 --k_min 2 --k 6 "
-                "--reference 'reference=a b'",
+                "--reference 'reference=a b' --dtype float32",
             ],
         ),
     ],

@@ -76,13 +76,19 @@ def test_all_counts_huge_are_refused(reader, url):
 
 
 def test_a_record_of_a_shard_beyond_the_store_means_nothing(reader, url):
-    for layer in stores.LAYERS:
+    for layer in stores.LAYERS[1:]:
         name = stores.record(url, layer, 1).name
         for number in ("000003", "999999", "999999999"):
             path = Path(url, "commits", layer, number + name[6:])
             path.write_text("{")
     outcomes = check(reader, url, {"open": "", "info": "", "shard 2": "", "dataset of losses": ""})
     assert "shard 3" not in outcomes
+
+
+def test_tokens_beyond_the_store_are_refused(reader, url):
+    name = stores.record(url, "tokens", 1).name
+    Path(url, "commits", "tokens", "000003" + name[6:]).write_text("{")
+    check(reader, url, {"open": ".*ends before shard 3 with 1 behind it", "info": ""})
 
 
 def test_several_records_of_a_shard_are_damage(reader, url):
@@ -122,8 +128,9 @@ RECORDS = {
     "set_aside unicode": (with_value(set_aside={"\u0661": "x"}), "malformed set_aside"),
     "set_aside deep": (with_value(set_aside={"1": {"a": "b"}}), "malformed set_aside"),
     "set_aside many": (lambda r: r.update(set_aside={str(i): "x" for i in range(50_000)}), "fewer rows than"),
-    "set_aside other": (with_value(set_aside={"0": "x"}), "counts that are not those"),
-    "set_aside none": (with_value(set_aside={}), "counts that are not those"),
+    "set_aside other": (with_value(set_aside={"0": "x"}), "with counted="),
+    "set_aside none": (with_value(set_aside={}), "with counted="),
+    "counted fewer": (with_value(counted=1), "with counted=1, not"),
     "fewer rows": (with_value(rows=3, documents=5), "fewer rows than it counts"),
 }
 

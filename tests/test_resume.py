@@ -26,9 +26,12 @@ def folder(tiny, tiny_store, tmp_path_factory):
 def test_a_run_resumed_in_mid_epoch_equals_one_never_stopped(folder, tmp_path):
     shutil.copytree(folder / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
     (tmp_path / "out" / "checkpoint-9").mkdir()  # a checkpoint that was not finished
-    metrics = train_draft.main(
-        [str(folder / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "true"]
-    )
+    options = tmp_path / "options.json"
+    options.write_text("{}")
+    metrics = train_draft.main([
+        str(folder / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "true",
+        "--cache_dir", str(tmp_path / "cache"), "--storage_options", str(options),
+    ])  # fmt: skip
     assert metrics["steps"] == 12
     assert same_weights(weights(tmp_path / "out"), weights(folder))
 

@@ -82,9 +82,8 @@ def test_any_name_of_a_folder_is_that_folder(bucket, folder):
     assert storage.names_with("a/b", "3") == ["3"]
     assert storage.get_many(["a/b/0", "a/b/3", "a/b/4"], [9] * 3) == [b"", b"xx", None]
     assert storage.num_bytes("a") == 5
-    storage.remove_folder("a/b")
-    storage.remove_folder("nothing")
-    assert (storage.names("a/b"), beside.num_bytes("")) == ([], 3)
+    storage.remove("a/b/3")
+    assert (storage.names("a/b"), beside.num_bytes("")) == (["0", "1", "2"], 3)
 
 
 def test_sizes_and_names_take_one_listing(bucket, proxy):

@@ -120,6 +120,21 @@ def test_a_shard_is_not_there_without_its_commit(copy):
         store[int(store._first_document[1])]
 
 
+def test_a_shard_read_without_layers_is_not_taken_for_the_whole(tiny_store):
+    store = logitstore.open(tiny_store)
+    assert store.shard(0, layers=()).rows is None
+    assert store.shard(0).rows is not None
+
+
+def test_a_store_whose_spec_says_less_than_is_committed_is_refused(copy):
+    path = Path(copy, "zarr.json")
+    metadata = json.loads(path.read_text())
+    metadata["attributes"]["logitstore"]["num_shards"] = 2
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(FormatError, match=r"ends before shard 2 with 1 behind it: zarr.json was changed"):
+        logitstore.open(copy)
+
+
 def test_a_store_whose_tokens_are_not_all_there_ends_at_the_first_gap(copy):
     record(copy, "tokens", 1).unlink()
     store = logitstore.open(copy)
@@ -182,7 +197,7 @@ def test_info_and_verify_on_the_command_line(copy, capsys):
     [
         ("missing.zarr", "url must be that of a store, got url=missing.zarr"),
         ("nosuch://bucket/x", "protocol that fsspec knows, got url=nosuch://bucket/x"),
-        ("abfs://user:secret@container/x", "got url=abfs://container/x; pip install adlfs"),
+        ("abfs://user:secret@container/x", "got url=abfs://user@container/x; pip install adlfs"),
     ],
 )
 def test_a_url_that_cannot_be_opened_is_one_line(url, message, capsys):

@@ -219,6 +219,20 @@ def test_documents_that_fail_again_leave_the_commit_and_the_losses_as_they_are(s
     assert {path: path.stat().st_mtime_ns for path in Path(storage.root).rglob("*") if path.is_file()} == written
 
 
+def test_a_retry_that_fails_with_more_leaves_the_commit_as_it_is(storage, tokens, tiny, tmp_path):
+    (lacking,) = dumper(storage, broken(tiny.target, tmp_path / "one", nan_at(tokens.last))).dump(0, ["target"])
+    worse = dumper(storage, ModelSource(name=tiny.target))
+    score = worse._score_target
+
+    def fail_with_more(shard):
+        scored, left = score(shard)
+        return replace(scored, set_aside=dict.fromkeys([*lacking.set_aside, len(shard) - 2], "out of memory")), left
+
+    worse._score_target = fail_with_more
+    worse.dump(0, ["target"], retry=[lacking.name])
+    assert logitstore.open(storage.url).commit("target", 0) == lacking
+
+
 def test_losses_alone_are_tried_again_beside_a_target_that_stays(storage, tokens, tiny, tmp_path):
     reference = broken(tiny.reference, tmp_path / "reference", nan_at(tokens.rare))
     dumper(storage, ModelSource(name=tiny.target), reference=reference).dump(0, ["target", "losses/reference"])
@@ -271,6 +285,26 @@ def test_a_late_shard_of_a_job_that_lost_the_layer_is_replaced(storage, tiny):
     with pytest.raises(IdentityError, match="another job began it anew with another model"):
         late.dump(1, ["target"])
     assert logitstore.open(storage.url).commit("target", 0) == record
+
+
+def test_of_two_jobs_that_begin_a_layer_anew_the_later_leaves_what_the_first_has_committed(storage, tiny, monkeypatch):
+    spec = logitstore.open(storage.url).spec
+    anew = replace(spec.target, model=replace(spec.target.model, revision="1"))
+    check, committed = writer.check_layer, []
+
+    def check_and_be_late(*args):
+        is_same = check(*args)
+        if not committed:
+            committed.append(None)
+            writer.add_layer(storage, spec, "target", anew)
+            committed[:] = dumper(storage, ModelSource(name=tiny.target)).dump(0, ["target"])
+        return is_same
+
+    monkeypatch.setattr(writer, "check_layer", check_and_be_late)
+    writer.add_layer(storage, spec, "target", anew)
+    store = logitstore.open(storage.url)
+    assert [store.commit("target", 0)] == committed
+    assert logitstore.verify(store) == []
 
 
 def test_losses_of_a_target_that_was_replaced_meanwhile_are_computed_again(storage, tiny):

@@ -21,6 +21,7 @@ from logitstore.errors import IdentityError, LayerNotFoundError
 from logitstore.layout import losses_layer
 from logitstore.reader import CACHED_SHARDS
 from logitstore.rows import Rows
+from logitstore.set_aside import explain_missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,6 +116,7 @@ def check_complete(store: Store, layer: str) -> None:
         raise LayerNotFoundError(
             f"layer {layer!r} must have all of its {total} shards, got {there} in {store.url} (shard "
             f"{missing[0].start} is the first missing); run the dump again to finish it"
+            f"{explain_missing(store.storage, layer)}"
         )
     if stale := store.layers[layer].stale:
         raise IdentityError(

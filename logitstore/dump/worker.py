@@ -194,8 +194,9 @@ class ShardDumper:
             What is committed now, of this writer or of another; None if that is of no use.
         """
         computed_from = shard.tokens_digest if layer == "target" else shard.target_digest
+        # What was tried again gives way only to more of the same: a retry on a smaller device may fail with others.
         if replaced is not None and (
-            self._is_useless(replaced, computed_from) or commits.digest(layer, values.arrays) != replaced.digest
+            self._is_useless(replaced, computed_from) or set(values.set_aside) < set(replaced.set_aside)
         ):
             self._take_back(replaced)
         try:
