@@ -10,6 +10,7 @@ import time
 import fsspec
 import numpy as np
 import pytest
+import stores
 from faults import FaultyProxy, S3Server, s3_options
 
 import logitstore
@@ -69,6 +70,23 @@ def test_a_store_copied_into_a_bucket_is_the_same_store(bucket, tiny_store, tmp_
     options.write_text(json.dumps(bucket))
     assert cli.main(["info", "s3://bucket/copied.zarr", "--storage_options", str(options)]) == 0
     assert "hunter2" not in capsys.readouterr().out
+
+
+def test_a_store_made_anew_at_a_url_is_read_past_what_the_cache_has_of_the_old_one(bucket, tmp_path):
+    url, cache = "s3://bucket/again.zarr", str(tmp_path / "cache")
+    storage = Storage(url, bucket)
+    tokens = {"tokens": stores.shard_values(np.random.default_rng(0))["tokens"]}
+    for max_length in (stores.MAX_LENGTH, stores.MAX_LENGTH + 1):  # the same tokens: their records are named the same
+        fs = fsspec.filesystem("s3", **bucket)
+        if left := fs.find("bucket/again.zarr"):
+            fs.rm(left)
+        spec = stores.spec_of(1, max_length=max_length)
+        create_store(storage, spec)
+        stores.write_shard(storage, spec, 0, tokens)
+        store = logitstore.open(url, bucket, cache_dir=cache)
+        for _ in range(2):  # what was dropped is kept again
+            assert store.read_shard(0).ids.tolist() == tokens["tokens"]["ids"].tolist()
+        assert list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("folder", ["plain", "run[1]", "what*?", "a b+c&d=é%20"])
