@@ -22,7 +22,7 @@ def explain(summary: dict[str, Any]) -> int:
         summary: What the job's `main` returned.
 
     Returns:
-        The exit status: 3 if anything was set aside.
+        The exit status: 3 if anything was set aside, or one of the job's own layers lacks something again.
     """
     left = summary.get("set_aside", {"shards": {}, "documents": {}})
     shards = [f"shard {shard}: {reason}" for shard, reason in left["shards"].items()]
@@ -34,20 +34,29 @@ def explain(summary: dict[str, Any]) -> int:
     num_documents = sum(summary.get("documents_set_aside", {}).values())
     _say("set aside: ", _shortened(shards, len(shards)))
     _say("set aside: ", _shortened(documents, num_documents))
+    undone: set[int] = set()
     for layer, numbers in summary.get("stale", {}).items():
-        again = (
-            "run the same command again"
-            if layer in summary["layers"]
-            else f"give --reference {layer.removeprefix('losses/')}=MODEL to compute them again"
-        )
+        again = "run the same command again"
+        if layer in summary["layers"]:
+            undone.update(numbers)
+        else:
+            again = f"give --reference {layer.removeprefix('losses/')}=MODEL to compute them again"
         _say("note: ", [f"{layer}: shards {spans(runs(numbers))} were computed from what is there no more; {again}"])
+    for layer, numbers in summary.get("missing", {}).items():
+        undone.update(numbers)
+        _say("note: ", [f"{layer}: shards {spans(runs(numbers))} were taken back; run the same command again"])
+    undone.difference_update(map(int, left["shards"]))
+    if undone:
+        _say("error: ", [f"{len(undone):,} shards were taken back meanwhile, or what they are computed from was, by "
+                         "another job or a repair; run the same command again to compute them"])  # fmt: skip
     if not shards and not num_documents:
-        return 0
+        return 3 if undone else 0
     counts = {"shards": len(shards), "documents": num_documents}
     what = " and ".join(f"{num:,} {name}" for name, num in counts.items() if num)
     ways = {"shards": "to try the shards again", "documents": "with --retry_set_aside to try the documents again"}
     how = ", or ".join(way for name, way in ways.items() if counts[name])
-    _say("error: ", [f"{what} were set aside, all others are done; run the same command {how}"])
+    others = "" if undone else ", all others are done"
+    _say("error: ", [f"{what} were set aside{others}; run the same command {how}"])
     return 3
 
 

@@ -80,16 +80,6 @@ def test_losses_added_later_without_a_target_are_the_same(job, undisturbed, tiny
         assert np.nanmax(np.abs(gap)) == 0
 
 
-def test_each_actor_gets_a_shard_before_any_gets_two(job, tiny, tmp_path):
-    data = write_jsonl(tmp_path / "two.jsonl", functions(9))
-    args = arguments(tmp_path / "c.zarr", tiny, data)
-    args[args.index("--num_actors") + 1] = "2"
-    job(args)
-    store = logitstore.open(tmp_path / "c.zarr")
-    assert 2 <= store.num_shards <= 4
-    assert len({store.commit("target", shard).writer for shard in range(store.num_shards)}) == 2
-
-
 def test_a_killed_dump_goes_on_and_ends_as_if_never_killed(undisturbed, tiny, many, tmp_path):
     url = tmp_path / "cache.zarr"
     args = arguments(url, tiny, many, "--reference", f"ref={tiny.reference}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,37 @@ from dumped import edit_record
 
 import logitstore
 from logitstore import commits, set_aside
+from logitstore.dump import schedule
 from logitstore.storage import Storage
+from logitstore.verify import take_back
+
+LOADING = """
+load, run = FailingForCausalLM.__init__, before
+
+
+def __init__(self, config):
+    folder = Path(config.failures).parent
+    if (folder / "device is gone").exists():
+        raise RuntimeError("the device is gone\\n\\tand will not come back")
+    try:
+        (folder / "one cannot load").unlink()  # only one process can
+    except FileNotFoundError:
+        load(self, config)
+    else:
+        raise RuntimeError("no room on this device")
+
+
+def before(model, args, kwargs):
+    if tokens_to(model, "die for ever", kwargs).any():
+        time.sleep(1)  # until what is beside it is written
+        Path(model.config.failures).with_name("device is gone").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    run(model, args, kwargs)
+
+
+FailingForCausalLM.__init__ = __init__
+"""
+"""What the failing model can do besides: not load, after it died or in one process alone."""
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +82,8 @@ def failing(job, tiny, tmp_path_factory):
     """A model that can be told to fail, and a finished store of it."""
     folder = tmp_path_factory.mktemp("failing") / "target"
     model = failing_models.make(folder, tiny.target)
+    with (model / "modeling_failing.py").open("a") as code:
+        code.write(LOADING)
     data = write_jsonl(folder / "data.jsonl", functions(30))
     models = SimpleNamespace(target=str(model))
     url = folder / "undisturbed.zarr"
@@ -72,6 +106,7 @@ def undisturbed(job, failing):
 def healed(failing):
     yield
     failing_models.fail(failing.folder)
+    (failing.folder / "device is gone").unlink(missing_ok=True)
 
 
 def rare_tokens(store, num):
@@ -138,7 +173,8 @@ def test_documents_are_set_aside_by_number_and_tried_again_when_asked(run, faili
 def test_what_fails_again_and_again_is_set_aside_and_the_rest_finished(run, failing, undisturbed, tmp_path):
     """One shard kills its actor each time, another's actor loses its device once."""
     url = tmp_path / "c.zarr"
-    (deadly, where), (unlucky, _) = rare_tokens(undisturbed, 2)
+    # Far from each other: beside the first, the second would hardly come to report its device.
+    (deadly, where), *_, (unlucky, _) = rare_tokens(undisturbed, 5)
     shard = undisturbed.locate(where)[0]
     failing_models.fail(failing.folder, die=[deadly], lose_the_device=[unlucky])
     first = run(*failing.arguments(url))
@@ -157,7 +193,10 @@ def test_what_fails_again_and_again_is_set_aside_and_the_rest_finished(run, fail
     assert payload(url) == {path: data for path, data in whole.items() if path.startswith("tokens")
                             or not path.endswith(f"/{shard}")}  # fmt: skip
 
-    # The same command tries that one alone. That it fails again is no reason to give up.
+    # The same command tries that one alone. That it fails again is no reason to give up, nor is it of a shard that no
+    # record names: nothing else is left to be done.
+    for layer in ("target", "losses/ref"):
+        set_aside.clear(store.storage, layer, shard)
     written = {layer: records(url, layer) for layer in store.layers}
     times = {path: path.stat().st_mtime_ns for found in written.values() for path in found.values()}
     again = run(*failing.arguments(url))
@@ -246,6 +285,75 @@ def test_weights_that_cannot_be_loaded_stop_the_job_in_one_line(run, failing, un
     assert "Traceback" not in stopped.errors
 
 
+def test_an_actor_that_cannot_load_its_models_stops_nobody_else(run, failing, undisturbed, tmp_path):
+    url = shutil.copytree(failing.url, tmp_path / "c.zarr")
+    shutil.rmtree(url / "commits" / "target")
+    (failing.folder / "one cannot load").touch()
+    first = run(*failing.arguments(url, "--num_actors", "2"))
+    assert (first.status, first.summary["shards_done"]) == (0, undisturbed.num_shards)
+    assert not (failing.folder / "one cannot load").exists()
+    line = "an actor is started again, it could not load the models: RuntimeError: no room on this device"
+    assert first.log.count(line) == 1
+    assert payload(url) == payload(failing.url)
+
+
+def test_actors_that_can_load_no_more_end_the_job(run, failing, undisturbed, tmp_path, monkeypatch):
+    """The last shard, set aside by an earlier run, takes the device with it."""
+    monkeypatch.setattr(schedule, "MAX_IN_A_ROW", 3)
+    url = Path(shutil.copytree(failing.url, tmp_path / "c.zarr"))
+    deadly, where = rare_tokens(undisturbed, 5)[-1]
+    shard = undisturbed.locate(where)[0]
+    assert shard >= 4
+    for number in range(shard + 1):
+        records(url, "target")[number].unlink()
+    set_aside.record(Storage(url), "target", shard, "its actor died", 3)
+    failing_models.fail(failing.folder, die_for_ever=[deadly])
+    stopped = run(*failing.arguments(url))
+    assert stopped.status == 1
+    reason = "RuntimeError: the device is gone and will not come back"
+    assert f"an actor is started again, it could not load the models: {reason}" in stopped.log
+    assert stopped.errors.strip().splitlines()[-1] == f"error: models must load on an actor, got {reason}"
+    missing = logitstore.open(url).layers["target"].missing
+    assert shard in missing
+    assert len(missing) < shard
+
+
+def test_what_others_take_back_while_the_job_runs_is_named_and_computed_by_the_next(
+    run, failing, undisturbed, tmp_path
+):
+    """A repair takes back rows of shard 0; losses of shard 1 are of rows that are there no more."""
+    url = tmp_path / "c.zarr"
+    counts = Counter(token for shard in undisturbed.shards() for token in set(shard.ids.tolist()))
+    failing_models.fail(failing.folder, slow=[token for token, _ in counts.most_common(20)])
+
+    def interfere():
+        while not records(url, "losses/ref").keys() >= {0, 1}:
+            time.sleep(0.01)
+        path = records(url, "losses/ref")[1]
+        edit_record(path, computed_from="sha256:" + "5" * 64)
+        path.rename(path.with_name(f"{path.name[:-17]}{'5' * 12}.json"))
+        take_back(Storage(url), "target", 0)
+
+    other = threading.Thread(target=interfere, daemon=True)
+    other.start()
+    first = run(*failing.arguments(url))
+    assert not other.is_alive()
+    assert first.status == 3
+    assert first.summary["set_aside"] == {"shards": {}, "documents": {}}
+    assert (first.summary["missing"], first.summary["stale"]) == ({"target": [0]}, {"losses/ref": [1]})
+    assert "note: target: shards 0 were taken back; run the same command again" in first.errors
+    assert "note: losses/ref: shards 1 were computed from what is there no more; run the same" in first.errors
+    assert first.errors.strip().splitlines()[-1] == (
+        "error: 2 shards were taken back meanwhile, or what they are computed from was, by another job or a repair; "
+        "run the same command again to compute them"
+    )
+    failing_models.fail(failing.folder)
+    last = run(*failing.arguments(url))
+    assert (last.status, last.summary["shards_done"]) == (0, 2)
+    assert (last.summary["missing"], last.summary["stale"]) == ({}, {})
+    assert payload(url) == payload(failing.url)
+
+
 def test_many_documents_are_counted_and_few_named(capfd):
     from _set_aside import explain
 
@@ -258,3 +366,22 @@ def test_many_documents_are_counted_and_few_named(capfd):
     assert lines[20] == "set aside: and 1,980 more"
     assert lines[21].startswith("error: 2,000 documents were set aside")
     assert len(lines) == 22
+
+
+def test_only_what_the_job_itself_left_undone_is_a_reason_to_run_it_again(capfd):
+    from _set_aside import explain
+
+    none = {"shards": {}, "documents": {}}
+    summary = {"layers": ["target"], "set_aside": none, "stale": {"losses/ref": [1]}, "missing": {}}
+    assert explain(summary) == 0
+    assert explain(summary | {"missing": {"target": [2, 3]}}) == 3
+    assert explain(summary | {"stale": {"target": [7]}}) == 3
+    capfd.readouterr()
+    failed = summary | {"set_aside": {"shards": {"7": "died"}, "documents": {}}, "stale": {"target": [7]}}
+    assert explain(failed) == 3
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line == "error: 1 shards were set aside, all others are done; run the same command to try the shards again"
+    assert explain(failed | {"missing": {"target": [2]}}) == 3
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "all others are done" not in " ".join(errors)
+    assert len(errors) == 2

@@ -20,8 +20,16 @@ def handed_out(schedule):
     return list(schedule.hand_out())
 
 
+def scheduled(shards, num_places, failed_before=()):
+    """A schedule whose actors have all started."""
+    schedule = Schedule(shards, num_places, failed_before)
+    for place in range(num_places):
+        schedule.open(place)
+    return schedule
+
+
 def test_each_place_gets_a_shard_before_any_gets_two():
-    schedule = Schedule(range(5), 2, ())
+    schedule = scheduled(range(5), 2)
     assert handed_out(schedule) == [(0, 0), (1, 1), (0, 2), (1, 3)]
     assert handed_out(schedule) == []
     schedule.finish(1, 1)
@@ -33,7 +41,7 @@ def test_each_place_gets_a_shard_before_any_gets_two():
 
 
 def test_a_shard_that_failed_is_tried_last_elsewhere_and_alone():
-    schedule = Schedule(range(6), 2, ())
+    schedule = scheduled(range(6), 2)
     handed_out(schedule)  # 0 and 2 at place 0, 1 and 3 at place 1
     assert not schedule.fail(0, 0, again=True)
     assert not schedule.fail(0, 2, again=True)
@@ -50,7 +58,7 @@ def test_a_shard_that_failed_is_tried_last_elsewhere_and_alone():
 
 
 def test_a_shard_is_set_aside_when_it_was_tried_often_enough_or_there_is_no_use():
-    schedule = Schedule(range(2), 1, ())
+    schedule = scheduled(range(2), 1)
     handed_out(schedule)
     assert schedule.fail(0, 1, again=False)
     for attempt in range(1, MAX_ATTEMPTS):
@@ -63,7 +71,7 @@ def test_a_shard_is_set_aside_when_it_was_tried_often_enough_or_there_is_no_use(
 
 def test_what_dies_beside_the_shard_to_blame_is_not_set_aside():
     """Shard 1 kills whoever runs it, and all that runs beside it."""
-    schedule = Schedule(range(8), 1, ())
+    schedule = scheduled(range(8), 1)
     finished, aside = [], []
     while not schedule.is_done:
         handed_out(schedule)
@@ -79,7 +87,7 @@ def test_what_dies_beside_the_shard_to_blame_is_not_set_aside():
 
 
 def test_a_place_where_all_fails_is_given_up():
-    schedule = Schedule(range(100), 2, ())
+    schedule = scheduled(range(100), 2)
     handed_out(schedule)
     assert [schedule.blame(0, 0) for _ in range(MAX_ATTEMPTS)] == [False, False, True]
     assert schedule.has_places
@@ -88,7 +96,7 @@ def test_a_place_where_all_fails_is_given_up():
 
 
 def test_once_shards_were_finished_a_place_may_fail_longer():
-    schedule = Schedule(range(100), 1, ())
+    schedule = scheduled(range(100), 1)
     handed_out(schedule)
     schedule.blame(0, 0)
     schedule.finish(0, 1)
@@ -96,17 +104,79 @@ def test_once_shards_were_finished_a_place_may_fail_longer():
 
 
 def test_shards_that_failed_in_an_earlier_run_come_last_and_blame_nobody():
-    schedule = Schedule(range(4), 1, {0, 1})
+    schedule = scheduled(range(4), 1, {0, 1})
     assert handed_out(schedule) == [(0, 2), (0, 3)]
-    assert not any(schedule.blame(0, 0) for _ in range(100))
+    schedule.blame(0, 0)
+    schedule.blame(0, 1)
+    assert [schedule.blame(0, 2) for _ in range(MAX_ATTEMPTS)] == [False] * (MAX_ATTEMPTS - 1) + [True]
 
 
-def test_a_shard_that_never_began_waits_again():
-    schedule = Schedule(range(2), 1, ())
+def test_a_shard_that_fails_again_blames_nobody_but_an_actor_that_cannot_be_started_after_it_does():
+    schedule = scheduled(range(2), 1, {1})
     handed_out(schedule)
-    schedule.put_back(0, 0)
-    assert schedule.attempts(0) == 0
+    schedule.finish(0, 0)
+    assert not schedule.fail(0, 1, again=True)
+    assert not schedule.blame(0, 1)
+    schedule.close(0)
+    assert [schedule.blame(0, None) for _ in range(MAX_IN_A_ROW)] == [False] * (MAX_IN_A_ROW - 1) + [True]
+    assert not schedule.has_places
+    assert not schedule.is_done
+
+
+def test_shards_are_handed_only_to_actors_that_have_started():
+    schedule = Schedule(range(5), 3, ())
+    assert handed_out(schedule) == []
+    schedule.open(1)
+    assert handed_out(schedule) == [(1, 0), (1, 1)]
+    assert not schedule.fail(1, 0, again=True)
+    assert not schedule.blame(1, 0)
+    schedule.close(1)
+    assert not schedule.fail(1, 1, again=True)
+    assert handed_out(schedule) == []
+    schedule.open(1)
+    assert handed_out(schedule) == [(1, 2), (1, 3)]
+
+
+def test_one_actor_finishes_all_while_the_others_never_start():
+    """What it failed with too: nobody is awaited who could try that elsewhere."""
+    schedule = Schedule(range(4), 3, ())
+    schedule.open(0)
+    finished = []
+    while not schedule.is_done:
+        handed_out(schedule)
+        shard = schedule._at[0][0]
+        if shard == 1 and not schedule.attempts(1):
+            assert not schedule.fail(0, shard, again=True)
+        else:
+            schedule.finish(0, shard)
+            finished.append(shard)
+    assert finished == [0, 2, 3, 1]
+
+
+def test_the_last_shards_wait_for_actors_that_are_starting_rather_than_be_a_second():
+    schedule = Schedule(range(3), 3, ())
+    schedule.open(0)
     assert handed_out(schedule) == [(0, 0)]
+    schedule.open(2)
+    assert handed_out(schedule) == [(2, 1)]
+    schedule.finish(0, 0)
+    assert handed_out(schedule) == [(0, 2)]
+
+
+def test_actors_that_start_nowhere_end_all_at_once():
+    schedule = Schedule(range(9), 3, ())
+    assert [schedule.blame(place, None) for place in (0, 0, 2)] == [False] * 3
+    assert schedule.has_places
+    assert schedule.blame(1, None)
+    assert not schedule.has_places
+
+
+def test_an_actor_that_cannot_be_started_costs_only_its_place():
+    schedule = Schedule(range(9), 2, ())
+    schedule.open(1)
+    assert [schedule.blame(0, None) for _ in range(MAX_ATTEMPTS)] == [False] * (MAX_ATTEMPTS - 1) + [True]
+    assert schedule.has_places
+    assert handed_out(schedule) == [(1, 0), (1, 1)]
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""Ray actors over the shards that are missing. The only file of the package that imports ray."""
+"""Ray actors over the shards that are missing. No file of the package but this and `pool` imports ray."""
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,9 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from tqdm import tqdm
 
 from logitstore import commits, set_aside
-from logitstore.dump.schedule import SHARDS_IN_FLIGHT, Schedule
+from logitstore.dump.pool import Pool
+from logitstore.dump.schedule import Schedule
 from logitstore.dump.todo import Todo, check_makers, documents_set_aside, find_todo
-from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.errors import DamagedShardError, IdentityError, StorageError, StorageRefusedError
 from logitstore.layers import runs, spans
 from logitstore.reader import Store
@@ -24,12 +26,16 @@ from logitstore.verify import sweep
 
 if TYPE_CHECKING:
     from logitstore.commits import Commit
+    from logitstore.dump.worker import ModelSource
     from logitstore.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 FATAL = (StorageRefusedError, IdentityError)
 """No other shard would do better: no space, no permission, or the layer is another job's by now."""
+
+RAISED = re.compile(r"^[\w.]*(?:Error|Exception)(?=: |$)", re.MULTILINE)
+"""Where a traceback that Ray hands over as text comes to what was raised; the last one is meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +49,12 @@ class DumpPlan:
     retry_set_aside: bool = False
     """Whether documents that were set aside are tried again."""
     num_actors: int | None = None
-    """None: one for each GPU of the cluster, or one on a cluster without GPUs."""
+    """None: as many as the GPUs of the cluster's nodes take, or one on a cluster without GPUs."""
     gpus_per_actor: float | None = None
-    """Share of a GPU that each actor holds. None: 1 where the cluster has GPUs, else 0."""
+    """Share of a GPU that each actor holds, rounded up so that a GPU is shared evenly. None: 1 where the cluster has
+    GPUs, else 0."""
     cpus_per_actor: float | None = None
-    """None: 1 beside a GPU, else the cluster's CPUs over the actors."""
+    """None: 1 beside a GPU, else as many as let all actors have a place on the cluster's nodes."""
     batch_tokens: int = 16384
     """Most tokens of a forward, padding included."""
 
@@ -73,61 +80,18 @@ class DumpReport:
     """Why, by layer and number in the store: of the first thousand of each layer."""
     stale: dict[str, list[int]] = field(default_factory=dict)
     """Shards, by layer, that were computed from other values than there are now; also of layers not in the plan."""
+    missing: dict[str, list[int]] = field(default_factory=dict)
+    """Shards, by layer of the plan, that are not there and did not fail: somebody took them back meanwhile."""
 
 
 class DumpError(RuntimeError):
     """Nothing more can be computed: the dump stops at once. What is committed stays."""
 
 
-class _Pool:
-    """A fixed number of places for actors; a dead one is replaced."""
-
-    def __init__(self, storage: Storage, plan: DumpPlan) -> None:
-        resources = ray.cluster_resources()
-        cluster_gpus, cluster_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
-        gpus = plan.gpus_per_actor if plan.gpus_per_actor is not None else float(cluster_gpus > 0)
-        size = plan.num_actors or (max(1, int(cluster_gpus / gpus)) if gpus else 1)
-        cpus = plan.cpus_per_actor or (1.0 if gpus else max(1.0, cluster_cpus // size))
-        if size * gpus > cluster_gpus or size * cpus > cluster_cpus:
-            logger.warning(
-                "%d actors of %g CPUs and %g GPUs are wanted where the cluster has %g and %d; waiting for it to grow",
-                size, cpus, gpus, cluster_cpus, cluster_gpus,
-            )  # fmt: skip
-        self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": SHARDS_IN_FLIGHT}
-        self._arguments = {
-            "storage": storage,
-            "target": plan.target,
-            "references": plan.references,
-            "made_by": plan.made_by,
-            "batch_tokens": plan.batch_tokens,
-            "device": "cuda" if gpus else "cpu",
-            # Ray gives its workers one OpenMP thread whatever they reserved.
-            "num_threads": None if gpus else max(1, int(cpus)),
-        }
-        self.actors = [self._start() for _ in range(size)]
-
-    def _start(self) -> Any:  # noqa: ANN401
-        # No retries by Ray itself: the loop below knows which shards are committed and counts attempts.
-        return ray.remote(ShardDumper).options(**self._options).remote(**self._arguments)
-
-    def replace(self, place: int) -> None:
-        ray.kill(self.actors[place])  # one that only could not be reached would go on holding its GPU
-        self.actors[place] = self._start()
-
-    def give_up(self, place: int) -> None:
-        ray.kill(self.actors[place])
-        self.actors[place] = None
-
-    def stop(self) -> None:
-        for actor in self.actors:
-            if actor is not None:
-                ray.kill(actor)
-
-
 class _Run:
     """The loop over shards: hand out, wait, settle."""
 
-    def __init__(self, store: Store, pool: _Pool, todo: Todo, bar: tqdm[Any]) -> None:
+    def __init__(self, store: Store, pool: Pool, todo: Todo, bar: tqdm[Any]) -> None:
         self.rows = store.layers["tokens"].index.rows  # without a gap: shards are their own places
         self.storage = store.storage
         self.pool = pool
@@ -143,8 +107,28 @@ class _Run:
                 actor = self.pool.actors[place]
                 result = actor.dump.remote(shard, self.todo.layers, self.todo.shards[shard])
                 self.running[result] = (actor, place, shard)
-            done, _ = ray.wait(list(self.running), num_returns=1)
-            self.settle(done[0], *self.running.pop(done[0]))
+            (done,), _ = ray.wait([*self.pool.starting, *self.running], num_returns=1)
+            if done in self.running:
+                self.settle(done, *self.running.pop(done))
+            else:
+                self.open(done, self.pool.starting.pop(done))
+
+    def open(self, started: Any, place: int) -> None:  # noqa: ANN401
+        """Lets an actor have shards from now on, if it could be started."""
+        try:
+            ray.get(started)
+        except RayError as error:
+            if not (isinstance(error, ActorDiedError) and error.actor_init_failed):
+                self.blame(place, None, f"its process died, as with too little memory ({_line(error)})", is_lost=True)
+                return
+            starts = [found.start() for found in RAISED.finditer(str(error))]
+            raised = textwrap.shorten(str(error)[starts[-1] if starts else 0 :], 500, placeholder=" ...")
+            name, _, reason = raised.partition(": ")
+            if name.rpartition(".")[2] in {kind.__name__ for kind in FATAL}:
+                raise DumpError(reason) from error
+            self.blame(place, None, raised, is_lost=True)
+        else:
+            self.schedule.open(place)
 
     def settle(self, result: Any, actor: Any, place: int, shard: int) -> None:  # noqa: ANN401
         is_there = self.pool.actors[place] is actor  # and not replaced since
@@ -162,15 +146,11 @@ class _Run:
             again = not isinstance(cause, ValueError)
             self.fail(place, shard, f"{type(cause).__name__}: {_line(cause)}", again=again)
             if is_there:
-                self.blame(place, shard, cause, is_lost=isinstance(cause, torch.AcceleratorError))
+                self.blame(place, shard, _line(cause), is_lost=isinstance(cause, torch.AcceleratorError))
         except RayError as error:
-            if isinstance(error, ActorDiedError) and error.actor_init_failed:
-                self.check_start(error)
-                self.schedule.put_back(place, shard)
-            else:
-                self.fail(place, shard, f"its actor died ({_line(error)})", again=True)
+            self.fail(place, shard, f"its actor died ({_line(error)})", again=True)
             if is_there:
-                self.blame(place, shard, error, is_lost=True)
+                self.blame(place, shard, _line(error), is_lost=True)
         else:
             self.finish(place, shard, written)
 
@@ -184,25 +164,32 @@ class _Run:
         self.report.rows += int(self.rows[shard])
         self.report.entries += sum(commit.entries for commit in written)
 
-    def check_start(self, error: ActorDiedError) -> None:
-        """Stops if an actor could not load its models, unless others could, or it could before."""
-        name, _, reason = str(error).strip().splitlines()[-1].partition(": ")
-        if name.rpartition(".")[2] in {kind.__name__ for kind in FATAL}:
-            raise DumpError(reason) from error
-        if not self.schedule.has_finished_any:
-            raise DumpError(f"models must load on an actor, got {name}: {reason}") from error
+    def blame(self, place: int, shard: int | None, reason: str, *, is_lost: bool) -> None:
+        """Counts a failure against the place where it happened, and puts another actor there if need be.
 
-    def blame(self, place: int, shard: int, error: Exception, *, is_lost: bool) -> None:
-        """Counts a failure against the place where it happened, and puts another actor there if need be."""
+        Args:
+            place: Where.
+            shard: Of which shard; None if the actor could not be started.
+            reason: Why, in one line.
+            is_lost: Whether the actor is of no use any more.
+        """
         if not self.schedule.blame(place, shard):
+            if shard is None:
+                logger.warning("an actor is started again, it could not load the models: %s", reason)
             if is_lost:
+                self.schedule.close(place)
                 self.pool.replace(place)
             return
         self.pool.give_up(place)
-        if not self.schedule.has_places:
+        if self.schedule.is_done:
+            return
+        if self.schedule.has_places:
+            logger.error("one actor less is used, because all that was tried there failed: %s", reason)
+        elif shard is None:
+            raise DumpError(f"models must load on an actor, got {reason}")
+        else:
             hint = "; too little memory is the usual cause: give a smaller --batch_tokens" if is_lost else ""
-            raise DumpError(f"shards must succeed now and then, got only failures: {_line(error)}{hint}") from error
-        logger.error("one actor less is used, because all that was tried there failed: %s", _line(error))
+            raise DumpError(f"shards must succeed now and then, got only failures: {reason}{hint}")
 
     def fail(self, place: int, shard: int, reason: str, *, again: bool) -> None:
         if not self.schedule.fail(place, shard, again=again):
@@ -224,7 +211,8 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
     """Fills the missing shards of the plan's layers, and replaces stale ones. Needs a Ray that was initialised.
 
     Shards that are committed are skipped. A shard whose actor dies or that raises is tried again, up to MAX_ATTEMPTS
-    times, and then set aside; the others are finished.
+    times, and then set aside; the others are finished. What other jobs and repairs take back at the same time is not
+    computed once more, but reported.
 
     Args:
         storage: A store with tokens and with the layers created.
@@ -235,12 +223,13 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
         What was written, and what could not be.
 
     Raises:
-        DumpError: The models do not load, the disk or the service refuses, another job writes the layers with another
-            model, or shard after shard fails.
+        DumpError: The models load on no actor, the disk or the service refuses, another job writes the layers with
+            another model, or shard after shard fails.
         IdentityError: Another job began a layer anew.
         StorageError: The store cannot be reached.
     """
     store = Store(storage)
+    extent = store.num_shards  # what others append meanwhile is theirs to compute
     todo = _find_todo(store, plan)
     report = _run(store, plan, todo, progress=progress) if todo.shards else DumpReport(shards_skipped=store.num_shards)
     store = Store(storage)
@@ -251,7 +240,9 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
         if found := int(store.layers[layer].index.upto(store.num_shards).set_aside.sum()):
             report.num_documents[layer] = found
             report.documents[layer] = documents_set_aside(store, store.layers[layer])
-    stale = {name: sorted(n for n in layer.stale if n < store.num_shards) for name, layer in store.layers.items()}
+        if missing := sorted(set(range(extent)).difference(store.layers[layer].committed, report.failed)):
+            report.missing[layer] = missing
+    stale = {name: sorted(n for n in layer.stale if n < extent) for name, layer in store.layers.items()}
     report.stale = {name: numbers for name, numbers in stale.items() if numbers}
     return report
 
@@ -262,7 +253,7 @@ def _run(store: Store, plan: DumpPlan, todo: Todo, *, progress: bool) -> DumpRep
     for layer, shards in todo.retried.items():
         logger.warning("%s: %d shards with documents set aside are tried again: %s", layer, len(shards),
                        spans(runs(shards)))  # fmt: skip
-    pool = _Pool(store.storage, plan)
+    pool = Pool(store.storage, plan)
     started = time.monotonic()
     bar = tqdm(
         total=int(store.layers["tokens"].index.rows[list(todo.shards)].sum()),

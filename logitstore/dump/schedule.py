@@ -1,6 +1,7 @@
 """Which shard an actor gets next, and what becomes of one that fails. Knows neither Ray nor a store.
 
-A place is where one actor runs at a time: when it dies, another is started in its place.
+A place is where one actor runs at a time: when it dies, another is started in its place. A place is open while its
+actor is known to have started.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Schedule:
     """
 
     def __init__(self, shards: Sequence[int], num_places: int, failed_before: Collection[int]) -> None:
-        """Begins with all shards waiting.
+        """Begins with all shards waiting, and no place open.
 
         Args:
             shards: Which, in order.
-            num_places: How many actors there are.
+            num_places: How many actors there are to be.
             failed_before: Those that an earlier run set aside. They come last, and that they fail again says nothing
                 about a place.
         """
@@ -40,6 +41,9 @@ class Schedule:
         ]
         self._failed_before = failed_before
         self._places = set(range(num_places))
+        self._open: set[int] = set()
+        self._failed_to_open: set[int] = set()
+        self._any_opened = False
         self._at: dict[int, list[int]] = {place: [] for place in range(num_places)}
         self._attempts = dict.fromkeys(shards, 0)
         self._failed_at: dict[int, set[int]] = {}
@@ -58,18 +62,31 @@ class Schedule:
 
     @property
     def has_places(self) -> bool:
-        """Whether there is a place left."""
+        """Whether there is a place left, open or to be opened."""
         return bool(self._places)
+
+    def open(self, place: int) -> None:
+        """Notes that the actor at a place has started: shards may go there from now on."""
+        self._open.add(place)
+        self._any_opened = True
+
+    def close(self, place: int) -> None:
+        """Notes that the actor at a place is lost: no shard goes there until another has started."""
+        self._open.discard(place)
 
     def attempts(self, shard: int) -> int:
         """Returns how often a shard has failed."""
         return self._attempts[shard]
 
     def hand_out(self) -> Iterator[tuple[int, int]]:
-        """Yields (place, shard) that are to run from now on: a first shard for every place before any has two."""
+        """Yields (place, shard) that are to run from now on, a first shard for every open place before any has two.
+
+        While there are places that are not open, as many shards are kept for them rather than be another's second.
+        """
         for depth in range(1, SHARDS_IN_FLIGHT + 1):
-            for place in sorted(self._places):
-                if self._waiting and (shard := self._next(place, depth)) is not None:
+            num_kept = 0 if depth == 1 else len(self._places - self._open)
+            for place in sorted(self._open):
+                if len(self._waiting) > num_kept and (shard := self._next(place, depth)) is not None:
                     self._waiting.remove(shard)
                     self._at[place].append(shard)
                     yield place, shard
@@ -80,7 +97,7 @@ class Schedule:
             return None
 
         def fits(shard: int) -> bool:
-            elsewhere = self._places - self._failed_at.get(shard, set())
+            elsewhere = self._open - self._failed_at.get(shard, set())
             return not self._attempts[shard] or (not beside and (place in elsewhere or not elsewhere))
 
         return next(filter(fits, self._waiting), None)
@@ -90,11 +107,6 @@ class Schedule:
         self._at[place].remove(shard)
         self._in_a_row[place] = 0
         self._num_finished += 1
-
-    def put_back(self, place: int, shard: int) -> None:
-        """Takes a shard from its place, to which nothing happened that it could have done."""
-        self._at[place].remove(shard)
-        self._waiting.append(shard)
 
     def fail(self, place: int, shard: int, *, again: bool) -> bool:
         """Notes that a shard failed.
@@ -120,15 +132,22 @@ class Schedule:
 
         Args:
             place: Where.
-            shard: Of which shard; None if not even an actor could be started.
+            shard: Of which shard; None if its actor could not be started.
 
         Returns:
-            Whether the place is given up: nothing was finished there for long, or nothing anywhere so far.
+            Whether the place is given up: nothing was finished there for long, or nothing anywhere so far. All places
+            are if an actor was tried at each, and none could be started ever.
         """
         if shard in self._failed_before:
             return False
         self._in_a_row[place] += 1
+        if shard is None:
+            self._failed_to_open.add(place)
+            if not self._any_opened and self._failed_to_open >= self._places:
+                self._places.clear()
+                return True
         if self._in_a_row[place] < (MAX_IN_A_ROW if self.has_finished_any else MAX_ATTEMPTS):
             return False
         self._places.discard(place)
+        self._open.discard(place)
         return True
