@@ -74,7 +74,7 @@ class Harm:
     every_s: float
     """Between two of them, on average."""
     pauses: float
-    """Share of blows that stop a writer for a while instead."""
+    """Share of blows that stop a writer for a while instead. With 1 nobody is killed, and all must clean up."""
     pause_s: float
     """For how long at most."""
 
@@ -85,7 +85,7 @@ def draw_harm(rng, *, in_bucket, effort):
         writers=rng.randint(3, 6),
         blows=round(effort * rng.randint(15, 40)),
         every_s=log_uniform(rng, 0.1, 0.6) if in_bucket else log_uniform(rng, 0.01, 0.08),
-        pauses=rng.choice([0.0, 0.3, 0.6]),
+        pauses=rng.choice([0.0, 0.3, 0.6, 1.0]),
         pause_s=3.0 if in_bucket else 0.5,
     )
 
@@ -122,7 +122,7 @@ class WriterRound:
         self._append = rng.random() < 0.4
         self._num_repairs = round(effort * rng.choice([0, 1, 1, 2]))
         self._oracle = oracles[self._append]
-        self._num_started = 0
+        self._num_started = self._num_unfinished = 0
         self._paused = {}
 
     def run(self):
@@ -138,10 +138,21 @@ class WriterRound:
         if self._append:
             self._fill(append=True)
             self._totals.events["documents appended to a store"] += 1
+        left = self._left()
         self._totals.events["leftovers swept"] += sweep(self._store())
         if self._options is None:  # a day later they would be swept, too
             self._totals.events["half files of killed writers"] += len(list(Path(self._url).rglob(f"*{PARTIAL}")))
-        return self._oracle.compare(self._url, self._direct)
+        verdict = self._oracle.compare(self._url, self._direct)
+        verdict.differences += left
+        return verdict
+
+    def _left(self):
+        """Lists what is left of commits and appends though all writers finished; a bucket's requests may come late."""
+        if self._num_unfinished or self._options is not None:
+            return []
+        self._totals.events["stores looked at before sweeping"] += 1
+        paths = [path for path in Path(self._url).rglob("*") if path.is_file()]
+        return [f"left behind: {path}" for path in leftovers(str(path.relative_to(self._url)) for path in paths)]
 
     def _store(self):
         return Store(Storage(self._url, self._direct))
@@ -249,6 +260,7 @@ class WriterRound:
         """Counts how a process ended; returns whether it finished its work."""
         process.join()
         log = Path(process.name)
+        self._num_unfinished += process.exitcode != 0
         if process.exitcode == -signal.SIGKILL:
             self._totals.kills["writer"] += 1
             self._totals.steps[step_of(process)] += 1
@@ -283,6 +295,11 @@ class WriterRound:
                 storage.remove(path)
         store = self._store()
         repair(store, verify(store))
+
+
+def leftovers(paths):
+    """Chooses the objects that are there only while a shard, or an append, is being written."""
+    return [path for path in paths if path.startswith("staging/") or path.endswith((PARTIAL, ".claim"))]
 
 
 def step_of(process):

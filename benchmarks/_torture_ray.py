@@ -74,6 +74,8 @@ class Job:
         self.family = {self.driver.pid: self.driver}
         self.started = time.monotonic()
         self.kills = 0
+        self.faults_before = 0
+        """Faults of the bucket until it began."""
 
     def look(self):
         """Looks for the processes that belong to it; returns its status, None while it runs."""
@@ -142,6 +144,7 @@ class RayRound:
     def _start(self):
         actors = str(self._rng.choice([1, 2]))
         job = Job([*self._command, "--num_actors", actors], self._folder, len(self._jobs))
+        job.faults_before = self._totals.faults.total()
         self._jobs.append(job)
         self._totals.started["job"] += 1
         return job
@@ -196,6 +199,8 @@ class RayRound:
     def _kill(self, job, process):
         kind = "driver" if process.pid == job.driver.pid else "actor" if is_actor(process) else "other of a Ray"
         with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                return  # it had ended before
             process.send_signal(signal.SIGKILL)
             self._totals.kills[kind] += 1
             job.kills += 1
@@ -208,7 +213,9 @@ class RayRound:
         if status == 0:
             return True
         self._totals.events[f"runs that ended with {status}"] += 1
-        excused = status == 3 or (status == 1 and job.kills) or UNREACHABLE in said
+        self._tick()
+        had_faults = self._totals.faults.total() > job.faults_before
+        excused = (status in (1, 3) and job.kills) or (had_faults and (status == 3 or UNREACHABLE in said))
         if re.search(r"^Traceback ", said, re.MULTILINE):  # those of actors are indented
             excused = "ray.init(" in said  # on a busy machine it does not always start
         if not excused:

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from logitstore.spec import Append, DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
 
 LOSSES = "losses/reference"
 LAYERS = ("tokens", "target", LOSSES)
@@ -31,7 +31,8 @@ SPEC = StoreSpec(
     tokenizer=TokenizerSpec(name="torture", fingerprint="none", vocab_size=VOCAB_SIZE, chat_template=None),
     data=DATA, max_length=MAX_LENGTH, shard_rows=SHARD_ROWS, num_shards=NUM_SHARDS,
 )  # fmt: skip
-APPEND = Append(data=dataclasses.replace(DATA, source="more"), first_shard=NUM_SHARDS, num_shards=APPENDED)
+MORE = dataclasses.replace(SPEC, data=dataclasses.replace(DATA, source="more"))
+"""Of a store of the appended documents alone."""
 
 
 def tokens(shard):
@@ -45,6 +46,16 @@ def tokens(shard):
     mask[np.cumsum(lengths) - 1] = 0
     ids = np.arange(shard * SHARD_ROWS, shard * SHARD_ROWS + rows, dtype=np.uint32)
     return {"ids": ids, "loss_mask": mask, "lengths": np.array(lengths, np.uint32)}
+
+
+class Appended:
+    """The documents that are appended, as the dump has them."""
+
+    num_shards = APPENDED
+
+    @staticmethod
+    def shard(number):
+        return tokens(NUM_SHARDS + number)
 
 
 def target(shard, variant):

@@ -16,10 +16,10 @@ from pathlib import Path
 import s3fs  # noqa: F401 - imported before forking, as it takes a second
 
 from benchmarks import _torture_rows as rows
-from logitstore import appends, commits, writer
+from logitstore import commits, writer
+from logitstore.dump.parts import write_part
 from logitstore.errors import StorageError, StorageRefusedError, StoreNotFoundError
 from logitstore.reader import Store
-from logitstore.spec import check_same
 from logitstore.storage import Storage
 
 GAVE_UP = 75
@@ -109,7 +109,7 @@ def write_all(job):
     storage, rng = TracedStorage(job.url, job.options, f"{job.log}.step"), random.Random(job.seed)
     writer.create_store(storage, rows.SPEC)
     if job.append:
-        _append(storage)
+        write_part(storage, rows.MORE, rows.Appended(), append=True)
     spec = Store(storage).spec
     writer.add_layer(storage, spec, "target", rows.TARGET)
     writer.add_layer(storage, spec, rows.LOSSES, rows.REFERENCE)
@@ -139,23 +139,6 @@ def write_shard(storage, writers, shard, variant):
     if commit.digest != commits.digest("target", own):
         own = Store(storage).read_arrays("target", shard)
     writers[rows.LOSSES].write(shard, rows.losses(own), computed_from=commit.digest, **size)
-
-
-def _append(storage):
-    """Adds the shards of rows.APPEND to the tokens, as jobs/dump_logits.py --append does."""
-    store = Store(storage)
-    tokens = writer.LayerWriter(storage, store.spec, "tokens")
-    if not store.spec.appends:
-        check_same(appends.claim(storage, 1, rows.APPEND), rows.APPEND, "append", "there is only one here")
-        for shard in range(rows.APPEND.first_shard, rows.APPEND.first_shard + rows.APPEND.num_shards):
-            own = rows.tokens(shard)
-            tokens.write(
-                shard, own, documents=len(own["lengths"]), rows=len(own["ids"]), computed_from=None,
-                counted=int(own["loss_mask"].sum()), started=time.monotonic(),
-            )  # fmt: skip
-        writer.make_room(storage, appends.joined(rows.SPEC, (rows.APPEND,)), "tokens")
-        appends.write_append(storage, 1, rows.APPEND)
-    appends.drop_claim(storage, 1)
 
 
 def read(job, stop):

@@ -21,6 +21,7 @@ import time
 
 from benchmarks._torture_run import SHARES, torture
 
+KILLED = {"writer": "writers", "driver": "drivers", "actor": "actors", "other of a Ray": "others of a Ray"}
 ROWS = ("compared", "read meanwhile", "lost", "doubled", "mixed")
 
 
@@ -34,7 +35,8 @@ def table(totals, seconds):
     times = {name: round(value) for name, value in totals.seconds.items()}
     lines = [
         line("rounds", totals.rounds),
-        line("kills", totals.kills),
+        f"{'kills':<24}{totals.kills.total():>12,}",
+        *(f"{'  ' + KILLED[kind]:<24}{n:>12,}" for kind, n in totals.kills.items()),
         line("  writers killed at", totals.steps),
         line("faults", totals.faults),
         f"{'requests':<24}{totals.requests:>12,}",

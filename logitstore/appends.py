@@ -73,19 +73,21 @@ def write_append(storage: Storage, number: int, append: Append) -> bool:
     return storage.create(f"{FOLDER}/{number:06d}.json", to_json_bytes(dataclasses.asdict(append)))
 
 
-def claim(storage: Storage, number: int, append: Append) -> Append:
+def claim(storage: Storage, number: int, append: Append) -> Append | None:
     """Claims the next append: of two that begin at once, only one may go on.
 
+    Look afterwards whether the append was published: if it was, a claim of its number means nothing.
+
     Returns:
-        Whose claim holds now: this one, or an earlier one that is under way or was left.
+        Whose claim holds now: this one, or an earlier one that is under way or was left. None if that is gone just now.
     """
     path = f"{FOLDER}/{number:06d}.claim"
     if storage.create(path, to_json_bytes(dataclasses.asdict(append))):
         return append
     try:
         return from_json(Append, storage.get_json(path), path)
-    except FileNotFoundError:  # it was published just now
-        return append
+    except FileNotFoundError:  # it was published, or given up
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,21 @@ def pending_append(storage: Storage, appends: tuple[Append, ...]) -> Pending | N
         return None
     except FormatError:
         return Pending(number=number, append=None)
+
+
+def late_claim(storage: Storage, appends: tuple[Append, ...]) -> Pending | None:
+    """Looks whether there is a claim of an append that was published with other documents: who made it was too late."""
+    there = {append.data.documents for append in appends}
+    names = set(storage.names(FOLDER))
+    for number in range(len(appends), 0, -1):
+        path = f"{FOLDER}/{number:06d}.claim"
+        try:
+            late = from_json(Append, storage.get_json(path), path) if path.rpartition("/")[2] in names else None
+        except (FileNotFoundError, FormatError):
+            continue
+        if late is not None and late.data.documents not in there:
+            return Pending(number=number, append=late)
+    return None
 
 
 def stray_appends(storage: Storage, appends: tuple[Append, ...]) -> list[str]:

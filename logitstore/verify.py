@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from logitstore import commits, layout, shards
-from logitstore.appends import FOLDER, drop_claim, pending_append
+from logitstore.appends import FOLDER, drop_claim, late_claim, pending_append
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.layers import runs, spans
 from logitstore.metadata import Problem, check_metadata, write_anew
@@ -235,16 +235,20 @@ def take_back(storage: Storage, layer: str, shard: int) -> bool:
 
 
 def give_up_append(storage: Storage) -> str | None:
-    """Removes what there is of an append that was not finished.
+    """Removes what there is of an append that was not finished, or came too late.
+
+    Shards that other layers were computed for stay: they belonged to the store, and what said so is gone.
 
     Returns:
         Of which documents, or None if no append was under way.
     """
     store = Store(storage)
-    if (pending := pending_append(storage, store.spec.appends)) is None:
+    appends = store.spec.appends
+    if (pending := pending_append(storage, appends) or late_claim(storage, appends)) is None:
         return None
     begun = {int(name) for name in storage.names(f"{STAGING}/tokens") if name.isdecimal()}
-    for shard in sorted(begun | store.layers["tokens"].committed):
+    computed = {shard for name, layer in store.layers.items() if name != "tokens" for shard in layer.committed}
+    for shard in sorted((begun | store.layers["tokens"].committed) - computed):
         if shard >= store.spec.num_shards:
             take_back(storage, "tokens", shard)
     # Last: as long as the claim is there, nobody adds other documents to what is left.

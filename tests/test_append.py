@@ -116,6 +116,15 @@ def test_the_same_documents_are_never_appended_twice(tmp_path, tokenizer, data):
         run(url, data[2], tokenizer)
 
 
+def test_documents_that_come_again_beside_others_are_other_data(tmp_path, tokenizer, data):
+    url = tmp_path / "c.zarr"
+    before = run(url, data[0], tokenizer)
+    more = tmp_path / "more.jsonl"
+    more.write_text(Path(data[0]).read_text() + Path(data[1]).read_text())
+    both = run(url, str(more), tokenizer, append=True)
+    assert documents(both)[: 2 * len(before)] == 2 * documents(before)
+
+
 def test_an_append_that_was_killed_is_unseen_and_goes_on(tmp_path, tokenizer, data, monkeypatch):
     url = tmp_path / "c.zarr"
     before = documents(run(url, data[0], tokenizer))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from logitstore import IdentityError, commits, publish
 from logitstore.dump import documents
-from logitstore.dump.documents import assign_shards, prepare, preview
+from logitstore.dump.documents import assign_shards, prepare
 from logitstore.dump.encoding import response_spans, split
 from logitstore.errors import MissingDriverError
 from logitstore.storage import Storage
@@ -477,16 +477,6 @@ def test_credentials_are_neither_stored_nor_printed(tokenizer, tmp_path):
     for secret in ("secret", "hidden"):
         assert secret.encode() not in metadata
         assert secret not in str(caught.value)
-
-
-def test_preview_marks_the_tokens_that_count(tokenizer, tmp_path):
-    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "def f():\n", "response": "    return 1"}])
-    shown = preview(run(data, tokenizer, tmp_path / "s"), tokenizer)
-    assert shown.endswith("tokens count: def f():\n«    return 1<eos>»")
-    data = write_jsonl(tmp_path / "e.jsonl", [{"prompt": "ab " * 200, "response": "cd " * 200}])
-    shown = preview(run(data, tokenizer, tmp_path / "t", max_length=2000, shard_rows=2000), tokenizer, max_tokens=8)
-    assert shown.partition(": ")[2].startswith("… ")
-    assert shown.endswith("» …")
 
 
 def test_progress_bars_of_datasets_are_put_back(tokenizer, tmp_path, capfd):

@@ -15,12 +15,15 @@ from dumped import (
     make,
     make_dumper,
     prepare_tokens,
+    record,
     write_data,
 )
 
 import logitstore
 from logitstore import cli, publish
-from logitstore.errors import IdentityError
+from logitstore.errors import FormatError, IdentityError
+from logitstore.reader import Store
+from logitstore.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def url(made, tmp_path):
 
 
 def found(url):
-    return [str(problem) for problem in logitstore.verify(logitstore.open(url))]
+    return [str(problem) for problem in logitstore.verify(Store(Storage(url)))]
 
 
 def verify(url, *options):
@@ -112,17 +115,62 @@ def test_shards_without_the_append_that_they_came_with_are_named(url, made, more
     prepare_tokens(url, made, more, append=True)
     whole = contents(url)
     (url / "appends/000001.json").rename(url / "appends/000002.json")
-    assert len(logitstore.open(url)) == len(logitstore.open(made.url))
+    with pytest.raises(FormatError, match="ends before shard 4 with 2 behind it"):
+        logitstore.open(url)
     stray, beyond = found(url)
-    assert beyond.startswith("tokens: shards 4-5 are committed, but the store ends before shard 4: a file in appends/")
+    assert beyond.startswith(
+        "tokens: shards 4-5 are committed, but the store ends before shard 4: zarr.json was changed, or a file in app"
+    )
     assert stray.startswith("tokens: appends/000002.json is there without the one before")
     assert verify(url, "--repair") == 1
     (url / "appends/000002.json").unlink()
-    with pytest.raises(IdentityError, match=r"tokens of shard 4 must be [0-9a-f]{12} to be appended, got [0-9a-f]{12}"):
+    before = contents(url)
+    with pytest.raises(
+        IdentityError, match=r"tokens of shard 4 must be [0-9a-f]{12} to be appended, got [0-9a-f]{12} .* gone, restore"
+    ):
         prepare_tokens(url, made, other, append=True)
     (url / "appends/000001.claim").unlink()
+    assert contents(url) == before
     prepare_tokens(url, made, more, append=True)  # the same documents: nothing is lost
     assert contents(url) == whole
+
+
+def test_shards_that_belonged_to_the_store_are_not_given_up_with_an_append(url, made, more, other):
+    prepare_tokens(url, made, more, append=True)
+    add_layers(url, made)
+    make_dumper(url, made).dump(4, LAYERS[1:])
+    record = (url / "appends/000001.json").read_bytes()
+    (url / "appends/000001.json").unlink()
+    with pytest.raises(IdentityError, match="if a file in appends/ is gone, restore it"):
+        prepare_tokens(url, made, other, append=True)
+    assert verify(url, "--repair") == 0
+    assert not list(url.glob("appends/*"))
+    assert [problem.partition(" are")[0] for problem in found(url)] == [f"{layer}: shards 4" for layer in LAYERS]
+    (url / "appends/000001.json").write_bytes(record)
+    assert found(url) == []
+    prepare_tokens(url, made, more)
+    assert (logitstore.open(url).num_shards, found(url)) == (6, [])
+
+
+def test_what_a_late_append_left_behind_the_end_goes_with_one_repair(url, made, more, other, tmp_path, capsys):
+    """Other versions wrote it beside an append that was published when they began."""
+    late = shutil.copytree(url, tmp_path / "late.zarr")
+    write_data(tmp_path / "long.jsonl", documents(made.tokenizer, 9, 16))
+    prepare_tokens(late, made, str(tmp_path / "long.jsonl"), append=True)
+    assert logitstore.open(late).num_shards > 6
+    prepare_tokens(url, made, more, append=True)
+    whole = contents(url)
+    shutil.copy(late / "appends/000001.json", url / "appends/000001.claim")
+    shutil.copy(record(late, "tokens", 6), url / "commits/tokens")
+    for array in ("ids", "loss_mask", "lengths"):
+        shutil.copy(late / f"tokens/{array}/c/6", url / f"tokens/{array}/c/6")
+    verify(url, "--repair")
+    assert f"repaired: append of {tmp_path / 'long.jsonl'}: given up" in capsys.readouterr().out
+    assert found(url) == []
+    assert {path for path in contents(url) if path not in whole} == {
+        f"tokens/{array}/c/6" for array in ("ids", "loss_mask", "lengths")
+    }
+    prepare_tokens(url, made, other, append=True)
 
 
 def test_a_store_that_is_being_written_is_opened_shown_and_verified(made, more, tmp_path, capsys):

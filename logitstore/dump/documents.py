@@ -7,14 +7,10 @@ What records are is in sources.py, how one becomes documents in encoding.py. D d
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import logging
 import tempfile
-import time
 import uuid
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,17 +18,15 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from tqdm import tqdm
 
 from logitstore import commits, writer
-from logitstore.appends import claim, drop_claim, read_appends, write_append
 from logitstore.attributes import read_attributes, stored_spec
 from logitstore.causal_lm import tokenizer_spec
 from logitstore.dump.encoding import COLUMNS, Encoder, Kind, choose_columns
+from logitstore.dump.parts import read_parts, write_part
 from logitstore.dump.sources import find_source, open_records
-from logitstore.errors import IdentityError, LayerNotFoundError
 from logitstore.reader import Store
-from logitstore.spec import ROW_CHUNK, Append, DataSpec, StoreSpec, check_same
+from logitstore.spec import ROW_CHUNK, DataSpec, StoreSpec, check_same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,9 +70,17 @@ class Documents:
     """Columns ids and mask, lists."""
     lengths: NDArray[np.int64]
     """[D]: tokens of each; 0 for a dropped one."""
+    bounds: NDArray[np.int64]
+    """[S + 1]: shard s holds documents bounds[s]..bounds[s + 1]."""
 
-    def shard(self, first: int, stop: int) -> dict[str, NDArray[Any]]:
-        """Returns documents first..stop as the arrays of a shard of `tokens`."""
+    @property
+    def num_shards(self) -> int:
+        """How many shards they fill."""
+        return len(self.bounds) - 1
+
+    def shard(self, number: int) -> dict[str, NDArray[Any]]:
+        """Returns one of them, from 0, as the arrays of a shard of `tokens`."""
+        first, stop = self.bounds[number : number + 2].tolist()
         lengths = self.lengths[first:stop]
         return {
             "ids": self._values("ids", first, stop).view(np.uint32),
@@ -91,7 +93,7 @@ class Documents:
         return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks])
 
 
-def tokenize(dataset: datasets.Dataset, encoder: Encoder, num_proc: int, folder: Path) -> Documents:
+def tokenize(dataset: datasets.Dataset, encoder: Encoder, num_proc: int, folder: Path, shard_rows: int) -> Documents:
     """Tokenises all records into a table in a folder.
 
     Raises:
@@ -132,7 +134,7 @@ def tokenize(dataset: datasets.Dataset, encoder: Encoder, num_proc: int, folder:
         logger.warning("%s: %d assistant turns are not found in the template's text, do not count", name, unlocated)
     if dropped:
         logger.warning("%s: dropped %d of %d windows, in which no prediction counts", name, dropped, len(lengths))
-    return Documents(table=table, lengths=lengths)
+    return Documents(table=table, lengths=lengths, bounds=assign_shards(lengths, shard_rows))
 
 
 def prepare(
@@ -156,7 +158,7 @@ def prepare(
         max_length: Most tokens of a document; longer ones are split into windows.
         shard_rows: Most rows of a shard; above 2**14 rounded up to a multiple of it.
         num_proc: Processes that tokenise.
-        append: Add the documents as new shards if the store does not hold these very ones.
+        append: Add the documents as new shards, unless these very ones, all and no other, came into the store together.
         storage_options: What the data's file system needs. Never stored.
         progress: Show progress bars.
 
@@ -189,7 +191,7 @@ def prepare(
         check_same(stored, spec, "store", writer.OTHER_STORE)
         if source.digest is not None:
             index = commits.read_index(storage, "tokens")
-            for part in _parts(storage, stored):
+            for part in read_parts(storage, stored):
                 if part.data.digest == source.digest and all(shard in index for shard in part.shards):
                     return Store(storage)
 
@@ -213,137 +215,9 @@ def prepare(
             vocab_size=spec.tokenizer.vocab_size,
             max_length=max_length,
         )
-        documents = tokenize(dataset, encoder, num_proc, folder)
-        bounds = assign_shards(documents.lengths, shard_rows)
-        described = dataclasses.replace(spec.data, documents=_identity(documents, bounds))
-        spec = dataclasses.replace(spec, data=described, num_shards=len(bounds) - 1)
-        if stored is None:
-            writer.create_store(storage, spec)
-            stored = spec
-        same = next((part for part in _parts(storage, stored) if part.data.documents == spec.data.documents), None)
-        if same is not None:
-            _write(storage, same.first_shard, documents, bounds, progress)
-        elif append:
-            _append(storage, stored, spec, documents, bounds, progress)
-        else:
-            raise IdentityError(
-                f"documents must be {_short(stored.data.documents)} as in the store, got "
-                f"{_short(spec.data.documents)} from data={source.name}; give --append to add them, or another --store"
-            )
+        documents = tokenize(dataset, encoder, num_proc, folder, shard_rows)
+        write_part(storage, spec, documents, append=append, progress=progress)
     return Store(storage)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Documents that came into a store together."""
-
-    data: DataSpec
-    first_shard: int
-    num_shards: int
-
-    @property
-    def shards(self) -> range:
-        return range(self.first_shard, self.first_shard + self.num_shards)
-
-
-def _parts(storage: Storage, stored: StoreSpec) -> list[_Part]:
-    """Lists what the store began with, and what was appended since."""
-    appended = read_appends(storage, stored)
-    return [
-        _Part(data=stored.data, first_shard=0, num_shards=stored.num_shards),
-        *(_Part(data=a.data, first_shard=a.first_shard, num_shards=a.num_shards) for a in appended),
-    ]
-
-
-def _identity(documents: Documents, bounds: NDArray[np.int64]) -> str:
-    sha = hashlib.sha256()
-    for first, stop in pairwise(bounds.tolist()):
-        sha.update(commits.digest("tokens", documents.shard(first, stop)).encode())
-    return f"sha256:{sha.hexdigest()}"
-
-
-def _short(digest: str | None) -> str:
-    return str(digest)[:19]
-
-
-def _append(
-    storage: Storage,
-    stored: StoreSpec,
-    spec: StoreSpec,
-    documents: Documents,
-    bounds: NDArray[np.int64],
-    progress: bool,
-) -> None:
-    """Writes documents behind those that are there, and makes them all exist at once."""
-    parts = _parts(storage, stored)
-    index = commits.read_index(storage, "tokens")
-    for part in parts:
-        if missing := [shard for shard in part.shards if shard not in index]:
-            raise LayerNotFoundError(
-                f"tokens must be complete before others are appended, got {len(missing)} shards of "
-                f"{part.data.source} missing in {storage.url}; give --data {part.data.source} to finish them"
-            )
-    new = Append(data=spec.data, first_shard=parts[-1].shards.stop, num_shards=spec.num_shards)
-    holder = claim(storage, len(parts), new)
-    if holder.data.documents != new.data.documents:
-        raise IdentityError(
-            f"append must be of {holder.data.source} ({_short(holder.data.documents)}), which is under way or was left "
-            f"unfinished, got {spec.data.source} ({_short(new.data.documents)}); finish that one with its --data and "
-            "--append, or give it up with `logitstore verify --repair`"
-        )
-    _write(storage, new.first_shard, documents, bounds, progress)
-    _check_appended(storage, new.first_shard, documents, bounds)
-    grown = dataclasses.replace(spec, num_shards=new.first_shard + new.num_shards)
-    writer.make_room(storage, grown, "tokens")
-    if not write_append(storage, len(parts), new):
-        found = _parts(storage, stored)[len(parts)]
-        if found.data.documents != new.data.documents:
-            raise IdentityError(
-                f"append {len(parts)} must be of {spec.data.source}, got {found.data.source} from another job; run the "
-                "same command again"
-            )
-    drop_claim(storage, len(parts))
-
-
-def _check_appended(storage: Storage, first_shard: int, documents: Documents, bounds: NDArray[np.int64]) -> None:
-    """Checks that what was there already is of these documents too, before it becomes part of the store."""
-    index = commits.read_index(storage, "tokens")
-    for shard, span in enumerate(pairwise(bounds.tolist()), first_shard):
-        wanted = commits.identity(commits.digest("tokens", documents.shard(*span)))
-        found = None if (place := index.find(shard)) is None else bytes(index.digests[place]).decode()
-        if found != wanted:
-            raise IdentityError(
-                f"tokens of shard {shard} must be {wanted} to be appended, got {found} from another job; give that "
-                "append up with `logitstore verify --repair`, then run the same command again"
-            )
-
-
-def _write(
-    storage: Storage, first_shard: int, documents: Documents, bounds: NDArray[np.int64], progress: bool
-) -> None:
-    """Writes those shards of the documents that are missing, from a shard on."""
-    spans = list(enumerate(pairwise(bounds.tolist()), first_shard))
-    attributes = read_attributes(storage, "") or {}
-    tokens = writer.LayerWriter(storage, stored_spec(StoreSpec, attributes, "store"), "tokens")
-    index = commits.read_index(storage, "tokens")
-    missing = [(shard, span) for shard, span in spans if shard not in index]
-    for shard, span in tqdm(missing, desc="Writing tokens", unit="shard", disable=not progress):
-        started = time.monotonic()
-        arrays = documents.shard(*span)
-        commit = tokens.write(
-            shard,
-            arrays,
-            documents=len(arrays["lengths"]),
-            rows=len(arrays["ids"]),
-            counted=int(arrays["loss_mask"].sum(dtype=np.int64)),
-            computed_from=None,
-            started=started,
-        )
-        if commit.digest != (digest := commits.digest("tokens", arrays)):
-            raise IdentityError(
-                f"tokens of shard {shard} must be {_short(digest)}, got {_short(commit.digest)} from another job; give "
-                "another --store, or take the shard back with `logitstore verify --repair`"
-            )
 
 
 def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -370,18 +244,3 @@ def _progress_bars(progress: bool) -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
-
-
-def preview(store: Store, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 80) -> str:
-    """Shows the first document, tokens whose prediction counts between « and », so that people can check the mask."""
-    document = store.shard(0, layers=("tokens",)).document(0)
-    counted = np.concatenate([[False], document.loss_mask[:-1]])
-    first = max(0, int(counted.argmax()) - max_tokens // 2)
-    stop = min(len(counted), first + max_tokens)
-    borders = [first, *(np.flatnonzero(np.diff(counted[first:stop])) + first + 1).tolist(), stop]
-    runs = [
-        ("«{}»" if counted[i] else "{}").format(tokenizer.decode(document.ids[i:j].tolist()))
-        for i, j in pairwise(borders)
-    ]
-    text = ("… " if first else "") + "".join(runs) + (" …" if stop < len(counted) else "")
-    return f"document 0, {int(counted.sum())} of {len(counted)} tokens count: {text}"
