@@ -79,9 +79,12 @@ class StoreMachine(KnownStore, RuleBasedStateMachine):
             set_aside = {0: "no numbers"} if aside and below[0] == "tokens" else {}
             seed = [self.model.seed, other, *key[1:]]
             attempt = computed_attempt(key[0], self.model.committed[below], seed, set_aside)
+        self.expect(key, attempt)
+        return attempt
+
+    def expect(self, key, attempt):
         self.staged.setdefault(key, {})[attempt.name] = attempt
         self.attempts[(*key, attempt.name)] = attempt
-        return attempt
 
     def make_way(self, key):
         if key in self.model.committed and self.model.is_stale(key) and self.model.damaged.get(key) != "record":
@@ -111,6 +114,7 @@ class StoreMachine(KnownStore, RuleBasedStateMachine):
         if (attempt := self.compute(key, other, aside)) is None:
             return
         self.make_way(key)
+        self.expect(key, attempt)  # also if what was staged before it was thrown away just now
         process = self.stepped(attempt.write, spec_of(self.model.num_shards))
         self.tell(f"writer {fate}")
         if fate == "finishes":
