@@ -11,7 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.schemes import Scheme
+from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 
 LOSSES = "losses/reference"
 LAYERS = ("tokens", "target", LOSSES)
@@ -65,11 +66,12 @@ def target(shard, variant):
     counts = np.where(mask, rng.integers(1, K + 1, len(mask)), 0).astype(np.uint16)
     entries = int(counts.sum())
     # An array of nothing but its fill value has no object: it must not keep another variant's.
-    token_ids = np.zeros(entries) if (shard + variant) % 3 == 0 else rng.integers(0, VOCAB_SIZE, entries)
+    gaps = np.zeros(entries) if (shard + variant) % 3 == 0 else rng.integers(0, VOCAB_SIZE // K - 1, entries)
     return {
         "counts": counts,
-        "token_ids": token_ids.astype(np.uint32),
+        "gaps": gaps.astype(np.uint32),
         "logprobs": rng.integers(0, 256, entries).astype(np.uint8),
+        "draws": np.zeros(entries, np.uint16),
         "tail": masked(-0.1 - 8 * rng.random(len(mask)), mask),
         "label_logprob": masked(-9 * rng.random(len(mask)), mask),
         "entropy": masked(5 * rng.random(len(mask)), mask),
@@ -80,7 +82,7 @@ def losses(rows):
     """Returns the arrays of `losses/reference` of a shard, computed from its arrays of `target`."""
     mask = rows["counts"] > 0
     row = np.repeat(np.arange(len(mask)), rows["counts"])
-    codes = np.bincount(row, weights=rows["logprobs"] + rows["token_ids"] / VOCAB_SIZE, minlength=len(mask))
+    codes = np.bincount(row, weights=rows["logprobs"] + rows["gaps"] / VOCAB_SIZE, minlength=len(mask))
     return {
         "ce": masked(codes / 256 - rows["tail"], mask),
         "label_logprob": masked(rows["label_logprob"] - rows["entropy"], mask),

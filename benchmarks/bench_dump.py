@@ -29,7 +29,8 @@ from logitstore.batches import batches
 from logitstore.dump.schedule import SHARDS_IN_FLIGHT
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.reader import Store
-from logitstore.spec import DataSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.schemes import OPTIONS, make_scheme
+from logitstore.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
 from logitstore.verify import take_back
 
@@ -52,7 +53,7 @@ def make_store(folder, args):
     rng = np.random.default_rng(0)
     target = TargetSpec(
         model=ModelSpec(name="bench", revision="0", dtype=args.dtype, padded_vocab_size=args.vocab_size),
-        scheme=Scheme(name=args.scheme, k=args.k, **({"mass": 0.98, "k_min": 4} if args.scheme == "nucleus" else {})),
+        scheme=make_scheme(args.scheme, {"k": args.k, "num_draws": args.num_draws}),
     )
     spec = StoreSpec(
         tokenizer=TokenizerSpec(name="none", fingerprint="none", vocab_size=args.vocab_size, chat_template=None),
@@ -125,8 +126,9 @@ def main(argv=None):
     parser.add_argument("--shard_rows", type=int, default=4096)
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--batch_tokens", type=int, default=4096)
-    parser.add_argument("--scheme", choices=("topk", "nucleus"), default="nucleus")
-    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--scheme", choices=tuple(OPTIONS), default="nucleus")
+    parser.add_argument("--k", type=int, help="of topk and nucleus")
+    parser.add_argument("--num_draws", type=int, help="of sample and hybrid")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)

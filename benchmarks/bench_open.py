@@ -34,7 +34,8 @@ import numpy as np
 
 import logitstore
 from logitstore import commits, layout, writer
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec, maker
+from logitstore.schemes import Scheme
+from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec, maker
 from logitstore.storage import Storage
 
 LAYERS = ("tokens", "target", "losses/reference")

@@ -8,7 +8,7 @@ from typing import Any
 DISTILLATION, RANDOM, ADASPEC = ("distillation", "random 40 %", "AdaSPEC 40 %")
 """The methods, as the table calls them."""
 
-CACHED = {"greedy": "argmax_agreement", "sampled": "alpha_plug_in"}
+CACHED = {"greedy": "argmax_agreement", "sampled": "alpha_estimate"}
 """What of the cache compares with which measured alpha."""
 
 HEAD = ("draft", "method", "greedy", "sampled", "tau greedy", "tau sampled", "sampled, lower..upper", "greedy")

@@ -32,8 +32,9 @@ from logitstore.errors import LayerNotFoundError, LogitStoreError
 from logitstore.layout import losses_layer
 from logitstore.options import storage_options
 from logitstore.reader import Store
+from logitstore.schemes import OPTIONS, Scheme, make_scheme
 from logitstore.set_aside import explain_missing
-from logitstore.spec import LossSpec, ModelSpec, Scheme, TargetSpec, TokenizerSpec, check_room, maker
+from logitstore.spec import LossSpec, ModelSpec, TargetSpec, TokenizerSpec, check_room, maker
 from logitstore.storage import Storage
 from logitstore.verify import sweep
 from logitstore.writer import add_layer, check_layer
@@ -68,10 +69,17 @@ def parser() -> Parser:
     models.add_argument("--trust_remote_code", action="store_true", help="run code from the models' repositories")
 
     rows = p.add_argument_group("what a row keeps")
-    rows.add_argument("--scheme", default="topk", choices=("topk", "nucleus"))
-    rows.add_argument("--k", type=int, default=64, help="most entries of a row (default %(default)s)")
+    rows.add_argument("--scheme", default="topk", choices=tuple(OPTIONS))
+    rows.add_argument("--k", type=int, help="topk, nucleus: most entries of a row (default 64)")
     rows.add_argument("--mass", type=float, help="nucleus: probability that the entries reach (default 0.98)")
     rows.add_argument("--k_min", type=int, help="nucleus: fewest entries of a row (default 4)")
+    rows.add_argument("--num_draws", type=int,
+                      help="sample: draws of each row; hybrid: 1 / what each stands for (default 50)")  # fmt: skip
+    rows.add_argument("--seed", type=int, help="sample, hybrid: of the draws (default 0)")
+
+    rows.add_argument("--max_kl", type=float, metavar="NATS",
+                      help="stop as soon as storing loses more than this of a row, on average over those measured of "
+                      "a shard (docs/fidelity.md); default: any")  # fmt: skip
 
     p.add_argument("--retry_set_aside", action="store_true",
                    help="try documents again that were set aside; shards that were need no flag")  # fmt: skip
@@ -99,7 +107,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with user_errors():
         storage = Storage(args.store, storage_options(args.storage_options))
         sources = _references(args.reference)
-        scheme = _scheme(args)
+        given = {name: getattr(args, name) for options in OPTIONS.values() for name in options}
+        scheme = make_scheme(args.scheme, given)
         for name in ("num_actors", "cpus_per_actor", "batch_tokens", "num_proc"):
             if (value := getattr(args, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {name}={value}")
@@ -112,6 +121,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.append and sources and not args.target:
             raise ValueError("target must be given with --append and --reference, got none: losses need its rows; "
                              "give --target, or append first")  # fmt: skip
+        if args.max_kl is not None and not 0 < args.max_kl < float("inf"):
+            raise ValueError(f"max_kl must be above 0 and finite, got max_kl={args.max_kl}; 0.1 is usual")
+        if args.max_kl is not None and not args.target:
+            raise ValueError(f"max_kl must be left out without --target, got max_kl={args.max_kl}; it is of its rows")
         store, target, references = _documents(args, storage, scheme, sources)
         if args.target is None and sources:
             _check_target_complete(store)
@@ -144,6 +157,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         gpus_per_actor=args.gpus_per_actor,
         cpus_per_actor=args.cpus_per_actor,
         batch_tokens=args.batch_tokens,
+        max_kl=args.max_kl,
     )
     summary: dict[str, Any] = {
         "store": storage.url,
@@ -187,17 +201,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return summary
 
 
-def _scheme(args: argparse.Namespace) -> Scheme:
-    if args.scheme == "topk":
-        for name in ("mass", "k_min"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"{name} must be left out, got {name}={getattr(args, name)} with --scheme topk; "
-                                 "give --scheme nucleus")  # fmt: skip
-        return Scheme(name="topk", k=args.k)
-    mass = 0.98 if args.mass is None else args.mass
-    return Scheme(name="nucleus", k=args.k, mass=mass, k_min=min(4, args.k) if args.k_min is None else args.k_min)
-
-
 def _references(given: list[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for value in given:
@@ -231,12 +234,13 @@ def _documents(
 
         if args.target is not None:
             scheme.check_vocabulary(made.vocab_size)
-            check_room(shard_rows, scheme.k)
         target = None if args.target is None else describe(args.target, "target", args.revision)
         references = {name: describe(model, f"reference {name}", None) for name, model in sources.items()}
         # Before an hour of tokenising, not after it.
         if target is not None:
-            check_layer(storage, "target", TargetSpec(model=target, scheme=scheme))
+            target_spec = TargetSpec(model=target, scheme=scheme)
+            check_room(shard_rows, target_spec.room)
+            check_layer(storage, "target", target_spec)
         for name, spec in references.items():
             check_layer(storage, losses_layer(name), LossSpec(model=spec))
         return target, references

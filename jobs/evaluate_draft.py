@@ -27,6 +27,8 @@ from tqdm import tqdm
 import logitstore
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.options import storage_options
+from logitstore.schemes import describe
+from logitstore.views import smaller
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
 from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
 from trainer.stream import check_complete
@@ -75,6 +77,8 @@ def parser() -> Parser:
     cache.add_argument("--store", metavar="URL", help="a store whose target layer is finished")
     cache.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options for the store's files, "
                        "and for those of --data on the same kind of file system")  # fmt: skip
+    cache.add_argument("--k", type=int, help="read the store as if it had been dumped with this --k")
+    cache.add_argument("--mass", type=float, help="likewise, with --scheme nucleus and this --mass")
     cache.add_argument("--max_documents", type=int, help="only the first so many documents of the store")
     cache.add_argument("--batch_tokens", type=int, default=8192,
                        help="most tokens of a forward, padding included (default %(default)s)")  # fmt: skip
@@ -116,7 +120,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 progress=bar.update,
             )
         figures |= {"store": plan.store.url, "cached": _cached_json(cached, args.gamma)}
-        lines += _cached_table(cached, args.gamma)
+        scheme = plan.store.spec.target
+        figures["cached"]["scheme"] = None if scheme is None else describe(scheme.scheme)
+        lines += _cached_table(cached, args.gamma, figures["cached"]["scheme"])
     if target is not None:
         figures |= {"prompts_left_out": plan.left_out, "measured": {}}
         results = []
@@ -175,7 +181,9 @@ def _check(args: argparse.Namespace) -> _Plan:
 
     remote = args.trust_remote_code
     options = storage_options(args.storage_options)
-    store = None if args.store is None else _open_store(args.store, options)
+    if args.store is None and (args.k, args.mass) != (None, None):
+        raise ValueError("store must be given with --k or --mass, got none; add --store, or leave them out")
+    store = None if args.store is None else smaller(_open_store(args.store, options), k=args.k, mass=args.mass)
     if store is None:
         target_tokenizer = load_tokenizer(args.target, revision=args.revision, trust_remote_code=remote)
         made, max_length = tokenizer_spec(target_tokenizer, uses_chat_template=False), None
@@ -238,18 +246,18 @@ def _open_store(url: str, options: dict[str, Any] | None) -> Store:
 
 
 def _cached_json(cached: CachedAcceptance, gamma: int) -> dict[str, Any]:
-    modelled = {"sampled": cached.alpha_plug_in, "greedy": cached.argmax_agreement}
+    modelled = {"sampled": cached.alpha_estimate, "greedy": cached.argmax_agreement}
     return dataclasses.asdict(cached) | {
         "modelled_tokens_per_call": {mode: expected_tokens_per_call(a, gamma) for mode, a in modelled.items()}
     }
 
 
-def _cached_table(cached: CachedAcceptance, gamma: int) -> list[str]:
-    sampled, greedy = (expected_tokens_per_call(a, gamma) for a in (cached.alpha_plug_in, cached.argmax_agreement))
+def _cached_table(cached: CachedAcceptance, gamma: int, scheme: str | None) -> list[str]:
+    sampled, greedy = (expected_tokens_per_call(a, gamma) for a in (cached.alpha_estimate, cached.argmax_agreement))
     return [
         "",
-        f"From the cache, teacher-forced: {cached.rows:,} rows of {cached.documents:,} documents",
-        f"  alpha (cache), sampled    {cached.alpha_plug_in:.4f}, between {cached.alpha_lower:.4f} and "
+        f"From the cache, teacher-forced: {cached.rows:,} rows of {cached.documents:,} documents, read as {scheme}",
+        f"  alpha (cache), sampled    {cached.alpha_estimate:.4f}, between {cached.alpha_lower:.4f} and "
         f"{cached.alpha_upper:.4f}    tokens/call at gamma {gamma} (modelled) {sampled:.2f}",
         f"  argmax agreement, greedy  {cached.argmax_agreement:.4f}    "
         f"tokens/call at gamma {gamma} (modelled) {greedy:.2f}",

@@ -41,6 +41,7 @@ from logitstore.causal_lm import SplitLM, check_model
 from logitstore.drivers import without_credentials
 from logitstore.options import storage_options
 from logitstore.reader import CACHE_BYTES
+from logitstore.views import smaller
 from trainer.draft_trainer import DraftModule, DraftTrainer, check_training_arguments
 from trainer.objectives import OBJECTIVES
 from trainer.selection import SELECTIONS
@@ -75,6 +76,12 @@ class DraftArguments:
         default=None, metadata={"help": "local folder that keeps what is read from a bucket; processes may share it"}
     )
     cache_bytes: int = field(default=CACHE_BYTES, metadata={"help": "the most that --cache_dir may grow to"})
+    k: int | None = field(
+        default=None, metadata={"help": "read the store as if it had been dumped with this --k, no larger than its own"}
+    )
+    mass: float | None = field(
+        default=None, metadata={"help": "read the store as if it had been dumped with --scheme nucleus and this --mass"}
+    )
     draft: str = field(default="", metadata={"help": "Hugging Face id or folder of the draft to start from (required)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the draft on the hub"})
     dtype: str = field(
@@ -266,6 +273,7 @@ def train(
             cache_dir=args.cache_dir,
             cache_bytes=args.cache_bytes,
         )
+        store = smaller(store, k=args.k, mass=args.mass)
         selection = SELECTIONS[args.selection]
         if args.reference is not None:
             store.loss(args.reference)

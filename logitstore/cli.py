@@ -1,4 +1,4 @@
-"""The `logitstore` command: look at a store, check a store. Computing is done by the jobs."""
+"""The `logitstore` command: plan a store, look at one, check one, export from one. Computing is done by the jobs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from logitstore import info, rerun
-from logitstore.errors import LogitStoreError
+from logitstore import export, fidelity, fidelity_plot, info, plan, rerun
+from logitstore.errors import LogitStoreError, MissingDriverError
 from logitstore.options import storage_options
 from logitstore.reader import Store
 from logitstore.storage import Storage
@@ -29,32 +29,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser("info", help="what a store holds, how far it is, what it costs")
     show.add_argument("--json", action="store_true", help="print JSON instead of text")
+    true = commands.add_parser("fidelity", help="how true it is to the target, by numbers measured when it was dumped")
+    true.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    true.add_argument("--plot", metavar="FILE", help="draw bytes a row and kept mass, as .png or .svg")
     check = commands.add_parser("verify", help="read every committed byte; exit status 1 if any is not as committed")
-    check.add_argument("--sample", type=float, default=1.0, metavar="SHARE",
-                       help="read only this share of each layer's shards, such as 0.01")  # fmt: skip
-    check.add_argument("--seed", type=int, default=0, help="which shards a sample holds (default %(default)s)")
     check.add_argument("--repair", action="store_true",
                        help="uncommit what is damaged or stale, so that the next dump writes it again, and give up an "
                        "unfinished append; exit status 1 if anything was wrong")  # fmt: skip
     check.add_argument("--num_threads", type=int, default=4, help="shards read at once (default %(default)s)")
-    for command in (show, check):
+    for command in (true, check):
+        command.add_argument("--sample", type=float, default=1.0, metavar="SHARE",
+                             help="read only this share of each layer's shards, such as 0.01")  # fmt: skip
+        command.add_argument("--seed", type=int, default=0, help="which shards a sample holds (default %(default)s)")
+    slice_of = commands.add_parser("export", help="a shard as padded NumPy arrays in an .npz file")
+    slice_of.add_argument("--shard", type=int, required=True, metavar="N", help="which, from 0")
+    slice_of.add_argument("--out", required=True, metavar="FILE.npz", help="file to write")
+    plan.add_arguments(commands.add_parser("plan", help="what a store will take before it is made"))
+    for command in (show, true, check, slice_of):
         command.add_argument("url", metavar="URL", help="folder or fsspec URL of the store")
         command.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options")
     args = parser.parse_args(argv)
     try:
+        if args.command == "plan":
+            return _plan(args)
         store = Store(Storage(args.url, storage_options(args.storage_options)))
-        return _info(store, as_json=args.json) if args.command == "info" else _verify(store, args)
+        act = {"info": _info, "fidelity": _fidelity, "verify": _verify, "export": _export}[args.command]
+        return act(store, args)
     except (LogitStoreError, ValueError) as error:
         print(f"error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
-def _info(store: Store, *, as_json: bool) -> int:
+def _plan(args: argparse.Namespace) -> int:
+    try:
+        from logitstore.dump import planning  # torch and transformers: of this command alone
+    except ImportError as error:
+        raise MissingDriverError(
+            f"plan must have the packages of the dump, got none ({error}); pip install 'logitstore[dump]'"
+        ) from error
+    facts = planning.run(args)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _say(plan.render(facts))
+    return 0
+
+
+def _export(store: Store, args: argparse.Namespace) -> int:
+    _say(export.write(store, args.shard, args.out))
+    return 0
+
+
+def _info(store: Store, args: argparse.Namespace) -> int:
     facts = info.describe(store)
-    if as_json:
+    if args.json:
         print(json.dumps(facts, indent=1))
     else:
         _say(info.render(facts))
+    return 0
+
+
+def _fidelity(store: Store, args: argparse.Namespace) -> int:
+    if args.plot is not None:
+        fidelity_plot.check(args.plot)
+    facts = fidelity.describe(store, sample=args.sample, seed=args.seed)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _say(fidelity.render(facts))
+    if args.plot is not None:
+        fidelity_plot.draw(facts, args.plot)
     return 0
 
 

@@ -18,34 +18,39 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from logitstore.spec import TargetSpec
+
 LARGEST_TAIL = np.float32(1 - 2.0**-24)
 """A row that counts keeps something, if less than rounding leaves beside its tail: no logprob is -inf or NaN."""
-MANTISSA_BITS = 12
-"""Bits of mantissa kept of stored per-row floats: a relative error of at most 2**-13."""
+MANTISSA_BITS = 7
+"""Bits of mantissa kept of a row's floats: a relative error of at most 2**-8, that of bfloat16."""
+LOSS_MANTISSA_BITS = 9
+"""Of losses, which are subtracted from each other: at most 2**-10."""
+
+
+LEVELS = 256
+"""Codes of a logprob."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook:
-    """The 8-bit code of a logprob: code c stands for ``-range_nats * (c / 255) ** exponent``.
+    """The 8-bit code of a logprob: code c stands for the probability ``((256 - c) / 256) ** exponent``.
 
-    An exponent above 1 spends the codes near 0, where the probability is.
+    Equal steps of a root of the probability: an entry's part of the quantisation KL, about p times the square of its
+    error, then hardly depends on p, and unlikely entries, of which there are many, share few codes.
     """
 
-    range_nats: float = 16.0
-    """Logprobs below minus this are stored as minus this."""
-    exponent: float = 2.0
-    """How strongly codes crowd towards logprob 0; 1 is linear."""
+    exponent: float = 4.0
+    """Which root. 2 spends the fewest codes on unlikely entries, more of them crowd less towards probability 1."""
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.range_nats <= 100.0:
-            raise ValueError(f"range_nats must be between 1 and 100, got range_nats={self.range_nats}; 16 is usual")
-        if not 1.0 <= self.exponent <= 8.0:
-            raise ValueError(f"exponent must be between 1 and 8, got exponent={self.exponent}; 2 is usual")
+        if not 1.0 <= self.exponent <= 16.0:
+            raise ValueError(f"exponent must be between 1 and 16, got exponent={self.exponent}; 4 is usual")
 
     @cached_property
     def table(self) -> NDArray[np.float32]:
         """Float32 [256]: the logprob that each code stands for, descending from 0."""
-        table: NDArray[np.float32] = (-self.range_nats * (np.arange(256) / 255.0) ** self.exponent).astype(np.float32)
+        table: NDArray[np.float32] = (self.exponent * np.log1p(-np.arange(LEVELS) / LEVELS)).astype(np.float32)
         return table
 
     @cached_property
@@ -60,7 +65,10 @@ class Codebook:
 
     @cached_property
     def max_errors(self) -> NDArray[np.float32]:
-        """Float32 [256]: half the wider step beside each code, the most by which coding moves a logprob, in nats."""
+        """Float32 [256]: half the wider step beside each code, the most by which coding moves a logprob, in nats.
+
+        Below the last code, at ``-exponent * log(256)`` nats, anything may lie.
+        """
         steps = np.diff(-self.table)
         wider = np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0))
         errors: NDArray[np.float32] = (wider / 2).astype(np.float32)
@@ -71,12 +79,20 @@ class Codebook:
         codes: NDArray[np.uint8] = np.searchsorted(self.boundaries, -logprobs).astype(np.uint8)
         return codes
 
+    def code_at(self, probability: float) -> int:
+        """Returns the first code that reaches down to a probability; no code above it does."""
+        return int(np.searchsorted(self.boundaries, -np.log(probability)))
+
+    def lower_end(self, code: int) -> float:
+        """Returns the least probability that has a code; 0 of the last."""
+        return float(np.exp(-np.float64(self.boundaries[code]))) if code < LEVELS - 1 else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
         return asdict(self)
 
 
-def round_mantissa(values: NDArray[np.float32], bits: int = MANTISSA_BITS) -> NDArray[np.float32]:
+def round_mantissa(values: NDArray[np.float32], bits: int = LOSS_MANTISSA_BITS) -> NDArray[np.float32]:
     """Rounds float32 values to `bits` bits of mantissa, so that their last bytes compress to nothing.
 
     Infinities stay what they are. NaN becomes the one NaN of the format: others would compare as the fill value, and
@@ -91,28 +107,94 @@ def round_mantissa(values: NDArray[np.float32], bits: int = MANTISSA_BITS) -> ND
     return np.where(np.isfinite(values), rounded, special).astype(np.uint32).view(np.float32)
 
 
-def encode(rows: Rows, codebook: Codebook) -> dict[str, NDArray[Any]]:
+def encode(rows: Rows, spec: TargetSpec) -> dict[str, NDArray[Any]]:
     """Turns rows into the arrays of a `target` shard (docs/format.md). Inverse of `decode` up to the codes' step."""
     with np.errstate(divide="ignore"):
         tail = np.log(rows.tail_mass)
+    draws = np.zeros(len(rows.token_ids), dtype=np.uint16)
+    if spec.scheme.name == "sample" and rows.weights is not None:
+        draws[:] = np.rint(rows.weights * spec.scheme.num_draws)
     return {
         "counts": rows.counts.astype(np.uint16),
-        "token_ids": rows.token_ids.astype(np.uint32),
-        "logprobs": codebook.encode(rows.logprobs),
-        "tail": round_mantissa(tail),
-        "label_logprob": round_mantissa(rows.label_logprob),
-        "entropy": round_mantissa(rows.entropy),
+        "gaps": gaps(rows.token_ids, rows.counts),
+        "logprobs": _likeliest_alone(spec, rows.logprobs, rows.counts),
+        "draws": draws,
+        "tail": round_mantissa(tail, MANTISSA_BITS),
+        "label_logprob": round_mantissa(rows.label_logprob, MANTISSA_BITS),
+        "entropy": round_mantissa(rows.entropy, MANTISSA_BITS),
     }
 
 
-def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> Rows:
+def _likeliest_alone(
+    spec: TargetSpec, logprobs: NDArray[np.float32], counts: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Codes logprobs, those that share the code of their row's likeliest entry by the next one.
+
+    Which token is likeliest must survive: greedy decoding accepts that alone.
+    """
+    codes = spec.codebook.encode(logprobs)
+    kept = counts[counts > 0]
+    if not len(kept):
+        return codes
+    row = np.repeat(np.arange(len(kept)), kept)
+    highest = np.maximum.reduceat(logprobs, _firsts(counts))[row]
+    is_shared = (codes == np.minimum.reduceat(codes, _firsts(counts))[row]) & (logprobs < highest)
+    codes += (is_shared & (codes != spec.last_exact_code) & (codes != LEVELS - 1)).astype(np.uint8)
+    return codes
+
+
+def gaps(token_ids: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.uint32]:
+    """Codes ids as what lies between them: rising ids of a row become small numbers, which compress best.
+
+    Args:
+        token_ids: [E], strictly rising within each row.
+        counts: [N], summing to E.
+
+    Returns:
+        [E]: the first id of each row, then each id less the one before it, less 1.
+    """
+    ids = token_ids.astype(np.int64)
+    differences = np.diff(ids, prepend=0) - 1
+    first = _firsts(counts)
+    differences[first] = ids[first]
+    return differences.astype(np.uint32)
+
+
+def ungap(differences: NDArray[np.uint32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Inverse of `gaps`; [E]. What is no code of ids becomes numbers beyond any vocabulary, not other ids."""
+    steps = differences.astype(np.int64) + 1
+    first = _firsts(counts)
+    steps[first] -= 1
+    total = np.cumsum(steps)
+    kept = counts[counts > 0]
+    total -= np.repeat(total[first] - steps[first], kept)
+    return total
+
+
+def last_ids(differences: NDArray[np.uint32], counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Returns the largest id of each row that has entries, without making out the others."""
+    if not len(differences):
+        return np.zeros(0, dtype=np.int64)
+    sums: NDArray[np.int64] = np.add.reduceat(differences, _firsts(counts), dtype=np.int64)
+    return sums + counts[counts > 0].astype(np.int64) - 1
+
+
+def _firsts(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Returns where each row that has entries begins."""
+    kept = counts[counts > 0].astype(np.int64)
+    first: NDArray[np.int64] = np.cumsum(kept) - kept
+    return first
+
+
+def decode(arrays: Mapping[str, NDArray[Any]], spec: TargetSpec) -> Rows:
     """Turns the stored arrays of a `target` shard into rows.
 
     Coded probabilities of a row can sum to more than it had: they are scaled so that kept probabilities plus tail
     mass are 1, which moves every logprob of a row by the same, at most its largest coding error.
     """
     counts = arrays["counts"].astype(np.int64)
-    logprobs = codebook.table[arrays["logprobs"]]
+    codes = arrays["logprobs"]
+    logprobs = spec.codebook.table[codes]
     with np.errstate(invalid="ignore"):
         tail_mass = np.minimum(np.exp(arrays["tail"]), LARGEST_TAIL)
     kept = counts > 0
@@ -121,12 +203,25 @@ def decode(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> Rows:
     logprobs += np.repeat(shift.astype(np.float32), counts[kept])
     return Rows(
         counts=counts,
-        token_ids=arrays["token_ids"],
+        token_ids=ungap(arrays["gaps"], counts).astype(np.uint32),
         logprobs=logprobs,
+        weights=_weights(arrays, logprobs, spec),
         tail_mass=tail_mass,
         label_logprob=arrays["label_logprob"],
         entropy=arrays["entropy"],
     )
+
+
+def _weights(
+    arrays: Mapping[str, NDArray[Any]], logprobs: NDArray[np.float32], spec: TargetSpec
+) -> NDArray[np.float32] | None:
+    if not spec.scheme.draws:
+        return None
+    step = np.float32(spec.step)
+    if spec.scheme.name == "sample":
+        return arrays["draws"] * step
+    is_drawn = arrays["logprobs"] > spec.last_exact_code
+    return np.where(is_drawn, step, np.exp(logprobs))
 
 
 def decode_bounds(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> tuple[Rows, Rows]:
@@ -135,17 +230,25 @@ def decode_bounds(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> tup
     A code is the nearest one, so that the logprob that was encoded lies between the boundaries beside it; below the
     last boundary it may be anything. The tail's log was rounded to `MANTISSA_BITS`. Entries are in the order of
     `decode`; kept probabilities and tail sum to at most 1 in the first and at least 1 in the second, up to the float32
-    arithmetic of whoever encoded them. Label logprob and entropy are as stored.
+    arithmetic of whoever encoded them. Label logprob and entropy are as stored. Without weights: these are exact.
     """
-    least = np.append(-codebook.boundaries, np.float32(-np.inf))[arrays["logprobs"]]
-    most = np.insert(-codebook.boundaries, 0, np.float32(0.0))[arrays["logprobs"]]
+    counts = arrays["counts"].astype(np.int64)
+    token_ids = ungap(arrays["gaps"], counts).astype(np.uint32)
+    codes = arrays["logprobs"]
+    least = np.append(-codebook.boundaries, np.float32(-np.inf))[codes]
+    upper = codes.astype(np.int64)
+    if len(codes):  # what would share the likeliest entry's code has the next one
+        first = np.minimum.reduceat(upper, _firsts(counts))
+        upper -= upper == np.repeat(first + 1, counts[counts > 0])
+    most = np.insert(-codebook.boundaries, 0, np.float32(0.0))[upper]
     # relative to the stored value, not to the true one: twice the rounding is more than enough
     widening = np.float32(2.0**-MANTISSA_BITS)
     rows = [
         Rows(
-            counts=arrays["counts"].astype(np.int64),
-            token_ids=arrays["token_ids"],
+            counts=counts,
+            token_ids=token_ids,
             logprobs=logprobs,
+            weights=None,
             tail_mass=np.exp(arrays["tail"] * factor),
             label_logprob=arrays["label_logprob"],
             entropy=arrays["entropy"],

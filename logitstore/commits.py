@@ -22,6 +22,7 @@ import numpy as np
 
 from logitstore.errors import DamagedShardError, FormatError
 from logitstore.layout import layer_arrays
+from logitstore.measures import is_measured
 from logitstore.storage import parse_json, to_json_bytes
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Commit:
     """Host and process."""
     written: str
     """When, UTC."""
+    fidelity: dict[str, float] = field(default_factory=dict)
+    """How true the values are, where that was measured: sums over some rows of the shard, by name."""
 
     @property
     def name(self) -> str:
@@ -227,6 +230,7 @@ def describe(
     made_by: str,
     seconds: float,
     set_aside: Mapping[int, str] | None = None,
+    fidelity: Mapping[str, float] | None = None,
 ) -> Commit:
     """Computes the commit record of a shard from the values that were written."""
     values = {spec.name: np.ascontiguousarray(arrays[spec.name], dtype=spec.dtype) for spec in layer_arrays(layer)}
@@ -236,7 +240,7 @@ def describe(
         documents=documents,
         rows=rows,
         counted=counted,
-        entries=len(values["token_ids"]) if "token_ids" in values else 0,
+        entries=len(values["gaps"]) if "gaps" in values else 0,
         set_aside=dict(set_aside or {}),
         checksums={name: checksum(value) for name, value in values.items()},
         digest=digest(layer, values),
@@ -245,6 +249,7 @@ def describe(
         seconds=round(seconds, 3),
         writer=f"{socket.gethostname()}:{os.getpid()}",
         written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        fidelity=dict(fidelity or {}),
     )
 
 
@@ -269,8 +274,10 @@ def length(commit: Commit, per: str) -> int:
 
 
 def to_bytes(commit: Commit) -> bytes:
-    """Returns a record as it is stored: its fields, and a checksum over them."""
+    """Returns a record as it is stored: its fields, `fidelity` only if there is some, and a checksum over them."""
     values = dataclasses.asdict(commit)
+    if not commit.fidelity:
+        del values["fidelity"]
     values["set_aside"] = {str(document): reason for document, reason in commit.set_aside.items()}
     return to_json_bytes(values | {CHECKSUM: checksum_of(values)})
 
@@ -296,6 +303,8 @@ def parse(data: bytes, layer: str, shard: int, name: str) -> Commit:
         "set_aside": (dict,), "checksums": (dict,), "digest": (str,), "computed_from": (str, type(None)),
         "made_by": (str,), "seconds": (int, float), "writer": (str,), "written": (str,),
     }  # fmt: skip
+    if isinstance(value, dict) and "fidelity" in value:
+        kinds["fidelity"] = (dict,)
     if not isinstance(value, dict) or set(value) != set(kinds):
         raise DamagedShardError(layer, shard, "a commit record with other fields")
     for field_name, allowed in kinds.items():
@@ -319,6 +328,8 @@ def parse(data: bytes, layer: str, shard: int, name: str) -> Commit:
     documents = value["set_aside"]
     if not all(re.fullmatch(r"[0-9]{1,10}", number) and isinstance(documents[number], str) for number in documents):
         raise DamagedShardError(layer, shard, "a commit record with malformed set_aside")
+    if not is_measured(layer, value.get("fidelity", {}), value["counted"]):
+        raise DamagedShardError(layer, shard, "a commit record with malformed fidelity")
     found = checksum_of(value)
     value["set_aside"] = {int(number): reason for number, reason in documents.items()}
     commit = Commit(**value)

@@ -6,6 +6,7 @@ LogitStoreError
 ├── IdentityError           (ValueError)         the store holds something other than what was asked for
 ├── LayerNotFoundError      (LookupError)        no such layer, or a shard of it is not committed
 ├── DamagedShardError       (OSError)            stored bytes differ from what was committed
+├── FidelityError           (ValueError)         what would be stored is further from the target than was allowed
 ├── StorageError            (OSError)            the URL cannot be reached, even after some tries
 │   └── StorageRefusedError (PermissionError)    no space, no permission, no valid credentials
 └── MissingDriverError      (ImportError)        the URL needs a package that is not installed
@@ -54,6 +55,10 @@ class DamagedShardError(LogitStoreError, OSError):
     def __reduce__(self) -> tuple[type[DamagedShardError], tuple[str, int, str]]:
         # It comes from other processes: an exception is built anew from its message alone.
         return type(self), (self.layer, self.shard, self.reason)
+
+
+class FidelityError(LogitStoreError, ValueError):
+    """What would be stored of a shard is further from the target's distributions than the budget allows."""
 
 
 class StorageError(LogitStoreError, OSError):

@@ -1,11 +1,13 @@
-"""What `logitstore info` shows of a store. All from the specs and one listing of each layer's records."""
+"""What `logitstore info` shows of a store. From the specs, one listing of each layer's records, and a few of them."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logitstore import fidelity, measures, schemes
 from logitstore.appends import pending_append
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.layers import runs, spans
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from logitstore.layers import Layer
     from logitstore.reader import Store
 
+MEASURED_SHARDS = 16
+"""Whose records are read for the line on fidelity, of each layer."""
 MAX_SHOWN = 20
 """Documents or shards set aside that are named, of each layer."""
 
@@ -122,8 +126,11 @@ def _layer(store: Store, layer: Layer) -> dict[str, Any]:
         model = layer.spec.model
         facts["model"] = {"name": model.name, "revision": model.revision, "dtype": model.dtype}
     if isinstance(layer.spec, TargetSpec):
-        scheme = layer.spec.scheme
-        facts["scheme"] = {"name": scheme.name, "k": scheme.k, "mass": scheme.mass, "k_min": scheme.k_min}
+        facts["scheme"] = {"line": schemes.describe(layer.spec.scheme), **dataclasses.asdict(layer.spec.scheme)}
+    if layer.name != "tokens":
+        measured = measures.read(store, layer.name, measures.spread(store, layer.name, MEASURED_SHARDS))
+        target = layer.spec if isinstance(layer.spec, TargetSpec) else None
+        facts["fidelity"] = fidelity.summary(measured, target)
     return facts
 
 
@@ -180,10 +187,10 @@ def _render_layer(name: str, layer: dict[str, Any]) -> Iterator[str]:
         model = layer["model"]
         yield f"  model     {model['name']} ({model['dtype']}, {model['revision'][:19]})"
     if "scheme" in layer:
-        scheme = layer["scheme"]
-        nucleus = f", mass {scheme['mass']:g}, at least {scheme['k_min']}" if scheme["name"] == "nucleus" else ""
         average = layer["entries"] / layer["counted"] if layer["counted"] else 0.0
-        yield f"  scheme    {scheme['name']}, at most {scheme['k']} entries{nucleus}; {average:.1f} on average"
+        yield f"  scheme    {layer['scheme']['line']}; {average:.1f} entries on average"
+    if layer.get("fidelity"):
+        yield f"  fidelity  {layer['fidelity']}"
     if stale := layer["shards_stale"]:
         yield f"  stale     shards {spans(runs(stale))}: computed from other values; the dump computes them again"
     for array, num_bytes in layer["bytes"].items():

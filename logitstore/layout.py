@@ -37,8 +37,9 @@ TOKENS = (
 )
 TARGET = (
     ArraySpec(name="counts", dtype="<u2", per="row", fill=0),
-    ArraySpec(name="token_ids", dtype="<u4", per="entry", fill=0),
+    ArraySpec(name="gaps", dtype="<u4", per="entry", fill=0),
     ArraySpec(name="logprobs", dtype="|u1", per="entry", fill=0),
+    ArraySpec(name="draws", dtype="<u2", per="entry", fill=0),
     ArraySpec(name="tail", dtype="<f4", per="row", fill=np.nan),
     ArraySpec(name="label_logprob", dtype="<f4", per="row", fill=np.nan),
     ArraySpec(name="entropy", dtype="<f4", per="row", fill=np.nan),

@@ -95,8 +95,14 @@ def most_bytes(array: ArraySpec, *, shard_rows: int, k: int) -> int:
     """Returns the most bytes that an object of an array can have: stored as is, with all headers and the index."""
     room = capacity(array, shard_rows, k)
     chunks = room // chunk_length(array, shard_rows, k)
-    overhead = BLOSC_HEADER.size + CHECKSUM_BYTES + INDEX_ENTRY.itemsize
-    return room * np.dtype(array.dtype).itemsize + chunks * overhead + CHECKSUM_BYTES
+    overhead = chunks * (BLOSC_HEADER.size + CHECKSUM_BYTES)
+    return room * np.dtype(array.dtype).itemsize + overhead + index_bytes(array, shard_rows=shard_rows, k=k)
+
+
+def index_bytes(array: ArraySpec, *, shard_rows: int, k: int) -> int:
+    """Returns the bytes of the index in each object of an array, however few values there are."""
+    chunks = capacity(array, shard_rows, k) // chunk_length(array, shard_rows, k)
+    return chunks * INDEX_ENTRY.itemsize + CHECKSUM_BYTES
 
 
 def decode(data: bytes | None, num: int, array: ArraySpec, *, shard_rows: int, k: int) -> NDArray[Any]:

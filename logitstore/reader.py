@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from logitstore import codec, commits, layers, layout, shards
+from logitstore import commits, layers, layout, shards, views
 from logitstore.appends import check_end, joined, read_appends
 from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError, StoreNotFoundError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from logitstore.commits import Commit
+    from logitstore.schemes import Scheme
 
 CACHE_BYTES = 50 * 10**9
 CACHED_COMMITS = 10_000
@@ -48,7 +49,8 @@ class Store:
 
     Attributes:
         storage: Where its bytes lie.
-        spec: What the store holds, from what, and how.
+        spec: What is read, from what, and how.
+        stored: What is stored: has another scheme, and losses, where rows are truncated as they are read.
         layers: What each stage added, by name: tokens, target, losses/<name>.
         num_shards: Shards seen.
         num_rows: Rows in them.
@@ -70,14 +72,14 @@ class Store:
             if layout.is_loss_name(name) and (found := read_attributes(storage, f"losses/{name}")) is not None:
                 losses[name] = stored_spec(LossSpec, found, f"losses/{name}")
         target = read_attributes(storage, "target")
-        self.spec = replace(
+        self.spec = self.stored = replace(
             joined(spec, read_appends(storage, spec)),
             target=None if target is None else stored_spec(TargetSpec, target, "target"),
             losses=losses,
         )
         if self.spec.target is not None:
             try:
-                check_room(self.spec.shard_rows, self.spec.target.scheme.k)
+                check_room(self.spec.shard_rows, self.spec.target.room)
             except ValueError as error:
                 raise FormatError(f"target is malformed: {error}") from error
         specs: dict[str, StoreSpec | TargetSpec | LossSpec] = {"tokens": self.spec}
@@ -109,7 +111,8 @@ class Store:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"<Store {self.url}: {self.num_documents:,} documents, {self.num_rows:,} rows, {', '.join(self.layers)}>"
+        size = f"{self.num_documents:,} documents, {self.num_rows:,} rows, {', '.join(self.layers)}"
+        return f"<Store {self.url}{views.caption(self)}: {size}>"
 
     # A copy for another process sees what this one saw, and lists nothing again.
 
@@ -156,6 +159,7 @@ class Store:
 
         Raises:
             LayerNotFoundError: The store has no losses of that name; the message lists those that it has.
+            IdentityError: Rows are read by another scheme than its losses were computed with.
         """
         layer = self._loss_layer(name)
         return RowValues(self, lambda shard: self.shard(shard, layers=("tokens", layer)).losses[name])
@@ -171,6 +175,7 @@ class Store:
         return RowValues(self, read)
 
     def _loss_layer(self, name: str) -> str:
+        views.check_losses(self)
         if name not in self.spec.losses:
             raise LayerNotFoundError(
                 f"reference must be one of {sorted(self.spec.losses)} in {self.url}, got reference={name}; "
@@ -229,8 +234,8 @@ class Store:
             mask = shards.without(mask, lengths, self.commit("target", shard))
         if "target" in values:
             arrays, commit = values["target"]
-            shards.check_target(self.spec, commit, arrays, mask)
-            rows, target_digest = codec.decode(arrays, self._target().codebook), commit.digest
+            shards.check_target(self.stored, commit, arrays, mask)
+            rows, target_digest = views.decode(self, arrays), commit.digest
         losses = {}
         counted = mask
         for layer in values:
@@ -282,13 +287,13 @@ class Store:
         except (DamagedShardError, IdentityError):  # of a store that was made anew at this URL, perhaps
             if self.storage.cache is None:
                 raise
-        paths = [path for layer, name in names.items() for path in shards.paths(self.spec, layer, shard, name)[0]]
+        paths = [path for layer, name in names.items() for path in shards.paths(self.stored, layer, shard, name)[0]]
         self.storage.cache.drop([f"{self.storage.root}/{path}" for path in paths])
         return self._read_once(shard, names, cached=False)
 
     def _read_once(self, shard: int, names: dict[str, str], *, cached: bool) -> dict[str, Stored]:
         """Reads records and objects, all at once: their paths follow from the specs."""
-        parts = {layer: shards.paths(self.spec, layer, shard, name) for layer, name in names.items()}
+        parts = {layer: shards.paths(self.stored, layer, shard, name) for layer, name in names.items()}
         full = [path for paths, _ in parts.values() for path in paths]
         limits = [limit for _, limits in parts.values() for limit in limits]
         data = iter(self.storage.get_many(full, limits, cached=cached))
@@ -296,7 +301,7 @@ class Store:
         for layer, (paths, _) in parts.items():
             commit = self._checked(layer, shard, names[layer], next(data))
             found = [next(data) for _ in paths[1:]]
-            values[layer] = Stored(shards.decode_layer(self.spec, layer, shard, commit, found), commit)
+            values[layer] = Stored(shards.decode_layer(self.stored, layer, shard, commit, found), commit)
             self._keep(commit)
         return values
 
@@ -326,7 +331,7 @@ class Store:
         if len(data) > shards.MAX_COMMIT_BYTES:
             raise DamagedShardError(layer, shard, "a commit record too long to be one")
         commit = commits.parse(data, layer, shard, name)
-        shards.check_room(self.spec, commit)
+        shards.check_room(self.stored, commit)
         way_out = {
             "tokens": "dump into another store",
             "target": "take the shard back with `logitstore verify --repair` and dump it again",
@@ -363,16 +368,12 @@ class Store:
             while len(self._commits) > CACHED_COMMITS:
                 self._commits.popitem(last=False)
 
-    def _target(self) -> TargetSpec:
-        if self.spec.target is None:
-            raise LayerNotFoundError(f"layer must be one of {list(self.layers)}, got layer=target; dump it first")
-        return self.spec.target
-
 
 def open(
     url: str | os.PathLike[str],
     storage_options: dict[str, Any] | None = None,
     *,
+    scheme: Scheme | None = None,
     cache_dir: str | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Store:
@@ -381,6 +382,7 @@ def open(
     Args:
         url: A folder or any fsspec URL.
         storage_options: What the URL's file system needs, such as credentials. Never stored.
+        scheme: Truncates rows as they are read, as if they had been dumped so (`views.truncated`).
         cache_dir: Folder of this machine that keeps what is read from a bucket; any number of processes may share it.
         cache_bytes: The most that it may grow to: then what was used before goes, the oldest first, and nothing else.
 
@@ -388,7 +390,8 @@ def open(
         StoreNotFoundError: There is no store.
         FormatError: It is of another format version, its metadata is malformed, or says less than is committed.
         MissingDriverError: No installed package opens such a URL.
+        ValueError: The stored rows do not hold all that the scheme keeps.
     """
     store = Store(Storage(url, storage_options, None if cache_dir is None else (cache_dir, cache_bytes)))
     check_end(store.storage, store.spec, store.layers["tokens"].index)
-    return store
+    return store if scheme is None else views.truncated(store, scheme)

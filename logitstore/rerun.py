@@ -6,6 +6,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
+from logitstore import schemes
 from logitstore.spec import StoreSpec
 
 if TYPE_CHECKING:
@@ -50,13 +51,11 @@ def _sizes(spec: StoreSpec) -> list[str]:
 def _target(target: TargetSpec | None, layers: Collection[str]) -> Iterator[tuple[ModelSpec, list[str]]]:
     if target is None or "target" not in layers:
         return
-    scheme, revision = target.scheme, target.model.revision
+    revision = target.model.revision
     flags = ["--target", target.model.name]
     if re.fullmatch("[0-9a-f]{40}", revision):
         flags += ["--revision", revision]
-    if scheme.name != "topk":
-        flags += ["--scheme", scheme.name, "--mass", repr(scheme.mass), "--k_min", str(scheme.k_min)]
-    yield target.model, [*flags, "--k", str(scheme.k)]
+    yield target.model, [*flags, *schemes.flags(target.scheme)]
 
 
 def _references(spec: StoreSpec, layers: Collection[str]) -> Iterator[tuple[ModelSpec, list[str]]]:

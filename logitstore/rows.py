@@ -32,7 +32,7 @@ def row_sums(values: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """N truncated distributions with a ragged number of entries each, E in all.
+    """N distributions with a ragged number of entries each, E in all: truncated, or drawn from.
 
     Rows whose loss mask is 0 keep no entry, and their per-row numbers are NaN.
     """
@@ -40,9 +40,12 @@ class Rows:
     counts: NDArray[np.int64]
     """[N]: entries kept at each row."""
     token_ids: NDArray[np.uint32]
-    """[E]: ids of the kept entries, by falling probability within a row."""
+    """[E]: ids of the kept entries, rising within a row."""
     logprobs: NDArray[np.float32]
     """[E]: natural log of their probability, normalised over the whole vocabulary."""
+    weights: NDArray[np.float32] | None
+    """[E]: what each entry stands for where entries were drawn: with 0 for all others an unbiased estimate of p, which
+    sums to 1 on average. None where rows are truncated: entries stand for themselves, and the tail for the rest."""
     tail_mass: NDArray[np.float32]
     """[N]: 1 minus the sum of the kept probabilities, in [0, 1]."""
     label_logprob: NDArray[np.float32]
@@ -67,34 +70,72 @@ class Rows:
             counts=self.counts[start:stop],
             token_ids=self.token_ids[first:last],
             logprobs=self.logprobs[first:last],
+            weights=None if self.weights is None else self.weights[first:last],
             tail_mass=self.tail_mass[start:stop],
             label_logprob=self.label_logprob[start:stop],
             entropy=self.entropy[start:stop],
         )
 
-    def padded(self, rows: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def padded(self, rows: NDArray[np.intp]) -> Padded:
         """Lays out the entries of some rows as a rectangle, as a device wants them.
 
         Args:
             rows: [M] row numbers.
 
         Returns:
-            Token ids and probabilities, [M, K] with K the largest count among them (at least 1); beyond a row's
-            count the id is 0 and the probability is 0.
+            The kept probabilities and the tail mass: what is known of p, whatever the scheme.
         """
+        token_ids, logprobs, used = self._rectangle(rows, self.logprobs)
+        return Padded(token_ids=token_ids, probs=np.exp(logprobs, where=used, out=logprobs), tail=self.tail_mass[rows])
+
+    def weighed(self, rows: NDArray[np.intp]) -> Padded:
+        """Lays out what an objective weighs: an unbiased estimate of p where entries were drawn, else as `padded`.
+
+        Args:
+            rows: [M] row numbers.
+
+        Returns:
+            Where entries were drawn, their weights, no tail, and the entropy, which does not follow from them.
+        """
+        if self.weights is None:
+            return self.padded(rows)
+        token_ids, weights, _ = self._rectangle(rows, self.weights)
+        nothing = np.zeros(len(rows), dtype=np.float32)
+        return Padded(token_ids=token_ids, probs=weights, tail=nothing, entropy=self.entropy[rows])
+
+    def _rectangle(
+        self, rows: NDArray[np.intp], values: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
         counts = self.counts[rows]
-        width = int(counts.max(initial=1))
-        used = np.arange(width) < counts[:, None]
-        entries = (self.offsets[rows][:, None] + np.arange(width))[used]
+        used = np.arange(int(counts.max(initial=1))) < counts[:, None]
+        entries = (self.offsets[rows][:, None] + np.arange(used.shape[1]))[used]
         token_ids = np.zeros(used.shape, dtype=np.int64)
-        probs = np.zeros(used.shape, dtype=np.float32)
         token_ids[used] = self.token_ids[entries]
-        probs[used] = np.exp(self.logprobs[entries])
-        return token_ids, probs
+        laid_out = np.zeros(used.shape, dtype=np.float32)
+        laid_out[used] = values[entries]
+        return token_ids, laid_out, used
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
-        """Joins rows in order."""
-        names = ("counts", "token_ids", "logprobs", "tail_mass", "label_logprob", "entropy")
-        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return Rows(**joined)
+        """Joins rows in order, all of one scheme."""
+        names = ["counts", "token_ids", "logprobs", "tail_mass", "label_logprob", "entropy"]
+        is_drawn = bool(parts) and parts[0].weights is not None
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in [*names, *(["weights"] if is_drawn else [])]
+        }
+        return Rows(**{"weights": None} | joined)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """M rows as a rectangle, K the largest count among them, at least 1."""
+
+    token_ids: NDArray[np.int64]
+    """[M, K]; 0 beyond a row's count."""
+    probs: NDArray[np.float32]
+    """[M, K]: probabilities or weights of the entries; 0 beyond a row's count."""
+    tail: NDArray[np.float32]
+    """[M]: what is left for all other tokens."""
+    entropy: NDArray[np.float32] | None = None
+    """[M]: of the whole distribution, where `probs` are the weights of draws; else None."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore import commits, layout, objects
+from logitstore import codec, commits, layout, objects
 from logitstore.errors import DamagedShardError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Shard:
 
 def entries_per_row(spec: StoreSpec, layer: str) -> int:
     """Returns the room of a row in the arrays of a layer that are numbered per entry; 1 where there are none."""
-    return spec.target.scheme.k if layer == "target" and spec.target else 1
+    return spec.target.room if layer == "target" and spec.target else 1
 
 
 def paths(spec: StoreSpec, layer: str, shard: int, name: str) -> tuple[list[str], list[int]]:
@@ -165,11 +165,23 @@ def check_target(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[A
         raise DamagedShardError("target", commit.shard, "counts that do not add up to its entries")
     if ((counts > 0) != mask).any() or counts.max(initial=0) > entries_per_row(spec, "target"):
         raise DamagedShardError("target", commit.shard, "counts that are not those of the rows that count")
-    if arrays["token_ids"].max(initial=0) >= spec.tokenizer.vocab_size:
+    if codec.last_ids(arrays["gaps"], counts).max(initial=0) >= spec.tokenizer.vocab_size:
         raise DamagedShardError("target", commit.shard, "token ids beyond the vocabulary")
+    _check_draws(spec, commit, arrays)
     for name in ("tail", "label_logprob"):
         _check_floats("target", commit, name, arrays[name], mask, most=SLACK_NATS)
     _check_floats("target", commit, "entropy", arrays["entropy"], mask, least=-SLACK_NATS)
+
+
+def _check_draws(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
+    draws, num_draws = arrays["draws"].astype(np.int64), 0
+    if spec.target is not None and spec.target.scheme.name == "sample":
+        num_draws = spec.target.scheme.num_draws
+        kept = arrays["counts"][arrays["counts"] > 0].astype(np.int64)
+        if draws.min(initial=1) < 1 or (np.add.reduceat(draws, np.cumsum(kept) - kept) != num_draws).any():
+            raise DamagedShardError("target", commit.shard, f"draws that are not {num_draws} at each row")
+    elif draws.any():
+        raise DamagedShardError("target", commit.shard, "draws where none are made")
 
 
 def check_losses(commit: Commit, arrays: Mapping[str, NDArray[Any]], mask: NDArray[np.bool_]) -> None:

@@ -14,8 +14,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from logitstore.codec import Codebook
+from logitstore.codec import LEVELS, Codebook
 from logitstore.errors import FormatError, IdentityError
+from logitstore.schemes import Scheme
 
 FORMAT_VERSION = 1
 ROW_CHUNK = 2**14
@@ -62,35 +63,6 @@ class DataSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """Which entries of a distribution a row keeps."""
-
-    name: Literal["topk", "nucleus"] = "topk"
-    """topk: the k likeliest. nucleus: the smallest set that reaches `mass`, between k_min and k entries."""
-    k: int = 64
-    """Most entries kept at a row."""
-    mass: float = 1.0
-    """Probability that a nucleus must reach; 1 for topk."""
-    k_min: int = 1
-    """Fewest entries kept at a row."""
-
-    def __post_init__(self) -> None:
-        if self.name not in ("topk", "nucleus"):
-            raise ValueError(f"scheme must be topk or nucleus, got scheme={self.name}")
-        if not 1 <= self.k <= 65535:
-            raise ValueError(f"k must be between 1 and 65535, got k={self.k}; 64 is usual")
-        if not 1 <= self.k_min <= self.k:
-            raise ValueError(f"k_min must be between 1 and k={self.k}, got k_min={self.k_min}")
-        if not 0.0 < self.mass <= 1.0:
-            raise ValueError(f"mass must be above 0 and at most 1, got mass={self.mass}; 0.98 is usual")
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError if k is more than there are tokens."""
-        if self.k > vocab_size:
-            raise ValueError(f"k must be at most the vocabulary size {vocab_size}, got k={self.k}; give a smaller --k")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Which model computed a layer."""
 
@@ -114,9 +86,36 @@ class TargetSpec:
     temperature: float = 1.0
     """Logprobs are normalised at this temperature; always 1 in this format version."""
 
+    @property
+    def room(self) -> int:
+        """Most entries that a row can have."""
+        if self.scheme.name == "hybrid":
+            return int(1 / self.step) + 1
+        return self.scheme.num_draws if self.scheme.draws else self.scheme.k
+
+    @property
+    def step(self) -> float:
+        """What one draw stands for: the probability from which on hybrid keeps an entry for itself.
+
+        A little below 1 / num_draws, where a code of the codebook ends: the codes alone tell drawn entries from others.
+        """
+        if self.scheme.name != "hybrid":
+            return 1 / self.scheme.num_draws
+        return self.codebook.lower_end(self.last_exact_code)
+
+    @property
+    def last_exact_code(self) -> int:
+        """The last code of entries that stand for themselves."""
+        return self.codebook.code_at(1 / self.scheme.num_draws) if self.scheme.name == "hybrid" else LEVELS - 1
+
     def __post_init__(self) -> None:
         if self.temperature != 1.0:
             raise ValueError(f"temperature must be 1, got temperature={self.temperature}; this version stores no other")
+        if self.scheme.name == "hybrid" and self.last_exact_code == LEVELS - 1:
+            raise ValueError(
+                f"num_draws must be fewer with exponent={self.codebook.exponent}, whose last code reaches up to "
+                f"1 / num_draws, got num_draws={self.scheme.num_draws}; the exponent 4 is usual"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +191,12 @@ def to_json(spec: StoreSpec | TargetSpec | LossSpec) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ELSEWHERE}
 
 
-def check_room(shard_rows: int, k: int) -> None:
+def check_room(shard_rows: int, room: int) -> None:
     """Raises ValueError if a shard could have more entries than a process should ever hold at once."""
-    if shard_rows * k > MAX_SHARD_ENTRIES:
+    if shard_rows * room > MAX_SHARD_ENTRIES:
         raise ValueError(
-            f"k must be at most {MAX_SHARD_ENTRIES // shard_rows} in shards of {shard_rows} rows, got k={k}; give a "
-            "smaller --k, or a store of a smaller --shard_rows"
+            f"entries of a row must be at most {MAX_SHARD_ENTRIES // shard_rows} in shards of {shard_rows} rows, got "
+            f"up to {room}; give a smaller --k or --num_draws, or a store of a smaller --shard_rows"
         )
 
 

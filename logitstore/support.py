@@ -7,9 +7,13 @@ N rows, K entries per row at most, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from logitstore.rows import Padded
 
 TAIL_FLOOR = 1e-6
 """The model's tail probability never counts as less: a float32 sum of kept probabilities is no truer."""
@@ -17,20 +21,35 @@ TAIL_FLOOR = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """N rows of the target on a device, as a rectangle."""
+    """N rows of the target on a device, as a rectangle: what objectives and losses weigh."""
 
     token_ids: Tensor
     """Int64 [N, K]; 0 beyond a row's entries."""
     probs: Tensor
-    """Float32 [N, K]; 0 beyond a row's entries. With the tail they sum to 1."""
+    """Float32 [N, K]; 0 beyond a row's entries. With the tail they sum to 1, the weights of draws on average."""
     tail: Tensor
-    """Float32 [N]: tail mass."""
+    """Float32 [N]: tail mass; 0 where entries were drawn, which stand for the tail too."""
+    drawn_entropy: Tensor | None = None
+    """Float32 [N]: entropy of p where entries were drawn; None where it follows from `probs` and `tail`."""
 
     def __len__(self) -> int:
         return len(self.tail)
 
     def __getitem__(self, rows: slice | Tensor) -> Support:
-        return Support(token_ids=self.token_ids[rows], probs=self.probs[rows], tail=self.tail[rows])
+        entropy = None if self.drawn_entropy is None else self.drawn_entropy[rows]
+        return Support(
+            token_ids=self.token_ids[rows], probs=self.probs[rows], tail=self.tail[rows], drawn_entropy=entropy
+        )
+
+    @staticmethod
+    def of(rows: Padded, device: torch.device) -> Support:
+        """Brings rows to a device."""
+        return Support(
+            token_ids=torch.from_numpy(rows.token_ids).to(device),
+            probs=torch.from_numpy(rows.probs).to(device),
+            tail=torch.from_numpy(rows.tail).to(device),
+            drawn_entropy=None if rows.entropy is None else torch.from_numpy(rows.entropy).to(device),
+        )
 
     @property
     def used(self) -> Tensor:
@@ -38,7 +57,9 @@ class Support:
         return self.probs > 0
 
     def entropy(self) -> Tensor:
-        """Float32 [N]: entropy of the kept entries and the tail bucket, nats."""
+        """Float32 [N], nats: of the kept entries and the tail bucket, or of p where entries were drawn."""
+        if self.drawn_entropy is not None:
+            return self.drawn_entropy
         return -(torch.xlogy(self.probs, self.probs).sum(-1) + torch.xlogy(self.tail, self.tail))
 
 
@@ -57,8 +78,29 @@ def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
     return kept, (1.0 - mass).clamp_min(TAIL_FLOOR).log()
 
 
+def acceptance_estimate(stored: Support, drawn: Support | None, kept: Tensor, tail: Tensor) -> Tensor:
+    """Estimates alpha = sum_v min(p_v, q_v) of each row from what is stored of p.
+
+    Args:
+        stored: N rows, as probabilities.
+        drawn: The same rows as weights, where entries were drawn.
+        kept: Logprobs of q at the entries [N, K], as from `on_support`.
+        tail: Log of q's tail mass [N].
+
+    Returns:
+        [N]. Where rows are truncated sum_S min(p, q) + min(p_t, q_t), where entries were drawn sum_S w min(1, q / p).
+    """
+    q = kept.exp().where(stored.used, 0.0)
+    if drawn is None:
+        return (torch.minimum(stored.probs, q).sum(-1) + torch.minimum(stored.tail, tail.exp())).clamp(0.0, 1.0)
+    return (drawn.probs * (q / stored.probs.where(stored.used, 1.0)).clamp_max(1.0)).sum(-1)
+
+
 def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
     """Computes CE(p, q) = -sum_S p log q - p_t log q_t of each row.
+
+    Where entries were drawn it is -sum_S w log q, an unbiased estimate of CE over the whole vocabulary, as are its
+    gradient and the difference of two models' (arXiv 2503.16870).
 
     Args:
         support: N rows of the target p.

@@ -70,7 +70,7 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
     """
     layout.layer_arrays(layer)
     if isinstance(layer_spec, TargetSpec):
-        check_room(spec.shard_rows, layer_spec.scheme.k)
+        check_room(spec.shard_rows, layer_spec.room)
     is_ours = check_layer(storage, layer, layer_spec)
     if "/" in layer:
         storage.create(f"{layer.partition('/')[0]}/zarr.json", objects.group_metadata({}))
@@ -202,6 +202,7 @@ class LayerWriter:
         computed_from: str | None,
         started: float,
         set_aside: Mapping[int, str] | None = None,
+        fidelity: Mapping[str, float] | None = None,
     ) -> Commit:
         """Writes all arrays of a shard, then its commit record; a shard that is committed stays as it is.
 
@@ -214,6 +215,7 @@ class LayerWriter:
             computed_from: Digest of the shard that these values were computed from.
             started: time.monotonic() when computing began, for the record.
             set_aside: Why documents could not be computed, by their place in the shard.
+            fidelity: How true the values are, as `logitstore.dump.fidelity` measures it.
 
         Returns:
             The record that is committed now. Its digest is another's if another writer was first with other values.
@@ -235,6 +237,7 @@ class LayerWriter:
             made_by=self._made_by,
             seconds=time.monotonic() - started,
             set_aside=set_aside,
+            fidelity=fidelity,
         )
         if not _is_readable(commit):
             raise ValueError(

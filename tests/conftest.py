@@ -105,7 +105,7 @@ def topk_rows(logprobs, ids, mask, k):
         if not mask[i]:
             counts.append(0)
             continue
-        order = np.argsort(-logprobs[i], kind="stable")[:k]
+        order = np.sort(np.argsort(-logprobs[i], kind="stable")[:k])
         counts.append(k)
         token_ids.extend(order)
         kept.extend(logprobs[i, order])
@@ -114,7 +114,8 @@ def topk_rows(logprobs, ids, mask, k):
         entropy[i] = -(np.exp(logprobs[i]) * logprobs[i]).sum()
     return Rows(
         counts=np.array(counts), token_ids=np.array(token_ids, np.uint32), logprobs=np.array(kept, np.float32),
-        tail_mass=tail.astype(np.float32), label_logprob=label.astype(np.float32), entropy=entropy.astype(np.float32),
+        weights=None, tail_mass=tail.astype(np.float32), label_logprob=label.astype(np.float32),
+        entropy=entropy.astype(np.float32),
     )  # fmt: skip
 
 
@@ -129,7 +130,8 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
     """
     from logitstore import Rows, codec, writer
     from logitstore.causal_lm import tokenizer_spec
-    from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec
+    from logitstore.schemes import Scheme
+    from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec
     from logitstore.storage import Storage
 
     shards, room = [[]], shard_rows
@@ -160,9 +162,9 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
                   "lengths": np.array([len(member[0]) for member in members], np.uint32)}  # fmt: skip
         commit = writer.LayerWriter(storage, spec, "tokens").write(shard, tokens, computed_from=None, **size)
         rows = Rows.concatenate([topk_rows(dense_logprobs(model, i), i, m, k) for i, m in members])
-        arrays = codec.encode(rows, target.codebook)
+        arrays = codec.encode(rows, target)
         commit = writer.LayerWriter(storage, spec, "target").write(shard, arrays, computed_from=commit.digest, **size)
-        stored = codec.decode(arrays, target.codebook)
+        stored = codec.decode(arrays, target)
         for loss, other in (losses or {}).items():
             q = np.concatenate([dense_logprobs(other, i) for i, _ in members])
             ce, label = oracle_losses(stored, q, ids)
@@ -215,6 +217,14 @@ def tiny_store(tiny, tmp_path_factory):
     target, reference = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.target, tiny.reference))
     url = str(tmp_path_factory.mktemp("store") / "cache.zarr")
     return write_store(url, documents, target, tokenizer, losses={"reference": reference})
+
+
+@pytest.fixture(scope="session")
+def measured(tiny, tiny_store, tmp_path_factory):
+    """A finished store of each scheme, with losses, as the dump makes them, by its name."""
+    from measured import make
+
+    return make(tiny, tiny_store, tmp_path_factory.mktemp("measured"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ import logitstore
 from logitstore.causal_lm import check_model
 from logitstore.dump.documents import prepare
 from logitstore.dump.worker import ModelSource, ShardDumper
-from logitstore.spec import LossSpec, Scheme, TargetSpec
+from logitstore.schemes import Scheme
+from logitstore.spec import LossSpec, TargetSpec
 from logitstore.storage import Storage
 from logitstore.writer import LayerWriter, add_layer
 
@@ -24,7 +25,7 @@ SHARD_ROWS = 128
 LAYERS = ("tokens", "target", "losses/reference")
 ARRAYS = [
     *(f"tokens/{name}" for name in ("ids", "loss_mask", "lengths")),
-    *(f"target/{name}" for name in ("counts", "token_ids", "logprobs", "tail", "label_logprob", "entropy")),
+    *(f"target/{name}" for name in ("counts", "gaps", "logprobs", "draws", "tail", "label_logprob", "entropy")),
     *(f"losses/reference/{name}" for name in ("ce", "label_logprob")),
 ]
 
@@ -94,7 +95,8 @@ def add_layers(url: Path, made: Dumped) -> None:
             trust_remote_code=False,
         )[0]  # fmt: skip
 
-    target = TargetSpec(model=describe(made.target), scheme=Scheme(k=6))
+    # the one scheme by which every array has an object
+    target = TargetSpec(model=describe(made.target), scheme=Scheme(name="sample", k=0, num_draws=6, seed=1))
     add_layer(Storage(url), spec, "target", target)
     spec = dataclasses.replace(spec, target=target)
     add_layer(Storage(url), spec, "losses/reference", LossSpec(model=describe(made.reference)))

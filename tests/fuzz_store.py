@@ -227,8 +227,8 @@ def children(value: Any) -> dict[Any, Any]:
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 64, 2**14, 2**15, 2**24, 2**31, 2**53, 2**63, 10**18, 10**30, 0.5, -0.0, 1e308,
-    "", "x", "..", "tokens", "target", "topk", "nucleus", "sha256:" + "0" * 64, "0" * 8, "\ud800", [], {}, [1], [[]],
-    {"1": "x"}, {"name": "numcodecs.pickle"}, {"0": {}},
+    "", "x", "..", "tokens", "target", "topk", "nucleus", "sample", "hybrid", "sha256:" + "0" * 64, "0" * 8, "\ud800",
+    [], {}, [1], [[]], {"1": "x"}, {"name": "numcodecs.pickle"}, {"0": {}},
 ]  # fmt: skip
 TARGETS = {"decode": decode, "commits": commits_of, "specs": specs, "store": store}
 FOLDER = ""
@@ -240,7 +240,8 @@ COMMIT: commits.Commit
 def prepare() -> None:
     """Makes the store that inputs change."""
     global FOLDER, STORAGE, COMMIT
-    FOLDER = stores.make(Path(tempfile.mkdtemp(prefix="fuzz"), "cache.zarr"))
+    # every array has objects by this scheme
+    FOLDER = stores.make(Path(tempfile.mkdtemp(prefix="fuzz"), "cache.zarr"), scheme=stores.SAMPLE)
     STORAGE = Storage(FOLDER)
     COMMIT = stores.read(FOLDER, "target", 1)[1]
     found = [path.relative_to(FOLDER).as_posix() for path in Path(FOLDER).rglob("*") if path.is_file()]

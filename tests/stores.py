@@ -14,7 +14,8 @@ import google_crc32c
 import numpy as np
 
 from logitstore import Rows, codec, commits, layout, objects, writer
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.schemes import Scheme
+from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
 
 VOCAB = 16
@@ -25,12 +26,16 @@ LAYERS = ("tokens", "target", "losses/ref", "losses/draft")
 MODEL = ModelSpec(name="random", revision="0", dtype="float32", padded_vocab_size=VOCAB)
 
 
-def spec_of(num_shards, shard_rows=SHARD_ROWS, k=K, max_length=MAX_LENGTH):
+TOPK, SAMPLE = Scheme(k=K), Scheme(name="sample", k=0, num_draws=K)
+"""Of the same room. Only stores of the second have objects of every array."""
+
+
+def spec_of(num_shards, shard_rows=SHARD_ROWS, k=K, max_length=MAX_LENGTH, scheme=None):
     return StoreSpec(
         tokenizer=TokenizerSpec(name="none", fingerprint="sha256:none", vocab_size=VOCAB, chat_template=None),
         data=DataSpec(source="random.jsonl", digest=None, columns="input_ids", mask_policy="given"),
         max_length=max_length, shard_rows=shard_rows, num_shards=num_shards,
-        target=TargetSpec(model=MODEL, scheme=Scheme(k=k)),
+        target=TargetSpec(model=MODEL, scheme=scheme or Scheme(k=k)),
         losses={name: LossSpec(model=MODEL) for name in ("ref", "draft")},
     )  # fmt: skip
 
@@ -45,7 +50,7 @@ def create(url, spec):
     return storage
 
 
-def shard_values(rng, shard_rows=SHARD_ROWS, k=K):
+def shard_values(rng, shard_rows=SHARD_ROWS, k=K, scheme=None):
     """The arrays of one shard, by layer: documents of 2 to 12 tokens that nearly fill it."""
     lengths = []
     while sum(lengths) <= shard_rows - MAX_LENGTH:
@@ -55,20 +60,26 @@ def shard_values(rng, shard_rows=SHARD_ROWS, k=K):
     mask[np.cumsum(lengths) - 1] = False
     mask[0] = True
     p = np.where(mask[:, None], rng.dirichlet(np.ones(VOCAB), num), np.nan)
-    order = np.argsort(-p, axis=1)[:, :k]
+    scheme = scheme or Scheme(k=k)
     ids = rng.integers(0, VOCAB, num)
-    kept = np.take_along_axis(p, order, 1)
+    draws = np.zeros(p.shape, np.int64)
+    if scheme.draws:
+        draws[mask] = rng.multinomial(scheme.num_draws, p[mask])
+    else:
+        np.put_along_axis(draws, np.argsort(-p, axis=1)[:, :k], mask[:, None].astype(np.int64), 1)
+    kept = draws > 0
     rows = Rows(
-        counts=k * mask.astype(np.int64),
-        token_ids=order[mask].ravel().astype(np.uint32),
-        logprobs=np.log(kept[mask]).ravel().astype(np.float32),
-        tail_mass=(1 - kept.sum(1)).astype(np.float32),
+        counts=kept.sum(1),
+        token_ids=np.nonzero(kept)[1].astype(np.uint32),
+        logprobs=np.log(p[kept]).astype(np.float32),
+        weights=(draws[kept] / scheme.num_draws).astype(np.float32) if scheme.draws else None,
+        tail_mass=np.where(mask, 1 - np.where(kept, p, 0).sum(1), np.nan).astype(np.float32),
         label_logprob=np.log(p[np.arange(num), np.roll(ids, -1)]).astype(np.float32),
         entropy=-(p * np.log(p)).sum(1).astype(np.float32),
     )
     values = {
         "tokens": {"ids": ids.astype("<u4"), "loss_mask": mask.astype("|u1"), "lengths": np.array(lengths, "<u4")},
-        "target": codec.encode(rows, codec.Codebook()),
+        "target": codec.encode(rows, TargetSpec(model=MODEL, scheme=scheme)),
     }
     for name in ("ref", "draft"):
         ce, label = (np.where(mask, rng.exponential(2.0, num), np.nan).astype(np.float32) for _ in range(2))
@@ -76,13 +87,13 @@ def shard_values(rng, shard_rows=SHARD_ROWS, k=K):
     return values
 
 
-def make(url, num_shards=3, seed=0):
+def make(url, num_shards=3, seed=0, scheme=TOPK):
     """Writes a finished store. The second document of shard 1 is set aside in `target`."""
-    spec = spec_of(num_shards)
+    spec = spec_of(num_shards, scheme=scheme)
     storage = create(url, spec)
     rng = np.random.default_rng(seed)
     for shard in range(num_shards):
-        values = shard_values(rng)
+        values = shard_values(rng, scheme=scheme)
         if shard == 1:
             blank(values, 1)
             write_shard(storage, spec, shard, values, set_aside={1: "numbers that are not finite"})
@@ -112,11 +123,11 @@ def blank(values, document):
     start, stop = ends[document] - values["tokens"]["lengths"][document], ends[document]
     counts = values["target"]["counts"]
     first, last = (counts[:row].sum(dtype=np.int64) for row in (start, stop))
-    for name in ("token_ids", "logprobs"):
+    for name in ("gaps", "logprobs", "draws"):
         values["target"][name] = np.delete(values["target"][name], slice(first, last))
     for layer, arrays in values.items():
         for name, array in arrays.items():
-            if layer != "tokens" and name not in ("token_ids", "logprobs"):
+            if layer != "tokens" and name not in ("gaps", "logprobs", "draws"):
                 array[start:stop] = 0 if name == "counts" else np.nan
 
 

@@ -16,7 +16,8 @@ from logitstore.appends import FOLDER
 from logitstore.dump.documents import prepare
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.errors import FormatError, IdentityError, LayerNotFoundError
-from logitstore.spec import LossSpec, ModelSpec, Scheme, TargetSpec
+from logitstore.schemes import Scheme
+from logitstore.spec import LossSpec, ModelSpec, TargetSpec
 from logitstore.storage import Storage
 from logitstore.writer import add_layer
 

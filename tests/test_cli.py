@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import time
 
+import dump_logits
 import pytest
 from dumped import documents, make, prepare_tokens, record, write_data
 
 import logitstore
 from logitstore import cli, info, rerun, set_aside, writer
-from logitstore.spec import Append, ModelSpec, Scheme
+from logitstore.schemes import OPTIONS, Scheme, make_scheme
+from logitstore.spec import Append, ModelSpec
 from logitstore.storage import Storage
 from logitstore.verify import take_back
 
@@ -43,10 +46,13 @@ def set_documents_aside(url, shard, reasons):
     )  # fmt: skip
 
 
-def test_info_reads_no_record(url, capsys):
+def test_info_needs_no_record_but_for_what_was_measured(url, capsys):
     whole = json.loads(shown(url, capsys, "--json"))
     for path in (url / "commits").rglob("*.json"):
         path.write_bytes(b"")
+    for name in ("target", "losses/reference"):
+        assert whole["layers"][name]["fidelity"] is not None
+        whole["layers"][name]["fidelity"] = None
     assert json.loads(shown(url, capsys, "--json")) == whole
     assert whole["documents"] == 7
     assert whole["layers"]["target"]["shards"] == 4
@@ -114,14 +120,14 @@ def test_info_says_how_far_a_store_is(url, capsys):
         ),
         (
             [("target", 0)],
-            [f"--target org/big --revision {'a' * 40} --scheme nucleus --mass 0.9 --k_min 2 --k 6 --dtype float32"],
+            [f"--target org/big --revision {'a' * 40} --scheme nucleus --k 6 --mass 0.9 --k_min 2 --dtype float32"],
         ),
         ([("losses/reference", 0)], ["--reference 'reference=a b' --dtype float32"]),
         (
             [("losses/reference", 0), ("tokens", 0), ("target", 1)],
             [
                 "--data 'my data.jsonl' --tokenizer tok --shard_rows 128",
-                "--target org/big --revision " + "a" * 40 + " --scheme nucleus --mass 0.9 --k_min 2 --k 6 "
+                "--target org/big --revision " + "a" * 40 + " --scheme nucleus --k 6 --mass 0.9 --k_min 2 "
                 "--reference 'reference=a b' --dtype float32",
             ],
         ),
@@ -147,3 +153,26 @@ def test_commands_write_again_what_was_taken_back(made, shards, expected):
     )  # fmt: skip
     job = f"python jobs/dump_logits.py --store {made.url} "
     assert rerun.commands(store, shards) == [job + line for line in expected]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_commands_name_the_scheme_and_its_options(made, name):
+    store = logitstore.open(made.url)
+    scheme = make_scheme(name, {})
+    store.spec = dataclasses.replace(store.spec, target=dataclasses.replace(store.spec.target, scheme=scheme))
+    options = "".join(f" --{option} {value}" for option, value in OPTIONS[name].items())
+    (command,) = rerun.commands(store, [("target", 1)])
+    assert f" --scheme {name}{options} --dtype" in command
+    args = dump_logits.parser().parse_args(shlex.split(command)[2:])
+    assert make_scheme(args.scheme, {option: getattr(args, option) for option in OPTIONS[name]}) == scheme
+
+
+def test_info_prints_the_scheme_and_its_options(url, capsys):
+    layer = logitstore.open(url).layers["target"].index
+    average = layer.entries.sum() / layer.counted.sum()
+    assert 1 < average < 6
+    assert f"  scheme    sample, num_draws 6, seed 1; {average:.1f} entries on average\n" in shown(url, capsys)
+    facts = json.loads(shown(url, capsys, "--json"))["layers"]["target"]
+    assert facts["scheme"] == {"line": "sample, num_draws 6, seed 1", "name": "sample", "k": 0, "mass": 1.0,
+                               "k_min": 1, "num_draws": 6, "seed": 1}  # fmt: skip
+    assert facts["bytes"]["draws"] > 0

@@ -255,7 +255,7 @@ def write_masked(url, made):
                 blank = {a.name for a in layout.layer_arrays(layer)} - {"ids", "lengths"}
                 arrays |= {name: np.full_like(arrays[name], np.nan if arrays[name].dtype.kind == "f" else 0)
                            for name in blank}  # fmt: skip
-                arrays |= {name: arrays[name][:0] for name in ("token_ids", "logprobs") if name in arrays}
+                arrays |= {name: arrays[name][:0] for name in ("gaps", "logprobs", "draws") if name in arrays}
             digest = writer.LayerWriter(storage, spec, layer).write(
                 shard, arrays, documents=commit.documents, rows=commit.rows, counted=0 if shard else commit.counted,
                 computed_from=digest, started=time.monotonic(),
@@ -285,7 +285,7 @@ def damage_all(url):
     """Damages shards of every layer, each in another way, and some metadata. Returns which."""
     Path(url, "tokens/ids/c/3").write_bytes(b"")
     flip(-12)(url / "tokens/lengths/c", "1", None)
-    swap(url / "target/token_ids/c", "0", "1")
+    swap(url / "target/gaps/c", "0", "1")
     record(url, "target", 3).unlink()
     make_folder(url / "losses/reference/ce/c", "2", None)
     record(url, "losses/reference", 0).write_text("{")

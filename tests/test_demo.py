@@ -117,8 +117,8 @@ def measured(accepted, rejections):
 
 def test_report_says_who_is_behind_by_the_numbers():
     report = importlib.import_module("demo_report")
-    cached = {"rows": 9, "alpha_lower": 0.5, "alpha_upper": 0.7, "alpha_plug_in": 0.6, "argmax_agreement": 0.6}
-    worse = cached | {"alpha_plug_in": 0.58, "argmax_agreement": 0.61}
+    cached = {"rows": 9, "alpha_lower": 0.5, "alpha_upper": 0.7, "alpha_estimate": 0.6, "argmax_agreement": 0.6}
+    worse = cached | {"alpha_estimate": 0.58, "argmax_agreement": 0.61}
     drafts = [
         {
             "draft": "small", "method": method, "parameters": 600_000,

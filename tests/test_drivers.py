@@ -71,7 +71,7 @@ def test_a_record_that_no_reader_would_take_is_not_written(tmp_path, num, reason
     values = {"tokens": {"ids": np.zeros(2 * num), "loss_mask": mask, "lengths": lengths}}
     stores.write_shard(storage, spec, 0, values)
     empty = {name: np.full(2 * num, np.nan) for name in ("tail", "label_logprob", "entropy")}
-    none = {"counts": np.zeros(2 * num), "token_ids": np.zeros(0), "logprobs": np.zeros(0), **empty}
+    none = {"counts": np.zeros(2 * num), "gaps": np.zeros(0), "logprobs": np.zeros(0), "draws": np.zeros(0), **empty}
     with pytest.raises(ValueError, match=f"set_aside must be of few documents, got {num} of {num} in shard 0"):
         stores.write_shard(storage, spec, 0, values | {"target": none}, set_aside=dict.fromkeys(range(num), reason))
     assert logitstore.open(storage.url).layers["target"].num_missing == 1

@@ -16,6 +16,7 @@ from conftest import functions, write_jsonl
 from dump_jobs import arguments, in_process, left_in_staging, payload, private_folders, records, start_job
 
 import logitstore
+from logitstore.schemes import make_scheme
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,31 @@ def test_losses_added_later_without_a_target_are_the_same(job, undisturbed, tiny
         np.testing.assert_array_equal(store.loss("later")[document], store.loss("ref")[document])
         gap = store.gap("later", "ref")[document]
         assert np.nanmax(np.abs(gap)) == 0
+
+
+@pytest.mark.parametrize("name", ["sample", "hybrid"])
+def test_draws_are_of_the_seed_and_the_shard_alone(job, tiny, tmp_path, capsys, name):
+    """Whatever the number of actors, and in whatever order they take the shards."""
+    few = ["--target", tiny.target, "--data", tiny.data, "--max_length", "128", "--shard_rows", "512", "--num_proc",
+           "1", "--cpus_per_actor", "1", "--batch_tokens", "256", "--scheme", name, "--num_draws", "8"]  # fmt: skip
+    urls = [str(tmp_path / f"{num}.zarr") for num in (1, 2)]
+    for num, url in enumerate(urls, 1):
+        job(["--store", url, *few, "--seed", "3", "--num_actors", str(num)])
+    assert payload(urls[0]) == payload(urls[1])
+    store = logitstore.open(urls[0])
+    assert store.spec.target.scheme == make_scheme(name, {"num_draws": 8, "seed": 3})
+    assert logitstore.verify(store) == []
+    shards = list(store.shards())
+    assert len(shards) > 3
+    for shard in shards:
+        assert 0 < shard.rows.counts.max() <= store.spec.target.room
+        np.testing.assert_allclose(shard.rows.weights.sum() / shard.loss_mask.sum(), 1.0, atol=0.05)
+    # no other draws go on with it
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        job(["--store", urls[0], *few, "--seed", "4"])
+    assert ended.value.code == 2
+    assert "target.scheme.seed must be 3 as in the store, got seed=4" in capsys.readouterr().err
 
 
 def test_a_killed_dump_goes_on_and_ends_as_if_never_killed(undisturbed, tiny, many, tmp_path):

@@ -23,6 +23,10 @@ def arguments(store, tiny, data, *more):
             "--k", "16", "--num_proc", "1", *more]  # fmt: skip
 
 
+def drawn(store, tiny, scheme, *more):
+    return ["--store", store, "--target", tiny.target, "--data", tiny.data, "--scheme", scheme, *more]
+
+
 @pytest.fixture(scope="module")
 def job():
     """The job's main, in this process: mistakes are found before Ray starts."""
@@ -50,11 +54,23 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
         (arguments(fresh, tiny, tiny.data, "--k", "600"), "k must be at most the vocabulary size 512, got k=600"),
         (
             arguments(fresh, tiny, tiny.data, "--k", "64", "--shard_rows", str(2**22)),
-            "k must be at most 16 in shards of 4194304 rows, got k=64",
+            "entries of a row must be at most 16 in shards of 4194304 rows, got up to 64; give a smaller --k",
         ),
         (arguments(fresh, tiny, tiny.data, "--k", "abc"), "arguments must parse, got: argument --k: invalid int value"),
         (arguments(fresh, tiny, tiny.data, "--k", "0"), "k must be between 1 and 65535, got k=0"),
-        (arguments(fresh, tiny, tiny.data, "--mass", "0.9"), "mass must be left out, got mass=0.9 with --scheme topk"),
+        (arguments(fresh, tiny, tiny.data, "--mass", "0.9"),
+         "mass must be left out with --scheme topk, got mass=0.9; --scheme nucleus takes it"),
+        (arguments(fresh, tiny, tiny.data, "--scheme", "sample"),
+         "k must be left out with --scheme sample, got k=16; --scheme topk or --scheme nucleus takes it"),
+        (arguments(fresh, tiny, tiny.data, "--seed", "1"),
+         "seed must be left out with --scheme topk, got seed=1; --scheme sample or --scheme hybrid takes it"),
+        (drawn(fresh, tiny, "sample", "--num_draws", "1"), "num_draws must be between 2 and 4096, got num_draws=1"),
+        (drawn(fresh, tiny, "hybrid", "--seed", "-1"), "seed must be between 0 and 2**63 - 1, got seed=-1"),
+        (
+            drawn(fresh, tiny, "sample", "--num_draws", "65", "--shard_rows", str(2**20)),
+            "entries of a row must be at most 64 in shards of 1048576 rows, got up to 65; give a smaller --k or",
+        ),
+        (arguments(fresh, tiny, tiny.data, "--scheme", "rank"), "argument --scheme: invalid choice: 'rank'"),
         (arguments(fresh, tiny, tiny.data, "--scheme", "nucleus", "--mass", "1.5"), "got mass=1.5"),
         (arguments(fresh, tiny, tiny.data, "--batch_tokens", "0"), "batch_tokens must be above 0, got batch_tokens=0"),
         (arguments(fresh, tiny, tiny.data, "--reference", "x"), "reference must be NAME=MODEL, got reference=x"),

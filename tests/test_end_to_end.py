@@ -59,7 +59,7 @@ def test_reference_losses_trainings_and_cache_evaluation_need_no_target(run):
     gap = run.store.gap("start", "ref")
     means = [float(gap[i][run.store[i].loss_mask].mean()) for i in range(len(run.store))]
     assert sum(means) / len(means) > 0.05  # the reference has learned
-    assert 0 < run.cached["alpha_lower"] <= run.cached["alpha_plug_in"] <= run.cached["alpha_upper"] <= 1
+    assert 0 < run.cached["alpha_lower"] <= run.cached["alpha_estimate"] <= run.cached["alpha_upper"] <= 1
 
 
 def test_adaspec_kept_the_fraction_it_was_asked_for(run):

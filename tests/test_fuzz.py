@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 
+import pytest
 import stores
 from hostile import MOST_SECONDS
 from hypothesis import HealthCheck, given, settings
@@ -31,13 +32,19 @@ INTEGERS = st.one_of(
 )
 SCALARS = st.one_of(
     st.none(), st.booleans(), INTEGERS, st.floats(), st.text(max_size=8),
-    st.sampled_from(["tokens", "../x", "sha256:" + "0" * 64, "topk", "\x1b[2J", "\ud800", ""]),
+    st.sampled_from(["tokens", "../x", "sha256:" + "0" * 64, "topk", "hybrid", "\x1b[2J", "\ud800", ""]),
 )  # fmt: skip
 WORDS = [0, 1, 2, 5, 2**31 - 1, 2**31, 0x7F800000, 0xFF800000, 0x7FC00001, 2**32 - 1]
 """Of which some are infinities and NaN."""
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4)
 )
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory):
+    """A store of which every array has objects."""
+    return stores.make(tmp_path_factory.mktemp("small") / "cache.zarr", scheme=stores.SAMPLE)
 
 
 def places(value, path=()):
@@ -225,7 +232,7 @@ def test_winners_that_somebody_left(small_store, tmp_path, data):
     record.unlink()
     folder = url / publish.staging("target", 1)
     replace(folder / f"{publish.WINNER}-0.json", data.draw(changed(winner)))
-    spec = stores.spec_of(3)
+    spec = stores.spec_of(3, scheme=stores.SAMPLE)
     sizes = {name: getattr(commit, name) for name in ("documents", "rows", "counted", "set_aside", "computed_from")}
     written = writer.LayerWriter(Storage(url), spec, "target").write(1, values, started=0.0, **sizes)
     assert written.digest == commit.digest

@@ -58,7 +58,7 @@ SPECS = {
     "scheme": ("target", lambda a: a["scheme"].update(name="pickle"), "scheme.name must be one of|scheme=pickle"),
     "mass": ("target", lambda a: a["scheme"].update(mass=-0.5), "mass=-0.5"),
     "mass long": ("target", lambda a: a["scheme"].update(mass=10**400), "mass must be of type float"),
-    "codebook": ("target", lambda a: a["codebook"].update(range_nats=1e308), "range_nats=1e.308"),
+    "codebook": ("target", lambda a: a["codebook"].update(exponent=1e308), "exponent=1e.308"),
     "exponent": ("target", lambda a: a["codebook"].update(exponent=-2), "exponent=-2"),
     "temperature": ("target", lambda a: a.update(temperature=0), "temperature=0"),
     "model": ("losses/ref", lambda a: a.update(model=None), "model must be a JSON object"),
@@ -127,7 +127,7 @@ ARRAY_METADATA = [
 
 @pytest.mark.parametrize("change", ARRAY_METADATA, ids=range(len(ARRAY_METADATA)))
 def test_metadata_of_an_array_never_matters(reader, url, change):
-    stores.change_json(Path(url, "target/token_ids/zarr.json"), change)
+    stores.change_json(Path(url, "target/gaps/zarr.json"), change)
     outcomes = check(reader, url, {"open": "", "shard 0": "", "shard 1": "", "document 0": ""})
     assert not any(outcome for step, outcome in outcomes.items() if step not in ("info", "verify"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def sparse(path, size, begin, end):
         ("commits/tokens", damaged("too long to be one")),
         ("commits/target", damaged("too long to be one")),
         ("tokens/ids/c/1", damaged("more bytes than there is room")),
-        ("target/token_ids/c/1", damaged("more bytes than there is room")),
+        ("target/gaps/c/1", damaged("more bytes than there is room")),
     ],
 )
 @pytest.mark.parametrize("size", [100_000_000, 2**42])
@@ -77,13 +78,13 @@ def test_whatever_is_written_is_read(shard_rows, k):
                 np.testing.assert_array_equal(found, used)
 
 
-def object_of(url, layer="target", name="token_ids", shard=1):
+def object_of(url, layer="target", name="gaps", shard=1):
     path = Path(url, layer, name, "c", str(shard))
     return path, stores.Object.of(path.read_bytes(), stores.num_chunks(stores.array_of(layer, name)))
 
 
 def header(*, versions=(2, 1), flags=0x91, typesize=4, values=1024, block=1024, size=None, payload=b""):
-    """A Blosc chunk for the 256 values of 4 bytes of a shard's token_ids."""
+    """A Blosc chunk for the 256 values of 4 bytes of a shard's gaps."""
     size = 16 + len(payload) if size is None else size
     return struct.pack("<BBBBIII", *versions, flags, typesize, values, block, size) + payload
 
@@ -141,7 +142,7 @@ CHUNKS = {
 def test_a_chunk_that_lies_is_damage(reader, url, case):
     path, _ = object_of(url)
     stores.replace(path, stores.one_chunk(CHUNKS[case]))
-    check(reader, url, damaged("token_ids that cannot be decoded"))
+    check(reader, url, damaged("gaps that cannot be decoded"))
 
 
 def index_of(*entries):
@@ -173,7 +174,7 @@ def test_an_index_that_lies_is_damage(reader, url, case):
     path, found = object_of(url)
     INDEXES[case](found)
     stores.replace(path, found.to_bytes())
-    message = "token_ids with checksum" if case == "absent" else "token_ids that cannot be decoded"
+    message = "gaps with checksum" if case == "absent" else "gaps that cannot be decoded"
     check(reader, url, damaged(message))
 
 
@@ -181,7 +182,7 @@ def test_an_index_that_lies_is_damage(reader, url, case):
 def test_an_object_shorter_than_its_index_is_damage(reader, url, size):
     path, _ = object_of(url)
     stores.replace(path, bytes(size))
-    check(reader, url, damaged("token_ids that cannot be decoded"))
+    check(reader, url, damaged("gaps that cannot be decoded"))
 
 
 SAME = {
@@ -196,7 +197,7 @@ SAME = {
 def test_chunks_that_lie_in_the_same_bytes_are_damage(case):
     """Else one megabyte could be decompressed thousands of times."""
     entries, message = SAME[case]
-    array = stores.array_of("target", "token_ids")
+    array = stores.array_of("target", "gaps")
     assert stores.num_chunks(array, 2**17, 64) == 128
     found = stores.Object(bytearray(2**19), entries + [[ABSENT, ABSENT]] * (128 - len(entries)))
     with pytest.raises(ValueError, match=message):
@@ -206,7 +207,7 @@ def test_chunks_that_lie_in_the_same_bytes_are_damage(case):
 def test_blocks_that_all_lie_in_the_same_bytes_are_damage():
     """Blosc would decompress the same bytes again for each of 16,384 blocks of a chunk of 128 KB: an hour of a CPU."""
 
-    array = stores.array_of("target", "token_ids")
+    array = stores.array_of("target", "gaps")
     empty = bytes.fromhex("28b52ffd2000010000")
     payload = struct.pack("<I", 16 + 4 * 2**12) * 2**12 + struct.pack("<i", 9 * 4000) + empty * 4000
     chunk = header(values=2**16, block=16, payload=payload)
@@ -215,21 +216,23 @@ def test_blocks_that_all_lie_in_the_same_bytes_are_damage():
 
 
 def test_nothing_that_stands_for_millions_of_entries_is_read_in_bounded_memory(reader, tmp_path):
-    """A shard of the usual size, all of it one token: a few kilobytes on the disk."""
+    """A shard of the usual size whose rows all keep the first tokens: a few kilobytes on the disk."""
     url = str(tmp_path / "cache.zarr")
     rows, k = 2**18, 64
     spec = stores.spec_of(1, shard_rows=rows, k=k)
+    spec = dataclasses.replace(spec, tokenizer=dataclasses.replace(spec.tokenizer, vocab_size=k))
     mask = np.arange(rows) % 8 != 7
     floats = np.where(mask, -1, np.nan).astype(np.float32)
     lengths = np.full(rows // 8, 8, "<u4")
     values = {
         "tokens": {"ids": np.zeros(rows, "<u4"), "loss_mask": mask.astype("|u1"), "lengths": lengths},
         "target": {
-            "counts": (k * mask).astype("<u2"), "token_ids": np.zeros(k * mask.sum(), "<u4"),
+            "counts": (k * mask).astype("<u2"), "gaps": np.zeros(k * mask.sum(), "<u4"),
+            "draws": np.zeros(k * mask.sum(), "<u2"),
             "logprobs": np.zeros(k * mask.sum(), "|u1"), "tail": floats, "label_logprob": floats, "entropy": -floats,
         },
     }  # fmt: skip
     stores.write_shard(stores.create(url, spec), spec, 0, values)
-    assert not Path(url, "target/token_ids/c").exists()
+    assert not Path(url, "target/gaps/c").exists()
     steps = ["verify", "shard 0", "document 0"]
     check(reader, url, {"verify": "", "shard 0": "LayerNotFoundError", "document 0": ""}, seconds=20, steps=steps)

@@ -71,7 +71,7 @@ def test_names_cannot_leave_the_root_when_writing_either(url, name):
 
 
 KINDS = ["fifo", "folder", "link to itself", "link to a device", "link out", "socket"]
-FOLDERS = ["tokens", "target/token_ids/c", "commits/target", "losses", "losses/ref", "appends"]
+FOLDERS = ["tokens", "target/gaps/c", "commits/target", "losses", "losses/ref", "appends"]
 
 
 def replace(path, kind):

@@ -205,8 +205,10 @@ VALUES = {
     "lengths beyond": ("tokens", {"lengths": lambda x: x + 2**31}, "documents of .* rows in all"),
     "lengths that wrap": ("tokens", {"lengths": at(0, 2**32 - 1)}, "documents of .* rows in all"),
     "lengths 0": ("tokens", {"lengths": lambda x: x * 0}, "documents of 0 rows in all"),
-    "token_ids": ("target", {"token_ids": at(5, stores.VOCAB)}, "token ids beyond the vocabulary"),
-    "token_ids huge": ("target", {"token_ids": lambda x: x + 2**31}, "token ids beyond the vocabulary"),
+    "gaps": ("target", {"gaps": at(5, stores.VOCAB)}, "token ids beyond the vocabulary"),
+    "gaps huge": ("target", {"gaps": lambda x: x + 2**31}, "token ids beyond the vocabulary"),
+    "gaps that wrap": ("target", {"gaps": at(slice(4), [2**32 - 2, 0, 0, 0])}, "token ids beyond the vocabulary"),
+    "draws": ("target", {"draws": at(3, 1)}, "draws where none are made"),
     "counts": ("target", {"counts": at(0, 3)}, "counts that do not add up"),
     "counts beyond": ("target", {"counts": at(0, 65535)}, "counts that do not add up"),
     "counts elsewhere": ("target", {"counts": lambda x: np.roll(x, 1)}, "counts that are not those"),
@@ -239,6 +241,24 @@ def test_values_that_cannot_be_are_damage_for_all_their_checksums(reader, url, c
     layer, arrays, message = VALUES[case]
     stores.change_values(url, layer, 1, **arrays)
     check(reader, url, damaged(message))
+
+
+def moved(draws):
+    """One draw fewer at the last entry that has two, one more at the first."""
+    draws[np.flatnonzero(draws > 1)[-1]] -= 1
+    draws[0] += 1
+    return draws
+
+
+DRAWS = {"none": at(3, 0), "many": at(3, 65535), "one more": at(0, 4), "of another row": moved, "0": lambda x: x * 0}
+
+
+@pytest.mark.parametrize("case", DRAWS)
+def test_draws_that_nobody_can_make_are_damage(reader, tmp_path, case):
+    url = stores.make(tmp_path / "cache.zarr", scheme=stores.SAMPLE)
+    check(reader, url, {"shard 1": "", "verify": ""}, steps=["shard 1", "verify"])
+    stores.change_values(url, "target", 1, draws=DRAWS[case])
+    check(reader, url, damaged("draws that are not 4 at each row"))
 
 
 @pytest.mark.parametrize("tail", [0.0, -0.0, 9e-4, -1e-9, -np.inf])

@@ -33,7 +33,8 @@ def test_imports_point_one_way(path):
         assert not breaks(path, "trainer", "jobs")
         if path.relative_to(ROOT / "logitstore").as_posix() not in ("dump/pipeline.py", "dump/pool.py"):
             assert not breaks(path, "ray")
-        if "dump" not in path.parts:
+        # the command plans a dump, by an import where it does so: the test below sees that it loads nothing else
+        if "dump" not in path.parts and path.name != "cli.py":
             assert not breaks(path, "logitstore.dump")
     if top == "trainer":
         assert not breaks(path, "ray", "jobs", "logitstore.dump")
@@ -48,7 +49,7 @@ def test_reading_a_store_loads_neither_torch_nor_ray_nor_transformers(tiny_store
     code = (
         "import sys, logitstore, logitstore.cli\n"
         f"logitstore.open({tiny_store!r})[3]\n"
-        "print([m for m in ('torch', 'ray', 'transformers', 'datasets') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'transformers', 'datasets', 'matplotlib') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[]"

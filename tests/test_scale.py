@@ -23,7 +23,8 @@ from faults import FaultyProxy, S3Server, s3_options
 import logitstore
 from logitstore import commits, writer
 from logitstore.commits import NOTHING, index_names
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, Scheme, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.schemes import Scheme
+from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
 
 NUM_SHARDS = 20_000

@@ -16,10 +16,12 @@ from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import scoring
 from logitstore.dump.running import documents_of, without
-from logitstore.spec import Scheme
+from logitstore.schemes import Scheme
 
 TOGETHER, GROUPED, ALONE = 10**6, 700, 1
 """Tokens of a batch: the whole shard is one, some are several documents, each document is one."""
+
+PER_ENTRY = ("gaps", "logprobs", "draws")
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def document_bytes(shard, arrays, document):
     start, stop = shard.starts[document], shard.starts[document + 1]
     ends = np.append(0, np.cumsum(arrays["counts"], dtype=np.int64)) if "counts" in arrays else None
     return {
-        name: (values[ends[start] : ends[stop]] if name in ("token_ids", "logprobs") else values[start:stop]).tobytes()
+        name: (values[ends[start] : ends[stop]] if name in PER_ENTRY else values[start:stop]).tobytes()
         for name, values in arrays.items()
     }
 
@@ -83,7 +85,7 @@ def document_bytes(shard, arrays, document):
 def blank_bytes(shard, arrays, document):
     """What is stored of a document whose loss mask is 0 everywhere."""
     length = int(shard.lengths[document])
-    blank = {"counts": np.zeros(length, np.uint16).tobytes(), "token_ids": b"", "logprobs": b""}
+    blank = {"counts": np.zeros(length, np.uint16).tobytes(), "gaps": b"", "logprobs": b"", "draws": b""}
     return {name: blank.get(name, np.full(length, np.nan, np.float32).tobytes()) for name in arrays}
 
 
@@ -137,7 +139,7 @@ def test_documents_with_nan_are_blanked_and_the_others_keep_every_bit(target, st
     check(shard, scored, lambda _: healthy, wrong)
     first = shard.document(wrong[0]).loss_mask.argmax()
     assert scored.set_aside[wrong[0]] == f"model must give finite numbers, got tail=nan at row {first}"
-    rows = codec.decode(scored.arrays, store.spec.target.codebook)
+    rows = codec.decode(scored.arrays, store.spec.target)
     assert len(rows.token_ids) == rows.counts.sum() == healthy.arrays["counts"][without(shard, wrong).loss_mask].sum()
 
 
@@ -152,7 +154,7 @@ def test_losses_that_are_nan_are_blanked_and_the_others_keep_every_bit(reference
 def test_a_probability_of_zero_is_a_number_where_the_target_gives_none(reference, target, store, shard):
     """A label that the model thinks impossible has logprob -inf; an impossible entry makes a cross entropy infinite."""
     first = score(target, store, shard, GROUPED, Scheme(k=1))
-    rows = codec.decode(first.arrays, store.spec.target.codebook)
+    rows = codec.decode(first.arrays, store.spec.target)
     labels = np.append(shard.ids[1:], 0)[shard.loss_mask]
     never_kept = np.setdiff1d(labels, rows.token_ids)[0]
     kept = np.unique(rows.token_ids)
@@ -218,7 +220,7 @@ def test_a_long_document_beyond_the_positions_does_not_take_short_ones_along(sto
         document = shard.document(i)
         p = dense_logprobs(model, document.ids)[document.loss_mask]
         found = scored.arrays["entropy"][shard.starts[i] : shard.starts[i + 1]]
-        np.testing.assert_allclose(found[document.loss_mask], -(np.exp(p) * p).sum(-1), rtol=2**-12, atol=1e-5)
+        np.testing.assert_allclose(found[document.loss_mask], -(np.exp(p) * p).sum(-1), rtol=2**-7, atol=1e-5)
 
 
 def test_numbers_that_are_not_finite_and_errors_in_one_shard_keep_their_own_reasons(target, store, shard, rare):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stores
 import zarr
 from conftest import VOCAB_SIZE, dense_logprobs, topk_rows
 from dumped import edit_record, record
@@ -22,7 +23,8 @@ from logitstore import cli, codec, commits, writer
 from logitstore.codec import Codebook
 from logitstore.drivers import without_credentials
 from logitstore.errors import FormatError, MissingDriverError, StoreNotFoundError
-from logitstore.spec import Scheme, from_json
+from logitstore.schemes import Scheme
+from logitstore.spec import TargetSpec, from_json
 from logitstore.storage import Storage
 
 
@@ -63,7 +65,7 @@ def test_rows_of_a_document_are_those_of_the_oracle(tiny, tiny_store):
     step = store.spec.target.codebook.max_errors[store.spec.target.codebook.encode(true.logprobs)]
     # A row's logprobs also move together, by at most its largest coding error, so that they sum to 1 with the tail.
     assert (np.abs(document.rows.logprobs - true.logprobs) <= step + step.max() + 1e-5).all()
-    np.testing.assert_allclose(document.rows.tail_mass, true.tail_mass, rtol=3e-3)
+    np.testing.assert_allclose(document.rows.tail_mass, true.tail_mass, rtol=2e-2)
 
 
 def test_gap_is_the_difference_of_two_losses(tiny_store):
@@ -165,14 +167,14 @@ def test_a_shorter_shard_leaves_nothing_of_a_longer_one(copy):
     store = logitstore.open(copy)
     arrays = store.read_arrays("target", 1)
     commit = store.commit("target", 1)
-    half = {**arrays, **{name: arrays[name][: commit.entries // 2] for name in ("token_ids", "logprobs")}}
+    half = {**arrays, **{name: arrays[name][: commit.entries // 2] for name in ("gaps", "logprobs", "draws")}}
     size = {"documents": commit.documents, "rows": commit.rows, "counted": 1, "computed_from": None, "started": 0.0}
     record(copy, "target", 1).unlink()
     into = writer.LayerWriter(Storage(copy), store.spec, "target")
     into.write(1, half, **size)
     group = zarr.open_group(copy, mode="r")["target"]
     start = store.spec.shard_rows * store.spec.target.scheme.k
-    assert not group["token_ids"][start + commit.entries // 2 : 2 * start].any()
+    assert not group["gaps"][start + commit.entries // 2 : 2 * start].any()
 
 
 def test_info_and_verify_on_the_command_line(copy, capsys):
@@ -180,7 +182,7 @@ def test_info_and_verify_on_the_command_line(copy, capsys):
     shown = capsys.readouterr().out
     assert "24 documents" in shown
     assert "target: complete" in shown
-    assert "topk, at most 16 entries" in shown
+    assert "topk, k 16; 16.0 entries on average" in shown
     assert cli.main(["info", "--json", str(copy)]) == 0
     facts = json.loads(capsys.readouterr().out)
     on_disk = sum(path.stat().st_size for path in (Path(copy) / "target").rglob("c/*"))
@@ -312,11 +314,10 @@ def test_specs_survive_json(tiny_store):
 
 @given(
     hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(-40, 0, width=32)),
-    st.floats(1, 30),
-    st.floats(1, 4),
+    st.floats(1, 8),
 )
-def test_codes_are_the_nearest_and_within_the_stated_step(logprobs, range_nats, exponent):
-    book = Codebook(range_nats=range_nats, exponent=exponent)
+def test_codes_are_the_nearest_and_within_the_stated_step(logprobs, exponent):
+    book = Codebook(exponent=exponent)
     codes = book.encode(logprobs)
     clamped = np.maximum(logprobs, book.table[-1])
     distance = np.abs(book.table[codes] - clamped)
@@ -325,13 +326,13 @@ def test_codes_are_the_nearest_and_within_the_stated_step(logprobs, range_nats, 
 
 
 @given(hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(width=32)))
-def test_rounding_keeps_twelve_bits_and_the_special_values(values):
-    rounded = codec.round_mantissa(values)
+def test_rounding_keeps_some_bits_and_the_special_values(values):
+    rounded = codec.round_mantissa(values, 7)
     finite = np.isfinite(values) & np.isfinite(rounded)
-    assert (np.abs(rounded[finite] - values[finite]) <= np.abs(values[finite]) * 2.0**-13 + 1e-41).all()
+    assert (np.abs(rounded[finite] - values[finite]) <= np.abs(values[finite]) * 2.0**-8 + 1e-36).all()
     np.testing.assert_array_equal(rounded[~np.isfinite(values)], values[~np.isfinite(values)])
     assert (rounded[np.isnan(values)].view(np.uint32) == 0x7FC00000).all()  # what an array is filled with
-    assert not (rounded[finite].view(np.uint32) & 0x7FF).any()
+    assert not (rounded[finite].view(np.uint32) & 0xFFFF).any()
 
 
 @given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 12))
@@ -341,7 +342,8 @@ def test_decoded_rows_sum_to_one_with_their_tail(seed, num_rows, k):
     mask = rng.random(num_rows) < 0.7
     ids = rng.integers(0, VOCAB_SIZE, num_rows + 1)
     rows = topk_rows(np.log(np.maximum(p, 1e-30)), ids[:num_rows], mask & (np.arange(num_rows) < num_rows - 1), k)
-    decoded = codec.decode(codec.encode(rows, Codebook()), Codebook())
+    spec = TargetSpec(model=stores.MODEL, scheme=Scheme(k=k))
+    decoded = codec.decode(codec.encode(rows, spec), spec)
     for i in range(num_rows):
         row = decoded.slice(i, i + 1)
         if len(row.token_ids):

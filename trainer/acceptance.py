@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from logitstore import codec
+from logitstore import views
 from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM, check_vocabulary, model_spec
 from logitstore.errors import LayerNotFoundError
-from logitstore.support import Support, on_support, soft_cross_entropy
+from logitstore.support import Support, acceptance_estimate, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from logitstore import Rows, Store
+    from logitstore import Store
     from logitstore.batches import Batch
-    from logitstore.spec import TargetSpec
 
 BOUND_SLACK = 1e-5
 """Both bounds are moved outwards by this: more than float32 arithmetic, of the dump and here, errs by."""
@@ -45,13 +42,14 @@ class CachedAcceptance:
     """No more than the mean of alpha = sum_v min(p_v, q_v): kept entries alone, at the worst that the codes allow."""
     alpha_upper: float
     """No less than the mean of alpha: the tail as one bucket, at the best that the codes allow."""
-    alpha_plug_in: float
-    """sum_S min(p, q) + min(p_t, q_t) at the decoded values: a point estimate. The codes' rounding makes it up to 0.005
-    low where q = p; the tail as one bucket makes it high."""
+    alpha_estimate: float
+    """A point estimate at the decoded values. Where rows are truncated sum_S min(p, q) + min(p_t, q_t): the codes'
+    rounding makes it up to 0.005 low where q = p, the tail as one bucket makes it high. Where entries were drawn
+    sum_S w min(1, q / p), unbiased but for that rounding."""
     argmax_agreement: float
     """Share of rows where the draft's likeliest token is the target's: alpha of greedy decoding."""
     forward_kl: float
-    """KL(p‖q) on kept entries and the tail bucket, nats."""
+    """KL(p‖q), nats: on kept entries and the tail bucket, or estimated without bias where entries were drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +58,7 @@ class RowAcceptance:
 
     alpha_lower: Tensor
     alpha_upper: Tensor
-    alpha_plug_in: Tensor
+    alpha_estimate: Tensor
     argmax_agreement: Tensor
     forward_kl: Tensor
 
@@ -73,14 +71,17 @@ def expected_tokens_per_call(alpha: float, gamma: int) -> float:
     return sum(alpha**i for i in range(gamma + 1))
 
 
-def row_acceptance(logprobs: Tensor, stored: Support, least: Support, most: Support) -> RowAcceptance:
+def row_acceptance(
+    logprobs: Tensor, stored: Support, least: Support, most: Support, drawn: Support | None = None
+) -> RowAcceptance:
     """Compares a draft with the stored distributions, row by row.
 
     Args:
         logprobs: Float32 [N, V] of the draft, normalised over the true vocabulary.
-        stored: The decoded rows.
+        stored: The decoded rows, as probabilities.
         least: The same entries at the least that their codes allow.
         most: And at the most.
+        drawn: The same entries as weights, where they were drawn.
 
     Returns:
         N values each. The bounds bracket sum_v min(p_v, q_v) for every p that the codes allow.
@@ -88,13 +89,14 @@ def row_acceptance(logprobs: Tensor, stored: Support, least: Support, most: Supp
     kept, log_tail = on_support(logprobs, stored)
     q, q_tail = kept.exp().where(stored.used, 0.0), log_tail.exp()
     lower, upper = _alpha_bounds(least, most, q, q_tail)
-    plug_in = torch.minimum(stored.probs, q).sum(-1) + torch.minimum(stored.tail, q_tail)
+    likeliest = stored.token_ids.gather(1, stored.probs.argmax(-1, keepdim=True))[:, 0]
+    weighed = stored if drawn is None else drawn
     return RowAcceptance(
         alpha_lower=lower,
         alpha_upper=upper,
-        alpha_plug_in=plug_in.clamp(0.0, 1.0),
-        argmax_agreement=(logprobs.argmax(-1) == stored.token_ids[:, 0]).float(),
-        forward_kl=soft_cross_entropy(stored, kept, log_tail) - stored.entropy(),
+        alpha_estimate=acceptance_estimate(stored, drawn, kept, log_tail),
+        argmax_agreement=(logprobs.argmax(-1) == likeliest).float(),
+        forward_kl=soft_cross_entropy(weighed, kept, log_tail) - weighed.entropy(),
     )
 
 
@@ -166,7 +168,7 @@ def cached_acceptance(
             left = None if max_documents is None else max_documents - num_documents
             if left == 0:
                 break
-            scored = _ShardScorer(lm, store, store.spec.target, index)
+            scored = _ShardScorer(lm, store, index)
             num_documents += len(scored.shard.lengths[:left])
             for batch in batches(scored.shard, batch_tokens, left):
                 for part in scored.score(batch):
@@ -189,12 +191,12 @@ def cached_acceptance(
 class _ShardScorer:
     """One shard and a draft."""
 
-    def __init__(self, lm: SplitLM, store: Store, target: TargetSpec, index: int) -> None:
+    def __init__(self, lm: SplitLM, store: Store, index: int) -> None:
         self._lm = lm
         stored = store.read_stored(index, layers=("target",))
         self.shard = store.assemble(stored)
         arrays = stored["target"].arrays
-        self._rows = (codec.decode(arrays, target.codebook), *codec.decode_bounds(arrays, target.codebook))
+        self._rows = (views.decode(store, arrays), *views.decode_bounds(store, arrays))
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Iterator[RowAcceptance]:
@@ -205,14 +207,7 @@ class _ShardScorer:
         for start in range(0, len(hidden), self._lm.rows_per_chunk):
             chunk = slice(start, start + self._lm.rows_per_chunk)
             logprobs = self._lm.logits(hidden[chunk]).log_softmax(-1)
-            yield row_acceptance(logprobs, *(_support(part, batch.rows[chunk], device) for part in self._rows))
-
-
-def _support(stored: Rows, rows: NDArray[np.intp], device: torch.device) -> Support:
-    """Lays some stored rows out on a device."""
-    token_ids, probs = stored.padded(rows)
-    return Support(
-        token_ids=torch.from_numpy(token_ids).to(device),
-        probs=torch.from_numpy(probs).to(device),
-        tail=torch.from_numpy(stored.tail_mass[rows]).to(device),
-    )
+            rows = batch.rows[chunk]
+            stored, least, most = (Support.of(part.padded(rows), device) for part in self._rows)
+            drawn = None if self._rows[0].weights is None else Support.of(self._rows[0].weighed(rows), device)
+            yield row_acceptance(logprobs, stored, least, most, drawn)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from logitstore.dump.sources import Source
     from logitstore.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -197,27 +198,34 @@ def prepare(
 
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="logitstore-", dir=cache) as name, _progress_bars(progress):
+    with tempfile.TemporaryDirectory(prefix="logitstore-", dir=cache) as name, progress_bars(progress):
         folder = Path(name)
-        dataset, records, columns = open_records(source, folder, choose_columns)
-        kind = next(kind for kind, needed in COLUMNS.items() if needed[0] == columns[0])
-        if kind == "messages":
-            _check_chat_tokenizer(tokenizer)
-        responses = kind in ("messages", "prompt_response")
-        spec = spec_of(kind, "response" if responses else "given" if "loss_mask" in columns else "all")
+        dataset, encoder = open_encoder(source, folder, tokenizer, spec.tokenizer.vocab_size, max_length)
+        responses = encoder.kind in ("messages", "prompt_response")
+        spec = spec_of(encoder.kind, "response" if responses else "given" if "loss_mask" in encoder.columns else "all")
         if stored is not None:
             check_same(stored, spec, "store", writer.OTHER_STORE)
-        encoder = Encoder(
-            records=records,
-            tokenizer=tokenizer,
-            columns=columns,
-            kind=kind,
-            vocab_size=spec.tokenizer.vocab_size,
-            max_length=max_length,
-        )
         documents = tokenize(dataset, encoder, num_proc, folder, shard_rows)
         write_part(storage, spec, documents, append=append, progress=progress)
     return Store(storage)
+
+
+def open_encoder(
+    source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_length: int
+) -> tuple[datasets.Dataset, Encoder]:
+    """Makes a table of all records in a folder, and what turns them into documents.
+
+    Raises:
+        ValueError: The records cannot be read, or make no documents with this tokenizer.
+    """
+    dataset, records, columns = open_records(source, folder, choose_columns)
+    kind = next(kind for kind, needed in COLUMNS.items() if needed[0] == columns[0])
+    if kind == "messages":
+        _check_chat_tokenizer(tokenizer)
+    encoder = Encoder(
+        records=records, tokenizer=tokenizer, columns=columns, kind=kind, vocab_size=vocab_size, max_length=max_length
+    )
+    return dataset, encoder
 
 
 def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -234,7 +242,7 @@ def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 @contextlib.contextmanager
-def _progress_bars(progress: bool) -> Iterator[None]:
+def progress_bars(progress: bool) -> Iterator[None]:
     """Turns datasets' own progress bars off for a while, unless they are wanted."""
     if progress or datasets.are_progress_bars_disabled():
         yield

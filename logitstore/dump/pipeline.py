@@ -19,7 +19,7 @@ from logitstore import commits, set_aside
 from logitstore.dump.pool import Pool
 from logitstore.dump.schedule import Schedule
 from logitstore.dump.todo import Todo, check_makers, documents_set_aside, find_todo
-from logitstore.errors import DamagedShardError, IdentityError, StorageError, StorageRefusedError
+from logitstore.errors import DamagedShardError, FidelityError, IdentityError, StorageError, StorageRefusedError
 from logitstore.layers import runs, spans
 from logitstore.reader import Store
 from logitstore.verify import sweep
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FATAL = (StorageRefusedError, IdentityError)
-"""No other shard would do better: no space, no permission, or the layer is another job's by now."""
+FATAL = (StorageRefusedError, IdentityError, FidelityError)
+"""No other shard would do better: no space, no permission, the layer is another job's by now, or it loses too much."""
 
 RAISED = re.compile(r"^[\w.]*(?:Error|Exception)(?=: |$)", re.MULTILINE)
 """Where a traceback that Ray hands over as text comes to what was raised; the last one is meant."""
@@ -57,6 +57,8 @@ class DumpPlan:
     """None: 1 beside a GPU, else as many as let all actors have a place on the cluster's nodes."""
     batch_tokens: int = 16384
     """Most tokens of a forward, padding included."""
+    max_kl: float | None = None
+    """Most nats that storing may lose of a row of the target, on average over those measured of a shard."""
 
 
 @dataclass(kw_only=True)
@@ -224,7 +226,7 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
 
     Raises:
         DumpError: The models load on no actor, the disk or the service refuses, another job writes the layers with
-            another model, or shard after shard fails.
+            another model, a shard is above `max_kl`, or shard after shard fails.
         IdentityError: Another job began a layer anew.
         StorageError: The store cannot be reached.
     """

@@ -42,6 +42,7 @@ class Pool:
             "references": plan.references,
             "made_by": plan.made_by,
             "batch_tokens": plan.batch_tokens,
+            "max_kl": plan.max_kl,
             "device": "cuda" if gpus else "cpu",
             # Ray gives its workers one OpenMP thread whatever they reserved.
             "num_threads": None if gpus else max(1, int(cpus)),

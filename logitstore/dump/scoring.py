@@ -11,14 +11,17 @@ N rows that count, R rows of the shard, K entries per row at most, V vocabulary,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from logitstore.codec import round_mantissa
+from logitstore import codec
+from logitstore.codec import MANTISSA_BITS, round_mantissa
+from logitstore.dump.fidelity import NO_ROWS, Exact, control_of, without
 from logitstore.dump.running import documents_of, rows_of, run_batches
+from logitstore.dump.truncation import truncate, uniforms
 from logitstore.support import Support, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
@@ -45,6 +48,10 @@ class Scored:
     """As stored (docs/format.md). Rows of documents that were set aside are as those whose loss mask is 0."""
     set_aside: dict[int, str]
     """Documents that could not be computed, by their place in the shard, ascending, and why."""
+    exact: Exact
+    """Whole distributions of the rows that were to be kept, without those of documents set aside."""
+    fidelity: dict[str, float] = field(default_factory=dict)
+    """What was measured with them, by name."""
 
 
 @torch.no_grad()
@@ -54,6 +61,7 @@ def score_target(
     spec: TargetSpec,
     *,
     batch_tokens: int,
+    keep: NDArray[np.intp] = NO_ROWS,
     progress: Callable[[int], object] | None = None,
 ) -> Scored:
     """Runs the target over a shard and truncates its distributions on the device.
@@ -63,6 +71,7 @@ def score_target(
         shard: Tokens of the documents.
         spec: Truncation scheme and codebook.
         batch_tokens: Most tokens of a forward, padding included.
+        keep: A few rows that count, whose exact distributions are wanted too.
         progress: Called with the number of rows of each batch that the model took.
 
     Returns:
@@ -74,27 +83,33 @@ def score_target(
         ValueError: Not one of the documents with rows that count could be computed.
         torch.AcceleratorError: The device cannot be used any more; a new process is needed.
     """
-    k = spec.scheme.k
+    room = spec.room
     counted = np.flatnonzero(shard.loss_mask)
     rank = np.zeros(len(shard.ids), dtype=np.intp)  # place of a row among those that count
     rank[counted] = np.arange(len(counted))
-    token_ids = np.zeros((len(counted), k), dtype=np.uint32)
-    codes = np.zeros((len(counted), k), dtype=np.uint8)
+    token_ids = np.zeros((len(counted), room), dtype=np.uint32)
+    codes = np.zeros((len(counted), room), dtype=np.uint8)
+    draws = np.zeros((len(counted), room), dtype=np.uint16)
+    uniform = uniforms(spec, shard.index, len(counted))
     counts = np.zeros(len(shard.ids), dtype=np.uint16)
     floats = {name: np.full(len(shard.ids), np.nan, dtype=np.float32) for name in ("tail", "label_logprob", "entropy")}
     boundaries = torch.from_numpy(spec.codebook.boundaries).to(lm.device)
+    exact = Exact.of(keep, lm.vocab_size, lm.device)
 
     def launch(batch: Batch) -> list[tuple[Tensor, ...]]:
         hidden, labels = _hidden_rows(lm, batch)
-        return [
-            truncate(lm.logits(hidden[chunk]), labels[chunk], spec, boundaries)
-            for chunk in _chunks(len(hidden), lm.rows_per_chunk)
-        ]
+        random = torch.from_numpy(uniform[rank[batch.rows]]).to(lm.device, non_blocking=True)
+        parts: list[tuple[Tensor, ...]] = []
+        for chunk in _chunks(len(hidden), lm.rows_per_chunk):
+            logits = lm.logits(hidden[chunk])
+            exact.keep(batch.rows[chunk], logits)
+            parts.append(truncate(logits, labels[chunk], spec, boundaries, random[chunk]))
+        return parts
 
     def collect(batch: Batch, parts: list[NDArray[Any]]) -> None:
         places = rank[batch.rows]
-        token_ids[places], codes[places], counts[batch.rows] = parts[:3]
-        for values, part in zip(floats.values(), parts[3:], strict=True):
+        token_ids[places], codes[places], draws[places], counts[batch.rows] = parts[:4]
+        for values, part in zip(floats.values(), parts[4:], strict=True):
             values[batch.rows] = part
         if progress is not None:
             progress(len(batch.rows))
@@ -102,46 +117,43 @@ def score_target(
     raised = run_batches(shard, batch_tokens, launch, collect)
     set_aside = _blank(floats, shard, raised)
     counts[rows_of(shard, set_aside)] = 0
-    used = np.arange(k) < counts[counted][:, None]
+    used = np.arange(room) < counts[counted][:, None]
     arrays: dict[str, NDArray[Any]] = {
         "counts": counts,
-        "token_ids": token_ids[used],
+        "gaps": codec.gaps(token_ids[used], counts),
         "logprobs": codes[used],
-        **{name: round_mantissa(values) for name, values in floats.items()},
+        "draws": draws[used],
+        **{name: round_mantissa(values, MANTISSA_BITS) for name, values in floats.items()},
     }
-    return Scored(arrays=arrays, set_aside=set_aside)
+    return Scored(arrays=arrays, set_aside=set_aside, exact=without(exact, shard, set_aside))
 
 
-def truncate(logits: Tensor, labels: Tensor, spec: TargetSpec, boundaries: Tensor) -> tuple[Tensor, ...]:
-    """Truncates distributions and codes what is kept, on the device.
+@torch.no_grad()
+def score_again(lm: SplitLM, shard: Shard, rows: NDArray[np.intp]) -> Exact:
+    """Runs the target over documents of some rows once more, each alone: how far it is from itself.
 
     Args:
-        logits: Float32 [N, V].
-        labels: Int64 [N].
-        spec: Truncation scheme.
-        boundaries: The codebook's, float32 [255].
+        lm: The target.
+        shard: Tokens of the documents.
+        rows: Places of a few rows that count.
 
     Returns:
-        Entries by falling probability, int32 [N, K] ids and uint8 [N, K] codes; int32 [N] how many of them are kept;
-        float32 [N] log of the tail mass, label logprob and entropy.
+        The distributions of those rows that are cheap to compute (`control_of`), without documents that fail now.
     """
-    scheme = spec.scheme
-    logprobs = logits.log_softmax(-1)
-    top = logprobs.topk(scheme.k, dim=-1)
-    label = logprobs.gather(1, labels[:, None])[:, 0]
-    probs = logprobs.exp()
-    entropy = -torch.linalg.vecdot(probs, logprobs)
-    # Summing what is left keeps a small tail true, where 1 - (sum of the kept) would be rounding error.
-    tail = probs.scatter_(1, top.indices, 0.0).sum(-1)
-    counts = torch.full_like(labels, scheme.k)
-    if scheme.name == "nucleus":
-        kept = top.values.exp()
-        before = kept.cumsum(-1) - kept
-        counts = (before < scheme.mass).sum(-1).clamp(scheme.k_min, scheme.k)
-        dropped = torch.arange(scheme.k, device=labels.device) >= counts[:, None]
-        tail = tail + kept.where(dropped, 0.0).sum(-1)
-    codes = torch.bucketize(-top.values, boundaries)
-    return top.indices.int(), codes.to(torch.uint8), counts.int(), tail.log(), label, entropy
+    control = control_of(shard, rows)
+    exact = Exact.of(np.flatnonzero(control.loss_mask), lm.vocab_size, lm.device)
+    is_there = np.zeros(len(shard.ids), dtype=bool)
+
+    def launch(batch: Batch) -> list[tuple[Tensor, ...]]:
+        logits = lm.logits(_hidden_rows(lm, batch)[0])
+        exact.keep(batch.rows, logits)
+        return [(logits.isnan().any(-1),)]
+
+    def collect(batch: Batch, parts: list[NDArray[Any]]) -> None:
+        is_there[batch.rows] = ~parts[0]
+
+    run_batches(control, 1, launch, collect)
+    return exact.only(is_there)
 
 
 @torch.no_grad()
@@ -151,6 +163,7 @@ def score_losses(
     rows: Rows,
     *,
     batch_tokens: int,
+    keep: NDArray[np.intp] = NO_ROWS,
     progress: Callable[[int], object] | None = None,
 ) -> Scored:
     """Runs a model over a shard and computes its soft cross entropy on the stored support.
@@ -160,6 +173,7 @@ def score_losses(
         shard: Tokens of the documents; the loss mask is 0 where the target's rows hold nothing (`without`).
         rows: The target's rows as stored.
         batch_tokens: Most tokens of a forward, padding included.
+        keep: A few rows that count, whose exact distributions are wanted too.
         progress: Called with the number of rows of each batch that the model took.
 
     Returns:
@@ -172,18 +186,16 @@ def score_losses(
         torch.AcceleratorError: The device cannot be used any more; a new process is needed.
     """
     values = {name: np.full(len(shard.ids), np.nan, dtype=np.float32) for name in ("ce", "label_logprob")}
+    exact = Exact.of(keep, lm.vocab_size, lm.device)
 
     def launch(batch: Batch) -> list[tuple[Tensor, ...]]:
         hidden, labels = _hidden_rows(lm, batch)
-        token_ids, probs = rows.padded(batch.rows)
-        support = Support(
-            token_ids=torch.from_numpy(token_ids).to(lm.device),
-            probs=torch.from_numpy(probs).to(lm.device),
-            tail=torch.from_numpy(rows.tail_mass[batch.rows]).to(lm.device),
-        )
+        support = Support.of(rows.weighed(batch.rows), lm.device)
         parts: list[tuple[Tensor, ...]] = []
         for chunk in _chunks(len(hidden), lm.rows_per_chunk):
-            logprobs = lm.logits(hidden[chunk]).log_softmax(-1)
+            logits = lm.logits(hidden[chunk])
+            exact.keep(batch.rows[chunk], logits)
+            logprobs = logits.log_softmax(-1)
             ce = soft_cross_entropy(support[chunk], *on_support(logprobs, support[chunk]))
             parts.append((ce, logprobs.gather(1, labels[chunk, None])[:, 0]))
         return parts
@@ -196,7 +208,8 @@ def score_losses(
 
     raised = run_batches(shard, batch_tokens, launch, collect)
     set_aside = _blank(values, shard, raised)
-    return Scored(arrays={name: round_mantissa(part) for name, part in values.items()}, set_aside=set_aside)
+    arrays = {name: round_mantissa(part) for name, part in values.items()}
+    return Scored(arrays=arrays, set_aside=set_aside, exact=without(exact, shard, set_aside))
 
 
 def _hidden_rows(lm: SplitLM, batch: Batch) -> tuple[Tensor, Tensor]:

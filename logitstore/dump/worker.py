@@ -14,8 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from logitstore import codec, commits
 from logitstore.causal_lm import SplitLM, load_model
+from logitstore.dump.fidelity import NO_ROWS, Exact, check_budget, choose, measure_losses, measure_target
 from logitstore.dump.running import without
-from logitstore.dump.scoring import Scored, score_losses, score_target
+from logitstore.dump.scoring import Scored, score_again, score_losses, score_target
 from logitstore.dump.todo import check_makers
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.layout import losses_layer
@@ -62,6 +63,7 @@ class ShardDumper:
         device: str,
         num_threads: int | None = None,
         made_by: Mapping[str, str] = MappingProxyType({}),
+        max_kl: float | None = None,
     ) -> None:
         """Loads the models.
 
@@ -73,6 +75,7 @@ class ShardDumper:
             device: Such as "cpu" or "cuda".
             num_threads: CPU threads of torch; None leaves its default.
             made_by: Digests of the specs that layers must have, by layer; what is not named may be anybody's.
+            max_kl: Most nats that storing may lose of a row, on average over those measured of a shard; None for any.
 
         Raises:
             IdentityError: A layer has another spec by now.
@@ -87,6 +90,7 @@ class ShardDumper:
         self._writers = {layer: LayerWriter(storage, self._store.spec, layer) for layer in layers}
         self._target_spec = self._store.spec.target
         self._batch_tokens = batch_tokens
+        self._max_kl = max_kl
         self._device = device
         with _no_progress_bars():
             self._target = None if target is None else self._load(target)
@@ -123,6 +127,7 @@ class ShardDumper:
 
         Raises:
             ValueError: A model fails with every document. Nothing is written.
+            FidelityError: Storing the target's rows would lose more than `max_kl`. Nothing is written.
             IdentityError: Another job writes one of the layers with another model.
             DamagedShardError: What is there of the shard is not as committed.
             torch.AcceleratorError: The device cannot be used any more, nor can this object.
@@ -138,15 +143,17 @@ class ShardDumper:
 
         shard = self._read(shard_number, ("tokens",) if "target" in layers else ("tokens", "target"))
         scored: dict[str, Scored] = {}
+        exact: Exact | None = None
         if is_wanted("target", shard.tokens_digest):
             scored["target"], shard = self._score_target(shard)
+            exact = scored["target"].exact
         elif (target := there.get("target")) is not None:
             if not any(is_wanted(layer, target.digest) for layer in layers if layer != "target"):
                 return []
             shard = self._read(shard_number, ("tokens", "target"))
         for name, reference in self._references.items():
             if is_wanted(losses_layer(name), shard.target_digest):
-                scored[losses_layer(name)] = self._score_losses(reference, shard)
+                scored[losses_layer(name)] = self._score_losses(reference, shard, exact)
         written: list[Commit] = []
         for layer, values in scored.items():
             commit = self._write(layer, shard, values, there[layer], started)
@@ -172,18 +179,24 @@ class ShardDumper:
         """Returns what is to be written, and the shard as it will be read, with rows and without what is set aside."""
         if self._target is None or self._target_spec is None:
             raise ValueError(f"layers must not include target where none was loaded, got shard {shard.index}")
+        spec, measured = self._target_spec, choose(shard)
         with self._device_lock:
-            scored = score_target(self._target, shard, self._target_spec, batch_tokens=self._batch_tokens)
+            scored = score_target(self._target, shard, spec, batch_tokens=self._batch_tokens, keep=measured)
+            again = score_again(self._target, shard, scored.exact.rows)
         # Losses are computed on what readers will see, not on what the target said.
-        rows = codec.decode(scored.arrays, self._target_spec.codebook)
+        rows = codec.decode(scored.arrays, spec)
+        scored = replace(scored, fidelity=measure_target(scored.exact, again, rows, spec))
+        check_budget(scored.fidelity, spec, self._max_kl, shard.index)
         digest = commits.digest("target", scored.arrays)
         return scored, replace(without(shard, scored.set_aside), rows=rows, target_digest=digest)
 
-    def _score_losses(self, reference: SplitLM, shard: Shard) -> Scored:
+    def _score_losses(self, reference: SplitLM, shard: Shard, exact: Exact | None = None) -> Scored:
         if shard.rows is None:
             raise ValueError(f"layers must include target where the store has none, got shard {shard.index}")
+        rows, keep = shard.rows, NO_ROWS if exact is None else exact.rows
         with self._device_lock:
-            return score_losses(reference, shard, shard.rows, batch_tokens=self._batch_tokens)
+            scored = score_losses(reference, shard, rows, batch_tokens=self._batch_tokens, keep=keep)
+        return scored if exact is None else replace(scored, fidelity=measure_losses(exact, scored.exact, rows))
 
     def _write(
         self, layer: str, shard: Shard, values: Scored, replaced: Commit | None, started: float
@@ -209,6 +222,7 @@ class ShardDumper:
                 computed_from=computed_from,
                 started=started,
                 set_aside=values.set_aside,
+                fidelity=values.fidelity,
             )
         except IdentityError:
             # Either the layer is another job's now, or one that lost it to this job was late with a last shard.

@@ -1,0 +1,199 @@
+"""What `logitstore fidelity` shows: how true a store is to the distributions that it was made from. NumPy only.
+
+Numbers that need the exact distributions were measured when the store was dumped, and are in the commit records; the
+rest is read off the store. What each one means: docs/fidelity.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logitstore import measures, schemes
+from logitstore.codec import LARGEST_TAIL
+from logitstore.errors import LayerNotFoundError
+from logitstore.layout import layer_arrays
+from logitstore.verify import places
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from logitstore.layers import Layer
+    from logitstore.reader import Store
+    from logitstore.spec import TargetSpec
+
+TAIL_SHARDS = 8
+"""Shards whose tails are read for the distribution of the kept mass."""
+NUM_BINS = 40
+
+DIVERGENCES = {
+    "kl_codes": ("KL of rounding to codes", "control_kl"),
+    "kl_tail": ("KL within the tail", "control_kl"),
+    "kl_renormalised": ("KL if the tail were dropped", "control_kl"),
+    "tv_draws": ("total variation of the draws", "control_tv"),
+}
+"""What a row loses, as people read it, and the number of the control that is like it."""
+
+LOSSES = {
+    "alpha": ("alpha, exact", ""),
+    "alpha_estimate": ("alpha, from the store", ""),
+    "alpha_error": ("alpha, mean error of a row", ""),
+    "angle_row": ("angle of a row's gradient", " degrees"),
+    "angle_shard": ("angle of a shard's gradient", " degrees"),
+}
+"""What is off when a model is trained or scored on what is stored."""
+
+
+def describe(store: Store, *, sample: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """Collects what there is to show, as JSON values.
+
+    Args:
+        store: With a target layer, finished or not.
+        sample: Share of each layer's shards whose records are read, in (0, 1].
+        seed: Which shards those are.
+
+    Raises:
+        ValueError: `sample` is out of range.
+        LayerNotFoundError: There is no target layer, or nothing of it yet.
+        DamagedShardError: A shard that is read is not as committed.
+    """
+    chosen = places(store, sample, seed)
+    target = store.spec.target
+    if target is None or not any(name == "target" for name, _ in chosen):
+        raise LayerNotFoundError(f"store must have target rows, got {store.url} without; dump the target first")
+    layers = {
+        name: _measured(store, layer, [shard for of, shard in chosen if of == name])
+        for name, layer in store.layers.items()
+        if name != "tokens"
+    }
+    return {
+        "url": store.url,
+        "scheme": schemes.describe(target.scheme),
+        "tail_is_lost": not target.scheme.draws,
+        "bytes_per_row": _bytes_per_row(store, store.layers["target"]),
+        "entries_per_row": _entries_per_row(store.layers["target"]),
+        "kept_mass": _kept_mass(store),
+        "layers": layers,
+    }
+
+
+def _measured(store: Store, layer: Layer, shards: list[int]) -> dict[str, Any]:
+    found = measures.read(store, layer.name, shards)
+    return {
+        "shards": len(shards),
+        "shards_measured": found.shards,
+        "rows": int(found.sums.get("rows", 0)),
+        "control_rows": int(found.sums.get("control_rows", 0)),
+        "means": found.means(),
+    }
+
+
+def _bytes_per_row(store: Store, layer: Layer) -> dict[str, float]:
+    counted = int(layer.index.upto(store.spec.num_shards).counted.sum())
+    sizes = {array.name: store.storage.num_bytes(f"target/{array.name}") for array in layer_arrays("target")}
+    return {name: round(size / counted, 3) if counted else 0.0 for name, size in sizes.items()}
+
+
+def _entries_per_row(layer: Layer) -> float:
+    counted = int(layer.index.counted.sum())
+    return round(int(layer.index.entries.sum()) / counted, 3) if counted else 0.0
+
+
+def _kept_mass(store: Store) -> dict[str, Any]:
+    """Reads what the rows of a few shards keep, evenly over the store."""
+    shards = [shard for shard in measures.spread(store, "target", TAIL_SHARDS) if shard not in _useless(store)]
+    tails = [store.read_arrays("target", shard)["tail"] for shard in shards]
+    tail = np.concatenate([np.zeros(0, dtype=np.float32), *tails])
+    kept = np.sort(1.0 - np.minimum(np.exp(tail[~np.isnan(tail)].astype(np.float64)), LARGEST_TAIL))
+    if not len(kept):
+        return {"shards": len(shards), "rows": 0}
+    # The least of it as a round number, so that the bins mean something.
+    first = math.floor(kept[0] * 20) / 20
+    rows, edges = np.histogram(kept, bins=NUM_BINS, range=(first, 1.0))
+    return {
+        "shards": len(shards),
+        "rows": len(kept),
+        "mean": float(kept.mean()),
+        "percentile_1": float(np.percentile(kept, 1)),
+        "median": float(np.median(kept)),
+        "bins": {"edges": edges.round(4).tolist(), "rows": rows.tolist()},
+    }
+
+
+def _useless(store: Store) -> frozenset[int]:
+    layer = store.layers["target"]
+    return layer.stale | layer.index.contested
+
+
+def render(facts: dict[str, Any]) -> Iterator[str]:
+    """Writes what `describe` collected as a table for people."""
+    yield f"{facts['url']}: {facts['scheme']}; {facts['entries_per_row']:.1f} entries on average"
+    yield ""
+    total = sum(facts["bytes_per_row"].values())
+    yield _line("bytes a counted row", f"{total:.2f}")
+    for name, size in facts["bytes_per_row"].items():
+        if size:
+            yield _line(f"  {name}", f"{size:.2f}", f"{100 * size / total:.0f}%")
+    mass = facts["kept_mass"]
+    if mass["rows"]:
+        yield _line("kept mass, mean", f"{mass['mean']:.4f}", f"of {mass['rows']:,} rows in {mass['shards']:,} shards")
+        yield _line("kept mass, 1st percentile", f"{mass['percentile_1']:.4f}")
+    if not facts["tail_is_lost"]:
+        yield "  entries were drawn: they stand for the rest too"
+    for name, layer in facts["layers"].items():
+        yield ""
+        yield from _render_target(layer) if name == "target" else _render_losses(name, layer)
+
+
+def _render_target(layer: dict[str, Any]) -> Iterator[str]:
+    yield _head("target", layer)
+    means = layer["means"]
+    if layer["rows"]:
+        yield _line("mean of a row, nats or share", "stored", "run twice")
+        for name, (text, control) in DIVERGENCES.items():
+            if name in means:
+                beside = f"{means[control]:.3g}" if control in means else "-"
+                yield _line(f"{text} ({name})", f"{means[name]:.3g}", beside)
+
+
+def _render_losses(name: str, layer: dict[str, Any]) -> Iterator[str]:
+    yield _head(name, layer)
+    for key, (text, unit) in LOSSES.items():
+        if key in layer["means"]:
+            digits = 1 if unit else 4
+            yield _line(f"{text} ({key})", f"{layer['means'][key]:.{digits}f}", unit.strip())
+
+
+def _head(name: str, layer: dict[str, Any]) -> str:
+    if not layer["rows"]:
+        why = "" if name == "target" else ": the target was not run beside it"
+        return f"{name}: nothing was measured in {layer['shards']:,} shards{why}"
+    some = f"{layer['rows']:,} rows of {layer['shards_measured']:,} of {layer['shards']:,} shards"
+    again = f", {layer['control_rows']:,} of them run twice" if layer["control_rows"] else ""
+    return f"{name}: measured on {some}{again}"
+
+
+def _line(text: str, value: str, beside: str = "") -> str:
+    return f"  {text:<48}{value:>10}  {beside:>10}".rstrip()
+
+
+def summary(measured: measures.Measured, target: TargetSpec | None) -> str | None:
+    """Returns what was measured of a layer in one line; None if nothing was.
+
+    Args:
+        measured: Of a few shards.
+        target: How rows were kept; None for losses.
+    """
+    means = measured.means()
+    if not means:
+        return None
+    means.setdefault("tv_draws", math.nan)
+    if target is None:
+        return (
+            f"alpha {means['alpha']:.3f}, {means['alpha_estimate']:.3f} from the store; gradients off by "
+            f"{means['angle_shard']:.1f} degrees"
+        )
+    away = f"{means['tv_draws']:.3g} TV of the draws" if target.scheme.draws else f"{means['kl_tail']:.3g} in the tail"
+    return f"kept mass {means['mass']:.3f}; KL {means['kl_codes']:.2g} of codes, {away}"

@@ -1,0 +1,89 @@
+"""Shards as dense arrays: every number of a shard, at its place, without this package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from dumped import make
+
+import logitstore
+from logitstore import cli
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny, tmp_path_factory):
+    """URL of a store whose rows were drawn."""
+    return make(tmp_path_factory.mktemp("drawn"), tiny).url
+
+
+def exported(url, shard, tmp_path, capsys):
+    out = tmp_path / "shard.npz"
+    assert cli.main(["export", str(url), "--shard", str(shard), "--out", str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["shard.npz"]
+    with np.load(out, allow_pickle=False) as file:
+        return dict(file), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("which", ["truncated", "drawn"])
+def test_a_shard_is_exported_whole(which, tiny_store, drawn, tmp_path, capsys):
+    url = tiny_store if which == "truncated" else drawn
+    arrays, _ = exported(url, 1, tmp_path, capsys)
+    shard = logitstore.open(url).read_shard(1)
+    for name, wanted in (("ids", shard.ids), ("loss_mask", shard.loss_mask), ("lengths", shard.lengths)):
+        np.testing.assert_array_equal(arrays[name], wanted)
+    rows = shard.rows
+    for name, wanted in (("tail", rows.tail_mass), ("label_logprob", rows.label_logprob), ("entropy", rows.entropy)):
+        assert arrays[name].dtype == np.float32
+        np.testing.assert_array_equal(arrays[name], wanted)
+    assert ("weights" in arrays) == (which == "drawn")
+    width = int(rows.counts.max())
+    for i in range(len(rows)):
+        row, n = rows.slice(i, i + 1), int(rows.counts[i])
+        assert arrays["counts"][i] == n
+        np.testing.assert_array_equal(arrays["token_ids"][i], [*row.token_ids, *[0] * (width - n)])
+        np.testing.assert_allclose(arrays["probs"][i, :n], np.exp(row.logprobs), rtol=1e-6)
+        assert (arrays["probs"][i, n:] == 0).all()
+        if which == "drawn":
+            np.testing.assert_array_equal(arrays["weights"][i], [*row.weights, *[0] * (width - n)])
+
+
+def test_export_says_what_is_in_the_file(tiny_store, tmp_path, capsys):
+    arrays, text = exported(tiny_store, 0, tmp_path, capsys)
+    assert [line.split()[0] for line in text.splitlines()] == list(arrays)
+    num_rows = len(arrays["ids"])
+    assert f"token_ids     uint32   [{num_rows}, 16]\n" in text
+    assert f"probs         float32  [{num_rows}, 16]\n" in text
+
+
+@pytest.mark.parametrize(
+    ("shard", "out", "message"),
+    [
+        (99, "{folder}/x.npz", "shard must be committed, got shard=99 of layer 'tokens'"),
+        (-1, "{folder}/x.npz", "shard must be committed, got shard=-1 of layer 'tokens'"),
+        (0, "{folder}/x.npy", "out must be an .npz file in a folder that is there, got out="),
+        (0, "{folder}/no/x.npz", "out must be an .npz file in a folder that is there, got out="),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(tiny_store, tmp_path, capsys, shard, out, message):
+    argv = ["export", tiny_store, "--shard", str(shard), "--out", out.format(folder=tmp_path)]
+    assert cli.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tiny_store, tmp_path, capsys):
+    (tmp_path / "x.npz").mkdir()
+    assert cli.main(["export", tiny_store, "--shard", "0", "--out", str(tmp_path / "x.npz")]) == 2
+    assert "error: out must be a file that can be written, got out=" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_store_without_a_target_has_nothing_to_export(tiny_store, tmp_path, capsys):
+    import stores
+
+    stores.copy(tiny_store, tmp_path / "cache.zarr")
+    (tmp_path / "cache.zarr" / "target" / "zarr.json").unlink()
+    argv = ["export", str(tmp_path / "cache.zarr"), "--shard", "0", "--out", str(tmp_path / "x.npz")]
+    assert cli.main(argv) == 2
+    assert "error: layer must be one of ['tokens', 'losses/reference'] in " in capsys.readouterr().err

@@ -1,0 +1,178 @@
+"""The budget of a dump, and what `logitstore fidelity` and `logitstore info` show of what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from dump_jobs import arguments, in_process, private_folders
+from dumped import record
+from measured import LAYERS, SCHEMES, dumper, emptied
+
+import logitstore
+from logitstore import cli, measures
+from logitstore.errors import FidelityError
+from logitstore.storage import Storage
+
+
+@pytest.mark.parametrize(("scheme", "names"), [("topk", ["kl_codes", "kl_tail"]), ("hybrid", ["kl_codes"])])
+def test_a_shard_above_the_budget_is_not_written(measured, tiny, tiny_store, tmp_path, scheme, names):
+    sums = logitstore.open(measured[scheme]).commit("target", 0).fidelity
+    lost = sum(sums[name] for name in names) / sums["rows"]
+    url = emptied(tiny_store, tmp_path / "cache.zarr", SCHEMES[scheme])
+    message = rf"max_kl=\S+ where the {sums['rows']:.0f} rows measured of shard 0 lose {lost:.3g} nats each"
+    with pytest.raises(FidelityError, match=message):
+        dumper(url, tiny, max_kl=0.99 * lost).dump(0, LAYERS)
+    assert logitstore.open(url).layers["target"].missing == [0, 1, 2]
+    assert not Storage(url).names("staging/target")
+    dumper(url, tiny, max_kl=1.01 * lost).dump(0, LAYERS)
+    assert logitstore.open(url).layers["target"].missing == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    with private_folders(tmp_path_factory.mktemp), in_process() as main:
+        yield main
+
+
+def test_a_dump_above_its_budget_stops_with_one_line(job, tiny, tmp_path, capfd):
+    command = [*arguments(tmp_path / "c.zarr", tiny, tiny.data), "--no_progress"]
+    with pytest.raises(SystemExit) as ended:
+        job([*command, "--max_kl", "0.001"])
+    assert ended.value.code == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(
+        r"max_kl must be at least what storing loses, got max_kl=0.001 where the \d\d rows measured of shard \d+ lose "
+        r"0\.\d+ nats each \(kl_codes \+ kl_tail\); give a larger --k, or a larger --max_kl$",
+        line,
+    )
+    assert not logitstore.open(tmp_path / "c.zarr").layers["target"].committed
+    # The tokens are there, and the way out that the line gives is one.
+    summary = job([*command, "--max_kl", "5"])
+    assert summary["shards_done"] == logitstore.open(tmp_path / "c.zarr").num_shards
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "x", "--max_kl", "0"], "max_kl must be above 0 and finite, got max_kl=0.0"),
+        (["--target", "x", "--max_kl", "nan"], "got max_kl=nan"),
+        (["--reference", "a=x", "--max_kl", "0.1"], "max_kl must be left out without --target, got max_kl=0.1"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(tmp_path, capsys, options, message):
+    import dump_logits
+
+    with pytest.raises(SystemExit) as ended:
+        dump_logits.main(["--store", str(tmp_path / "c.zarr"), *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def run(capsys, *args):
+    status = cli.main(["fidelity", *map(str, args)])
+    return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
+
+
+def test_means_are_over_all_rows_of_all_shards(measured, capsys):
+    store = logitstore.open(measured["sample"])
+    facts = json.loads(run(capsys, measured["sample"], "--json").out)
+    sums = [store.commit("target", shard).fidelity for shard in range(3)]
+    layer = facts["layers"]["target"]
+    assert layer["rows"] == sum(s["rows"] for s in sums)
+    for name, count in {"kl_codes": "rows", "tv_draws": "rows", "control_tv": "control_rows"}.items():
+        expected = sum(s[name] for s in sums) / sum(s[count] for s in sums)
+        assert layer["means"][name] == pytest.approx(expected, abs=1e-15)
+    angles = [store.commit("losses/reference", shard).fidelity["angle_shard"] for shard in range(3)]
+    assert facts["layers"]["losses/reference"]["means"]["angle_shard"] == pytest.approx(np.mean(angles))
+    rows = [store.read_shard(shard, layers=("target",)).rows for shard in range(3)]
+    tails = np.concatenate([r.tail_mass[r.counts > 0] for r in rows]).astype(float)
+    assert facts["kept_mass"]["rows"] == len(tails) == sum(facts["kept_mass"]["bins"]["rows"])
+    assert facts["kept_mass"]["mean"] == pytest.approx(1 - tails.mean(), rel=1e-6)
+    assert facts["kept_mass"]["percentile_1"] == pytest.approx(np.percentile(1 - tails, 1), rel=1e-6)
+
+
+def test_the_table_says_what_was_measured(measured, capsys):
+    found = run(capsys, measured["hybrid"])
+    assert found.status == 0
+    lines = [" ".join(line.split()) for line in found.out.splitlines()]
+    assert lines[0].startswith(f"{measured['hybrid']}: hybrid, num_draws 20, seed 3; ")
+    store = logitstore.open(measured["hybrid"])
+    total = sum(store.storage.num_bytes(f"target/{name}") for name in store.read_arrays("target", 0))
+    assert f"bytes a counted row {total / store.num_counted:.2f}" in lines
+    sums = [store.commit("target", shard).fidelity for shard in range(3)]
+    rows, again = (int(sum(s[name] for s in sums)) for name in ("rows", "control_rows"))
+    assert f"target: measured on {rows} rows of 3 of 3 shards, {again} of them run twice" in lines
+    kl, control = sum(s["kl_codes"] for s in sums) / rows, sum(s["control_kl"] for s in sums) / again
+    assert f"KL of rounding to codes (kl_codes) {kl:.3g} {control:.3g}" in lines
+    assert any(line.startswith("angle of a shard's gradient (angle_shard)") for line in lines)
+
+
+def test_a_sample_reads_fewer_records_and_damaged_ones_are_left_out(measured, tmp_path, capsys):
+    facts = json.loads(run(capsys, measured["topk"], "--json", "--sample", "0.3", "--seed", "1").out)
+    assert facts["layers"]["target"]["shards"] == 1
+    url = shutil.copytree(measured["topk"], tmp_path / "cache.zarr")
+    record(url, "losses/reference", 0).write_text("{")
+    layer = json.loads(run(capsys, url, "--json").out)["layers"]["losses/reference"]
+    assert (layer["shards"], layer["shards_measured"]) == (3, 2)
+    assert run(capsys, url, "--sample", "0").err.startswith("error: sample must be above 0")
+
+
+def test_a_store_where_nothing_was_measured_says_so(tiny_store, capsys):
+    found = run(capsys, tiny_store)
+    assert found.status == 0
+    assert "target: nothing was measured in 3 shards\n" in found.out
+    assert "losses/reference: nothing was measured in 3 shards: the target was not run beside it\n" in found.out
+    assert "kept mass, mean" in found.out
+
+
+def test_a_store_without_rows_is_refused(tiny_store, tmp_path, capsys):
+    url = emptied(tiny_store, tmp_path / "cache.zarr", SCHEMES["topk"])
+    found = run(capsys, url)
+    assert found.status == 2
+    assert found.err.startswith(f"error: store must have target rows, got {url} without; dump the target first")
+
+
+def test_info_shows_one_line_of_it(measured, tiny_store, capsys):
+    assert cli.main(["info", str(measured["topk"])]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  fidelity ")]
+    assert len(lines) == 2
+    assert lines[0].startswith("  fidelity  kept mass 0.")
+    assert lines[1].startswith("  fidelity  alpha 0.")
+    assert cli.main(["info", str(tiny_store)]) == 0
+    assert "fidelity" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_plot_is_a_picture(measured, tmp_path, capsys, suffix):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plot.{suffix}"
+    assert run(capsys, measured["nucleus"], "--plot", path).status == 0
+    head = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
+    assert path.read_bytes().startswith(head)
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_read(tiny_store, tmp_path, capsys, monkeypatch):
+    found = run(capsys, tiny_store, "--plot", tmp_path / "plot.pdf")
+    assert (found.status, found.out) == (2, "")
+    assert found.err.startswith("error: plot must be a file that ends in .png or .svg, got plot=")
+    found = run(capsys, tiny_store, "--plot", tmp_path / "nowhere" / "plot.png")
+    assert "make the folder first" in found.err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    found = run(capsys, tiny_store, "--plot", tmp_path / "plot.png")
+    assert (found.status, found.out) == (2, "")
+    assert found.err.startswith("error: plot must have matplotlib to draw with, got plot=")
+    assert found.err.endswith("pip install 'logitstore[plot]'\n")
+
+
+def test_sums_without_rows_have_no_means():
+    assert measures.Measured(shards=0, sums={}).means() == {}
+    assert measures.Measured(shards=1, sums={"rows": 2, "mass": 1.5, "control_rows": 0, "control_kl": 0.0}).means() == {
+        "mass": 0.75
+    }

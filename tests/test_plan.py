@@ -1,0 +1,248 @@
+"""What `logitstore plan` says beforehand, and what a dump then really takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+from conftest import functions, write_jsonl
+from transformers import AutoTokenizer
+
+from logitstore import assumptions, cli, plan
+from logitstore.assumptions import Range, assumed
+from logitstore.causal_lm import check_model
+from logitstore.dump import planning
+from logitstore.dump.documents import prepare
+from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.schemes import OPTIONS, Scheme, make_scheme
+from logitstore.spec import LossSpec, TargetSpec
+from logitstore.storage import Storage
+from logitstore.writer import add_layer
+
+SHARD_ROWS, MAX_LENGTH = 2048, 256
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def planned(capsys, *options):
+    """The JSON that the command prints."""
+    assert cli.main(["plan", "--json", *map(str, options)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def options_of(tiny, *more):
+    return ["--data", tiny.data, "--target", tiny.target, "--max_length", MAX_LENGTH, "--shard_rows", SHARD_ROWS, *more]
+
+
+def dump(url, tiny, scheme):
+    """Makes the store that was planned, with losses of a reference."""
+    storage, tokenizer = Storage(url), AutoTokenizer.from_pretrained(tiny.tokenizer)
+    store = prepare(
+        storage, tiny.data, tokenizer, max_length=MAX_LENGTH, shard_rows=SHARD_ROWS, num_proc=1, progress=False
+    )
+    model, reference = (
+        check_model(
+            name, what="model", made=store.spec.tokenizer, max_length=MAX_LENGTH, revision=None, dtype="auto",
+            trust_remote_code=False,
+        )[0]
+        for name in (tiny.target, tiny.reference)
+    )  # fmt: skip
+    add_layer(storage, store.spec, "target", TargetSpec(model=model, scheme=scheme))
+    add_layer(storage, store.spec, "losses/ref", LossSpec(model=reference))
+    sources = ModelSource(name=tiny.target), {"ref": ModelSource(name=tiny.reference)}
+    dumper = ShardDumper(storage, *sources, batch_tokens=1024, device="cpu")
+    for shard in range(store.num_shards):
+        dumper.dump(shard, ("target", "losses/ref"))
+    return Path(url), store
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(k=20),
+        Scheme(name="nucleus", k=64, mass=0.5, k_min=1),
+        Scheme(name="sample", k=0, num_draws=30),
+        Scheme(name="hybrid", k=0, num_draws=30),
+    ],
+    ids=lambda scheme: scheme.name,
+)
+def test_a_calibrated_plan_is_what_the_dump_takes(tiny, tmp_path, capsys, scheme):
+    given = [part for name in OPTIONS[scheme.name] if name != "seed" for part in (f"--{name}", getattr(scheme, name))]
+    facts = planned(
+        capsys, *options_of(tiny, "--reference", f"ref={tiny.reference}", "--calibrate", 99, "--scheme", scheme.name),
+        *given,
+    )  # fmt: skip
+    folder, store = dump(tmp_path / "cache.zarr", tiny, scheme)
+    data, (found,) = facts["data"], facts["schemes"]
+    for name in ("num_documents", "num_rows", "num_counted"):
+        assert data[name.removeprefix("num_")] == [getattr(store, name)] * 2
+    assert data["shards"] == [store.num_shards] * 2
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert found["objects"] == [len(files)] * 2
+    assert found["bytes"][0] == found["bytes"][1] == pytest.approx(sum(f.stat().st_size for f in files), rel=0.15)
+    target = sum(path.stat().st_size for path in (folder / "target").rglob("c/*"))
+    assert found["target_bytes_per_counted_row"][0] == pytest.approx(target / store.num_counted, rel=0.15)
+    tokens = sum(path.stat().st_size for path in (folder / "tokens").rglob("c/*"))
+    assert data["token_bytes"] == pytest.approx(tokens / store.num_rows, rel=0.15)
+    assert found["rows_per_s"] > 0
+    assert found["hours"] == pytest.approx([store.num_rows / found["rows_per_s"] / 3600] * 2)
+
+
+def test_the_range_of_a_sample_holds_what_all_documents_come_to(tiny, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "many.jsonl", functions(126))
+    base = ["--data", data, "--tokenizer", tiny.tokenizer, "--max_length", 128, "--shard_rows", 1024]
+    whole = planned(capsys, *base)["data"]
+    assert whole["records"] == whole["sampled"] == 126
+    for sampled in (20, 60, 110):
+        found = planned(capsys, *base, "--sample_documents", sampled)["data"]
+        assert (found["records"], found["sampled"]) == (126, sampled)
+        for name in ("documents", "rows", "counted", "shards"):
+            assert found[name][0] <= whole[name][0] <= found[name][1]
+            assert found[name][0] < found[name][1]
+        assert found["token_bytes"] == pytest.approx(whole["token_bytes"], rel=0.15)
+
+
+def test_one_record_says_little_of_the_others(tiny, capsys):
+    found = planned(capsys, *options_of(tiny, "--sample_documents", 1))["data"]
+    low, high = found["rows"]
+    assert 0 < low < high
+
+
+def test_without_calibration_no_weights_are_read(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    facts = planned(capsys, *options_of(tiny, "--rows_per_s", 100, "--num_actors", 2, "--price_per_gb_month", 10))
+    assert [one["scheme"].partition(",")[0] for one in facts["schemes"]] == list(OPTIONS)
+    for one in facts["schemes"]:
+        assert one["hours"] == pytest.approx([facts["data"]["rows"][0] / 200 / 3600] * 2)
+        assert one["price_per_month"] == pytest.approx([b * 1e-8 for b in one["bytes"]])
+        assert one["bytes"][0] < one["bytes"][1]
+    assert all(one["hours"] is None for one in planned(capsys, *options_of(tiny))["schemes"])
+
+
+def test_the_text_is_a_table_of_aligned_columns(tiny, capsys):
+    assert cli.main(["plan", *map(str, options_of(tiny, "--reference", f"ref={tiny.reference}"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tiny.data}: 24 records (columns: prompt, response), all of them tokenised"
+    assert "layers: tokens, target, losses/ref; tokens take " in lines[3]
+    start = lines.index("") + 1
+    table = lines[start : lines.index("", start)]
+    head = r"scheme +entries +target B/row +store +objects +price/month +rows/s +hours"
+    assert re.fullmatch(head, table[0])
+    assert len(table) == 5
+    assert len({len(line) for line in table}) == 1
+    assert all(len(line) <= 130 for line in lines[3:])
+    assert any("assumed, for targets of 1.2 to 3.0 nats a row" in line for line in lines)
+    assert lines[-1] == "hours: unknown without rows/s; give --rows_per_s, or measure them with --calibrate N"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", None], "target must be given, got none; give --target, or --tokenizer"),
+        (["--target", None, "--tokenizer", "{tokenizer}", "--calibrate", "2"], "target must be given with --calibrate"),
+        (["--k", "8"], "k must be left out without --scheme, got k=8; say --scheme of which"),
+        (["--scheme", "topk", "--mass", "0.9"], "mass must be left out with --scheme topk, got mass=0.9"),
+        (["--scheme", "topk", "--k", "513"], "k must be at most the vocabulary size 512, got k=513"),
+        (["--sample_documents", "0"], "sample_documents must be above 0, got sample_documents=0"),
+        (["--calibrate", "-1"], "calibrate must be above 0, got calibrate=-1"),
+        (["--calibrate", "1", "--rows_per_s", "5"], "rows_per_s must be left out with --calibrate, which measures it"),
+        (["--price_per_gb_month", "-1"], "price_per_gb_month must be at least 0, got price_per_gb_month=-1.0"),
+        (["--max_length", "0"], "max_length must be at least 2, got max_length=0"),
+        (["--max_length", "900"], "max_length must be at most 512, the context of target="),
+        (["--shard_rows", "100"], "shard_rows must be at least max_length=256 because documents are never split"),
+        (["--data", "nowhere.jsonl"], "data must name a file, a folder or a glob that matches files, got data=nowhere"),
+        (["--target", "nowhere"], "tokenizer must be a Hugging Face id or a folder with tokenizer files, got"),
+        (["--reference", "ref"], "reference must be NAME=MODEL, each NAME once, got reference=ref"),
+        (["--reference", "a/b={reference}"], "reference name must be letters, digits, dots, dashes or underscores"),
+        (["--storage_options", "nowhere.json"], "storage_options must be a JSON file, got storage_options=now"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_is_loaded(tiny, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(planning, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    argv = dict(zip(*[iter(map(str, options_of(tiny)))] * 2, strict=True))
+    given = [None if value is None else value.format(**vars(tiny)) for value in options]
+    argv |= dict(zip(given[::2], given[1::2], strict=True))
+    parts = [part for name, value in argv.items() if value is not None for part in (name, value)]
+    assert cli.main(["plan", *parts]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_documents_in_which_nothing_counts_are_refused(tiny, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "none.jsonl", [{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}] * 3)
+    assert cli.main(["plan", "--data", data, "--tokenizer", tiny.tokenizer]) == 2
+    assert "data must hold documents of 2 tokens of which one counts, got data=" in capsys.readouterr().err
+
+
+def test_plan_without_the_packages_of_the_dump_says_which(tiny, capsys, monkeypatch):
+    monkeypatch.delattr("logitstore.dump.planning")
+    monkeypatch.setitem(sys.modules, "logitstore.dump.planning", None)
+    assert cli.main(["plan", "--data", tiny.data, "--target", tiny.target]) == 2
+    assert "pip install 'logitstore[dump]'" in capsys.readouterr().err
+
+
+MEASURED = {
+    "topk": (64.0, 64.0, 76.5, 79.3),
+    "nucleus": (13.6, 51.6, 23.2, 65.2),
+    "sample": (6.55, 18.1, 20.0, 46.6),
+    "hybrid": (7.5, 20.8, 17.5, 44.1),
+}
+"""Entries and bytes a row of the model of 32,768 tokens that the assumptions come from, at 1.2 and 3.0 nats."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_assumptions_hold_what_they_were_made_from(name):
+    cost = assumed(make_scheme(name, {}), 32768)
+    few, many, least, most = MEASURED[name]
+    assert (cost.entries.low, cost.entries.high) == (pytest.approx(few, rel=0.05), pytest.approx(many, rel=0.05))
+    assert cost.target_bytes.low <= least < most <= cost.target_bytes.high
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "values"),
+    [
+        ("topk", "k", [1, 8, 64, 512]),
+        ("nucleus", "mass", [0.3, 0.8, 0.9, 0.93, 0.98, 0.985, 0.99, 0.999, 1.0]),
+        ("nucleus", "k", [4, 8, 64, 512, 4096]),
+        ("sample", "num_draws", [2, 5, 10, 30, 100, 400, 4096]),
+        ("hybrid", "num_draws", [2, 5, 10, 30, 100, 400, 4096]),
+    ],
+)
+def test_more_entries_are_assumed_to_cost_more(name, option, values):
+    costs = [assumed(make_scheme(name, {option: value}), 128_256) for value in values]
+    for cost in costs:
+        assert 1 <= cost.entries.low <= cost.entries.high
+        assert 0 < cost.target_bytes.low < cost.target_bytes.high
+    for end in ("low", "high"):
+        for what in ("entries", "target_bytes"):
+            numbers = [getattr(getattr(cost, what), end) for cost in costs]
+            assert numbers == sorted(numbers)
+
+
+def test_no_more_entries_are_assumed_than_there_are_tokens():
+    assert assumed(Scheme(name="nucleus", k=512, mass=0.99, k_min=4), 30).entries.high == 30
+
+
+def test_ranges_add_and_multiply_at_both_ends():
+    assert Range(1, 2) + Range(10, 20) == Range(11, 22)
+    assert Range(1, 2) * Range(3, 4) == Range(3, 8)
+    assert Range(1, 2) * 5 == Range(5, 10)
+    assert assumptions.ENTROPY == (1.2, 3.0)
+
+
+def test_every_option_of_a_scheme_is_one_of_plan():
+    parser = ArgumentParser()
+    plan.add_arguments(parser)
+    names = {name for options in OPTIONS.values() for name in options} - {"seed"}
+    assert names <= set(vars(parser.parse_args(["--data", "x"])))

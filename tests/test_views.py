@@ -1,0 +1,329 @@
+"""A store read by a smaller scheme is what a dump with that scheme would have written, up to the error of the codes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import stores
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import logitstore
+from logitstore import codec, views
+from logitstore.codec import MANTISSA_BITS, round_mantissa
+from logitstore.dump.truncation import truncate, uniforms
+from logitstore.errors import IdentityError, LayerNotFoundError
+from logitstore.schemes import Scheme
+from logitstore.spec import TargetSpec
+from trainer.acceptance import cached_acceptance
+from trainer.stream import DocumentDataset
+
+V = 96
+SCHEMES = {
+    "topk": Scheme(k=40),
+    "nucleus": Scheme(name="nucleus", k=40, mass=0.95, k_min=5),
+}
+
+
+def spec_of(scheme):
+    return TargetSpec(model=stores.MODEL, scheme=scheme)
+
+
+def dumped(logits, scheme, masked=0):
+    """Stored arrays of rows as the dump makes them, after some that do not count."""
+    spec = spec_of(scheme)
+    labels, none = torch.zeros(len(logits), dtype=torch.int64), torch.from_numpy(uniforms(spec, 0, len(logits)))
+    found = truncate(torch.from_numpy(logits), labels, spec, torch.from_numpy(spec.codebook.boundaries), none)
+    counts = np.concatenate([np.zeros(masked, np.uint16), found.counts.numpy().astype(np.uint16)])
+    used = np.arange(spec.room) < found.counts.numpy()[:, None]
+    floats = {
+        name: np.concatenate([np.full(masked, np.nan, np.float32), getattr(found, name).numpy()])
+        for name in ("tail", "label_logprob", "entropy")
+    }
+    return {
+        "counts": counts,
+        "gaps": codec.gaps(found.token_ids.numpy()[used], counts),
+        "logprobs": found.codes.numpy()[used],
+        "draws": np.zeros(int(counts.sum()), np.uint16),
+        **{name: round_mantissa(values, MANTISSA_BITS) for name, values in floats.items()},
+    }
+
+
+def seen(arrays, stored, scheme):
+    """The rows of a view, and which of the stored entries they are."""
+    rows = codec.decode(arrays, spec_of(stored))
+    chosen = views.kept(rows, arrays["logprobs"], spec_of(stored), scheme)
+    return views.drop(rows, chosen), chosen
+
+
+def random_logits(seed, num_rows, sharpness, levels):
+    """Logits of a few levels, so that many tokens are equally likely, or of any."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(0, sharpness, (num_rows, V))
+    if levels:
+        values = rng.choice(rng.normal(0, sharpness, levels), (num_rows, V))
+    return values.astype(np.float32)
+
+
+def tolerance(logits, schemes):
+    """By how much codes, and the scaling of a row to 1, move the sum of any entries of each row."""
+    p = torch.from_numpy(logits).double().softmax(-1).numpy()
+    book = spec_of(schemes).codebook
+    steps = book.max_errors[book.encode(np.log(np.maximum(p, 1e-30)).astype(np.float32))]
+    # A shared code moves up by one, which is two halves of a step more; the tail's log has 7 bits.
+    return p, 4 * (p * steps).sum(-1) + 2.0**-MANTISSA_BITS * 0.4 + 1e-4
+
+
+shapes = given(
+    seed=st.integers(0, 2**32 - 1),
+    num_rows=st.integers(1, 6),
+    masked=st.integers(0, 3),
+    sharpness=st.sampled_from([0.1, 1.0, 3.0, 9.0]),
+    levels=st.sampled_from([0, 0, 2, 9]),
+    k=st.integers(1, 40),
+    mass=st.floats(0.05, 0.95),
+    k_min=st.integers(1, 5),
+)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@shapes
+def test_a_view_is_what_a_smaller_dump_would_have_written(
+    name, seed, num_rows, masked, sharpness, levels, k, mass, k_min
+):
+    stored = SCHEMES[name]
+    scheme = Scheme(name="nucleus", k=k, mass=mass, k_min=min(k, k_min))
+    logits = random_logits(seed, num_rows, sharpness, levels)
+    arrays, wanted = dumped(logits, stored, masked), dumped(logits, scheme, masked)
+    rows, chosen = seen(arrays, stored, scheme)
+    small, whole = codec.decode(wanted, spec_of(scheme)), codec.decode(arrays, spec_of(stored))
+    p, slack = tolerance(logits, scheme)
+    assert (rows.counts[:masked] == 0).all()
+    assert np.isnan(rows.tail_mass[:masked]).all()
+    np.testing.assert_array_equal(rows.logprobs, whole.logprobs[chosen])
+    for i in range(num_rows):
+        row, other = (part.slice(masked + i, masked + i + 1) for part in (rows, small))
+        most_likely = np.sort(p[i])[::-1]
+        n = int(row.counts[0])
+        assert scheme.k_min <= n <= scheme.k
+        assert (np.diff(row.token_ids.astype(int)) > 0).all()
+        # The mass is reached, and not before the last entry, but for what the codes err by.
+        if n < scheme.k:
+            assert most_likely[:n].sum() >= scheme.mass - slack[i]
+        if n > scheme.k_min:
+            assert most_likely[: n - 1].sum() < scheme.mass + slack[i]
+        if n == int(other.counts[0]):
+            np.testing.assert_allclose(
+                np.sort(np.exp(row.logprobs)), np.sort(np.exp(other.logprobs)), atol=slack[i], rtol=0
+            )
+            assert abs(float(row.tail_mass[0]) - float(other.tail_mass[0])) <= slack[i]
+        assert np.exp(row.logprobs.astype(float)).sum() + float(row.tail_mass[0]) == pytest.approx(1, abs=2e-6)
+        assert row.label_logprob[0] == whole.label_logprob[masked + i]
+        assert row.entropy[0] == whole.entropy[masked + i]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1), sharpness=st.sampled_from([0.1, 1.0, 9.0]), levels=st.sampled_from([0, 3]),
+    k=st.integers(1, 40), size=st.integers(1, 40),
+)  # fmt: skip
+def test_a_top_k_of_a_top_k_has_the_codes_of_the_smaller_dump(seed, sharpness, levels, k, size):
+    k, size = sorted((k, size))
+    logits = random_logits(seed, 4, sharpness, levels)
+    arrays, wanted = dumped(logits, Scheme(k=size)), dumped(logits, Scheme(k=k))
+    rows, chosen = seen(arrays, Scheme(k=size), Scheme(k=k))
+    assert (rows.counts == k).all()
+    codes = [np.sort(part.reshape(4, k), axis=1) for part in (arrays["logprobs"][chosen], wanted["logprobs"])]
+    np.testing.assert_array_equal(*codes)
+
+
+@shapes
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_bounds_of_a_view_hold_the_exact_rows(seed, num_rows, masked, sharpness, levels, k, mass, k_min):
+    logits = random_logits(seed, num_rows, sharpness, levels)
+    stored, scheme = SCHEMES["topk"], Scheme(name="nucleus", k=k, mass=mass, k_min=min(k, k_min))
+    arrays = dumped(logits, stored, masked)
+    _, chosen = seen(arrays, stored, scheme)
+    least, most = (views.drop(rows, chosen) for rows in codec.decode_bounds(arrays, spec_of(stored).codebook))
+    p = torch.from_numpy(logits).double().softmax(-1).numpy()
+    for i in range(num_rows):
+        low, high = (rows.slice(masked + i, masked + i + 1) for rows in (least, most))
+        exact = p[i, low.token_ids]
+        assert (np.exp(low.logprobs) <= exact + 1e-6).all()
+        assert (exact <= np.exp(high.logprobs) + 1e-6).all()
+        assert low.tail_mass[0] - 1e-6 <= 1 - exact.sum() <= high.tail_mass[0] + 1e-6
+
+
+def test_equally_coded_entries_are_kept_by_their_ids():
+    logits = np.full((1, V), -8.0, np.float32)
+    logits[0, [70, 3, 20, 41]] = [4.0, 1.0, 1.0, 1.0]
+    rows, _ = seen(dumped(logits, Scheme(k=10)), Scheme(k=10), Scheme(k=3))
+    assert rows.token_ids.tolist() == [3, 20, 70]
+
+
+def test_a_nucleus_of_the_same_mass_keeps_what_the_exact_probabilities_needed():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (300, V)).astype(np.float32)
+    stored = Scheme(name="nucleus", k=40, mass=0.9, k_min=4)
+    arrays = dumped(logits, stored)
+    rows, _ = seen(arrays, stored, Scheme(name="nucleus", k=12, mass=0.9, k_min=4))
+    np.testing.assert_array_equal(rows.counts, np.minimum(arrays["counts"], 12))
+
+
+@pytest.mark.parametrize(
+    ("stored", "scheme", "message"),
+    [
+        (Scheme(k=8), Scheme(k=9), "k must be at most 8, which the store keeps, got k=9; leave --k and --mass out to"),
+        (
+            SCHEMES["nucleus"],
+            Scheme(k=6),
+            "k must be at most 5, the k_min of the stored nucleus, got topk with k=6: rows that reach the mass sooner",
+        ),
+        (
+            SCHEMES["nucleus"],
+            Scheme(name="nucleus", k=8, mass=0.97, k_min=5),
+            "mass must be at most 0.95 as in the stored nucleus, got mass=0.97; leave",
+        ),
+        (
+            SCHEMES["nucleus"],
+            Scheme(name="nucleus", k=8, mass=0.9, k_min=6),
+            "k_min must be at most 5 as in the stored nucleus, got k_min=6; leave",
+        ),
+        (
+            Scheme(name="hybrid", k=0, num_draws=50),
+            Scheme(k=4),
+            "stored rows must be of topk or nucleus to be truncated further, got hybrid, num_draws 50, seed 0: a token",
+        ),
+        (
+            Scheme(k=8),
+            Scheme(name="sample", k=0, num_draws=50),
+            "scheme must be of topk or nucleus to be truncated further, got sample, num_draws 50, seed 0: a token that",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, Scheme) else value[:12],
+)
+def test_what_the_stored_rows_do_not_hold_is_refused(stored, scheme, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        views.check_smaller(stored, scheme)
+
+
+def test_a_top_k_up_to_k_min_is_in_every_nucleus():
+    views.check_smaller(SCHEMES["nucleus"], Scheme(k=5))
+
+
+def test_a_view_says_what_it_is(tiny_store):
+    whole, view = logitstore.open(tiny_store), logitstore.open(tiny_store, scheme=Scheme(k=4))
+    assert view.spec.target.scheme == Scheme(k=4)
+    assert whole.spec.target.scheme == Scheme(k=16)
+    assert repr(view).startswith(f"<Store {tiny_store} read as topk, k 4 (stored: topk, k 16): 24 documents, ")
+    assert " read as " not in repr(whole)
+    assert list(view.layers) == ["tokens", "target"]
+    for other in (view, pickle.loads(pickle.dumps(view)), copy.deepcopy(view)):
+        mask = whole[5].loss_mask
+        np.testing.assert_array_equal(other[5].rows.counts, np.where(mask, 4, 0))
+        np.testing.assert_array_equal(other.shard(0).rows.token_ids, whole_topk(whole.shard(0).rows, 4))
+    assert whole[5].rows.counts.max() == 16
+    assert logitstore.verify(view) == []
+    assert logitstore.open(tiny_store, scheme=Scheme(k=16)).spec == whole.spec
+
+
+def whole_topk(rows, k):
+    """Ids of the k likeliest of each row, by id."""
+    parts = [rows.slice(i, i + 1) for i in np.flatnonzero(rows.counts)]
+    chosen = [np.sort(part.token_ids[np.argsort(-part.logprobs, kind="stable")[:k]]) for part in parts]
+    return np.concatenate(chosen)
+
+
+def test_losses_of_a_view_are_refused(tiny_store):
+    view = views.smaller(logitstore.open(tiny_store), k=None, mass=0.8)
+    expected = (
+        r"losses must be of the rows that are read, got reference of rows with topk, k 16 while they are read as "
+        r"nucleus, k 16, mass 0\.8, k_min 4; read the store as it is, or dump target and losses with the smaller"
+    )
+    with pytest.raises(IdentityError, match=expected):
+        view.loss("reference")
+    with pytest.raises(IdentityError, match=expected):
+        view.gap("reference", "reference")
+    with pytest.raises(IdentityError, match=expected):
+        DocumentDataset(view, "reference")
+    assert DocumentDataset(view)[0].rows.counts.max() <= 16
+
+
+def test_flags_ask_for_a_view(tiny_store):
+    store = logitstore.open(tiny_store)
+    assert views.smaller(store, k=None, mass=None) is store
+    assert views.smaller(store, k=3, mass=None).spec.target.scheme == Scheme(k=3)
+    nucleus = views.smaller(store, k=None, mass=0.9)
+    assert nucleus.spec.target.scheme == Scheme(name="nucleus", k=16, mass=0.9, k_min=4)
+    assert views.smaller(store, k=2, mass=0.9).spec.target.scheme == Scheme(name="nucleus", k=2, mass=0.9, k_min=2)
+    with pytest.raises(ValueError, match="k must be at most 16, which the store keeps, got k=17"):
+        views.smaller(store, k=17, mass=None)
+    with pytest.raises(ValueError, match="k must be between 1 and 65535, got k=0"):
+        views.smaller(store, k=0, mass=None)
+
+
+def test_a_store_without_a_target_has_no_view(tiny_store, tmp_path):
+    url = stores.copy(tiny_store, tmp_path / "cache.zarr")
+    (tmp_path / "cache.zarr" / "target" / "zarr.json").unlink()
+    with pytest.raises(LayerNotFoundError, match="store must have a target layer, got store="):
+        logitstore.open(url, scheme=Scheme(k=4))
+
+
+def test_acceptance_from_a_view_is_that_from_a_smaller_dump(tiny, tiny_store, tmp_path):
+    from conftest import write_store
+
+    store = logitstore.open(tiny_store)
+    documents = [(store[i].ids, store[i].loss_mask) for i in range(4)]
+    target = AutoModelForCausalLM.from_pretrained(tiny.target).eval()
+    small = write_store(tmp_path / "small.zarr", documents, target, AutoTokenizer.from_pretrained(tiny.tokenizer), k=5)
+    draft = AutoModelForCausalLM.from_pretrained(tiny.draft)
+    wanted = cached_acceptance(draft, logitstore.open(small))
+    found = cached_acceptance(draft, logitstore.open(tiny_store, scheme=Scheme(k=5)), max_documents=4)
+    assert found.rows == wanted.rows
+    assert found.argmax_agreement == wanted.argmax_agreement
+    for name in ("alpha_lower", "alpha_upper", "alpha_estimate", "forward_kl"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), abs=3e-3)
+    whole = cached_acceptance(draft, store, max_documents=4)
+    assert found.alpha_upper - found.alpha_lower > whole.alpha_upper - whole.alpha_lower
+
+
+def test_jobs_read_a_view(tiny, tiny_store, tmp_path, capsys):
+    import evaluate_draft
+    import train_draft
+
+    folder = tmp_path / "draft"
+    argv = ["--store", tiny_store, "--draft", tiny.draft, "--output_dir", str(folder), "--k", "4", "--mass", "0.9"]
+    argv += ["--disable_tqdm", "true", "--use_cpu", "true", "--max_steps", "2"]
+    train_draft.main(argv)
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    assert (run["k"], run["mass"]) == (4, 0.9)
+    figures = evaluate_draft.main(["--draft", str(folder), "--store", tiny_store, "--no_progress", "--k", "4"])
+    assert figures["cached"]["scheme"] == "topk, k 4"
+    assert "documents, read as topk, k 4\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--k", "4", "--selection", "adaspec", "--reference", "reference"], "losses must be of the rows that"),
+        (["--k", "17"], "k must be at most 16, which the store keeps, got k=17"),
+        (["--mass", "1.5"], "mass must be above 0 and at most 1, got mass=1.5"),
+    ],
+)
+def test_jobs_refuse_in_one_line_what_a_view_cannot_give(tiny, tiny_store, tmp_path, capsys, extra, message):
+    import train_draft
+
+    argv = ["--store", tiny_store, "--draft", tiny.draft, "--output_dir", str(tmp_path / "draft"), *extra]
+    with pytest.raises(SystemExit) as stopped:
+        train_draft.main([*argv, "--use_cpu", "true"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not (tmp_path / "draft").exists()
