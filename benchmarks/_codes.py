@@ -1,0 +1,110 @@
+"""What stored entries cost by the order of ids, the code book and the settings of Blosc: what the format rests on.
+
+E entries of N rows; bits are those of an entry, of chunks as in a store, without their headers in the shard's index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numcodecs import Blosc
+
+from logitstore import codec
+from logitstore.codec import Codebook, round_mantissa
+from logitstore.layout import ENTRY_CHUNK
+
+SHOWN = ("topk 64", "nucleus 64 / 0.98", "hybrid 20", "hybrid 50")
+LOG_RANGE_NATS, LOG_EXPONENT = 16.0, 2.0
+"""Of the book that this one replaced: logprobs down to -16, in steps that grow."""
+ROOTS = (2.0, 3.0, 4.0, 6.0)
+DEFAULT = "root 4"
+
+
+class Book:
+    """Logprobs that 256 codes stand for."""
+
+    def __init__(self, name, table):
+        self.name, self.table = name, table
+        self.boundaries = (table[1:] + table[:-1]) / -2
+
+    def encode(self, logprobs):
+        return np.searchsorted(self.boundaries, -logprobs).astype(np.uint8)
+
+
+def books():
+    steps = np.arange(256) / 255
+    logs = Book(f"log, {LOG_RANGE_NATS:g} nats, power {LOG_EXPONENT:g}", -LOG_RANGE_NATS * steps**LOG_EXPONENT)
+    return [logs, *(Book(f"root {root:g}", Codebook(exponent=root).table.astype(np.float64)) for root in ROOTS)]
+
+
+def bits(values, *, shuffle=Blosc.SHUFFLE, level=5):
+    """Returns bits of each value as compressed in chunks."""
+    blosc = Blosc("zstd", clevel=level, shuffle=shuffle)
+    whole = np.zeros(-(-len(values) // ENTRY_CHUNK) * ENTRY_CHUNK, values.dtype)  # as in a shard
+    whole[: len(values)] = values
+    chunks = whole.reshape(-1, ENTRY_CHUNK)
+    return 8 * sum(len(blosc.encode(chunk)) for chunk in chunks) / len(values)
+
+
+def orders(token_ids, logprobs, counts, frequency):
+    """Yields names of orders, where each entry comes from [E], and what is stored of its id, uint32 [E]."""
+    row, vocab_size = np.repeat(np.arange(len(counts)), counts), len(frequency)
+    place = np.empty(vocab_size, np.int64)
+    place[np.argsort(-frequency, kind="stable")] = np.arange(vocab_size)
+    ranked = np.lexsort((-logprobs, row))
+    yield "by probability, ids", ranked, token_ids[ranked].astype(np.uint32)
+    yield "by probability, ranks by frequency", ranked, place[token_ids[ranked]].astype(np.uint32)
+    yield "rising, gaps of ids (the format)", np.arange(len(row)), codec.gaps(token_ids, counts)
+    by_place = np.lexsort((place[token_ids], row))
+    yield "rising, gaps of ranks by frequency", by_place, codec.gaps(place[token_ids[by_place]], counts)
+
+
+def code_loss(codes, book, logprobs, tail, counts):
+    """Returns the mean over rows of what rounding loses in nats, probabilities scaled to 1 less the stored tail."""
+    first = np.cumsum(counts) - counts
+    stored_tail = np.exp(round_mantissa(tail, codec.MANTISSA_BITS).astype(np.float64)).clip(1e-30, 1 - 2.0**-24)
+    decoded = book.table[codes]
+    shift = np.log1p(-stored_tail) - np.log(np.add.reduceat(np.exp(decoded), first))
+    p, exact_tail = np.exp(logprobs), np.exp(tail.astype(np.float64)).clip(1e-30, 1)
+    kept = np.add.reduceat(p * (logprobs - decoded - np.repeat(shift, counts)), first)
+    return float((kept + exact_tail * np.log(exact_tail / stored_tail)).mean())
+
+
+def report(source, arrays_by_name, num_rows):
+    """Yields lines of Markdown."""
+    for name in SHOWN:
+        arrays = arrays_by_name[name]
+        counts = arrays["counts"].astype(np.int64)
+        logprobs = arrays["exact_logprobs"].astype(np.float64)
+        token_ids = codec.ungap(arrays["gaps"], counts)
+        yield f"### {name}: {len(token_ids) / num_rows:.1f} entries a row"
+        yield ""
+        yield from _order_table(token_ids, logprobs, counts, source.vocab_size)
+        yield ""
+        yield from _book_table(logprobs, counts, arrays["exact_tail"])
+        yield ""
+
+
+def _order_table(token_ids, logprobs, counts, vocab_size):
+    # Ranks that were counted on the very rows would know which few ids occur there: the first half of them counts.
+    half, split = len(counts) // 2, int(counts[: len(counts) // 2].sum())
+    frequency = np.bincount(token_ids[:split], minlength=vocab_size)
+    token_ids, logprobs, counts = token_ids[split:], logprobs[split:], counts[half:]
+    codes = next(book for book in books() if book.name == DEFAULT).encode(logprobs)
+    yield "| bits an entry | byte shuffle | bit shuffle | none | byte shuffle, level 9 | codes beside | both |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, places, stored in orders(token_ids, logprobs, counts, frequency):
+        own, beside = bits(stored), bits(codes[places])
+        cells = [own, bits(stored, shuffle=Blosc.BITSHUFFLE), bits(stored, shuffle=Blosc.NOSHUFFLE)]
+        cells += [bits(stored, level=9), beside, own + beside]
+        yield f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"
+
+
+def _book_table(logprobs, counts, tail):
+    ranked = np.lexsort((-logprobs, np.repeat(np.arange(len(counts)), counts)))
+    yield "| book | nats lost | bits, rising ids | bit shuffle | level 9 | bits, by probability |"
+    yield "|---|---|---|---|---|---|"
+    for book in books():
+        codes = book.encode(logprobs)
+        cells = [bits(codes), bits(codes, shuffle=Blosc.BITSHUFFLE), bits(codes, level=9), bits(codes[ranked])]
+        lost = code_loss(codes, book, logprobs, tail, counts)
+        yield f"| {book.name} | {lost:.1e} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |"

@@ -1,0 +1,165 @@
+"""What formats lose, row by row, against the exact distribution: the same numbers whatever the format.
+
+Everything is computed from the entries and a few numbers of each whole distribution, so that a dozen formats cost
+little more than one. Sums are in float64.
+
+N rows, K entries of a row at most, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from logitstore.support import TAIL_FLOOR
+
+if TYPE_CHECKING:
+    from logitstore.rows import Rows
+
+SMALLEST = 1e-45
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """N distributions of the target and of a draft."""
+
+    logprobs: torch.Tensor
+    """Float32 [N, V]."""
+    p: torch.Tensor
+    """Float32 [N, V]."""
+    q: torch.Tensor
+    """Float32 [N, V]."""
+    mass: torch.Tensor
+    """Float64 [N]: sum of p, 1 but for rounding."""
+    entropy: torch.Tensor
+    alpha: torch.Tensor
+    pp: torch.Tensor
+    pq: torch.Tensor
+    qq: torch.Tensor
+
+    @staticmethod
+    def of(logprobs, draft):
+        p, q = logprobs.exp(), draft.exp()
+
+        def total(values):
+            return values.sum(-1, dtype=torch.float64)
+
+        return Exact(
+            logprobs=logprobs, p=p, q=q, mass=total(p), entropy=-total(p * logprobs), alpha=total(torch.minimum(p, q)),
+            pp=total(p * p), pq=total(p * q), qq=total(q * q),
+        )  # fmt: skip
+
+    def gradient(self):
+        """Float64 [V]: what full distillation adds to the gradient by the logits, summed over the rows."""
+        return (self.q - self.p).sum(0, dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What training sees of N rows."""
+
+    kind: Literal["bucket", "renormalised", "drawn"]
+    """What stands for the tail: one more bucket, nothing, or the entries."""
+    token_ids: torch.Tensor
+    """Int64 [N, K]; 0 beyond a row's entries."""
+    weights: torch.Tensor
+    """Float64 [N, K]: what the loss weighs; 0 beyond a row's entries."""
+    probs: torch.Tensor | None
+    """Float64 [N, K]: what is known of p at the entries; None where nothing is but the draws."""
+    tail: torch.Tensor
+    """Float64 [N]: what is known of the tail."""
+
+    @staticmethod
+    def of_rows(rows: Rows, start, stop):
+        """Takes ours, as a trainer does."""
+        places = torch.arange(start, stop).numpy()
+        stored, weighed = rows.padded(places), rows.weighed(places)
+        return Seen(
+            kind="bucket" if rows.weights is None else "drawn",
+            token_ids=torch.from_numpy(stored.token_ids),
+            weights=torch.from_numpy(weighed.probs).double(),
+            probs=torch.from_numpy(stored.probs).double(),
+            tail=torch.from_numpy(stored.tail).double(),
+        )
+
+    @staticmethod
+    def of_truncated(token_ids, logprobs):
+        """Takes rectangles that are trained on renormalised, as those who store them do.
+
+        Alpha is estimated with what the stored probabilities leave as a tail bucket, which they do not do.
+        """
+        probs = torch.as_tensor(logprobs).double().exp()
+        mass = probs.sum(-1, keepdim=True)
+        return Seen(
+            kind="renormalised", token_ids=torch.as_tensor(token_ids), weights=probs / mass, probs=probs,
+            tail=(1 - mass[:, 0]).clamp_min(0.0),
+        )  # fmt: skip
+
+
+def compare(exact: Exact, seen: Seen):
+    """Compares N rows.
+
+    Returns:
+        Float64 [N] by name: kl_codes, what rounding loses in nats; kl_tail, what the tail's loss is, spread evenly in
+        the bucket or -log of the kept mass where it is dropped; tv, half the L1 distance of the weights and p; the
+        estimate of alpha and its error; the angle, degrees, between the row's gradient by the logits and full
+        distillation's. And float64 [V]: the gradients' sum.
+    """
+    used = seen.weights > 0
+    p = exact.p.gather(1, seen.token_ids).double().where(used, 0.0)
+    q = exact.q.gather(1, seen.token_ids).double().where(used, 0.0)
+    logp = exact.logprobs.gather(1, seen.token_ids).double().where(used, 0.0)
+    left = (exact.mass - p.sum(-1)).clamp_min(0.0)
+    values = {"entries": used.sum(-1).double(), "mass": p.sum(-1), "alpha_exact": exact.alpha}
+    if seen.kind == "drawn":
+        values["tv"] = ((seen.weights - p).abs().sum(-1) + left) / 2
+    else:
+        values["kl_tail"] = _tail_loss(exact, seen, p, logp, left, used)
+    if seen.probs is not None:
+        values["kl_codes"] = _code_loss(seen, p, logp, left, used)
+    q_tail = 1 - q.sum(-1)
+    values["alpha"] = _alpha(seen, q, q_tail.clamp_min(TAIL_FLOOR), used)
+    values["alpha_error"] = (values["alpha"] - exact.alpha).abs()
+    bucket = seen.tail if seen.kind == "bucket" else torch.zeros_like(seen.tail)
+    # the gradient by the logits: total * q - weights at the entries, rest * q at all others
+    total = seen.weights.sum(-1) + bucket
+    rest = total - torch.where(q_tail > TAIL_FLOOR, bucket / q_tail.clamp_min(TAIL_FLOOR), 0.0)
+    found = (total[:, None] * q - seen.weights).where(used, 0.0)
+    dot = ((q - p) * found).sum(-1) + rest * (exact.qq - exact.pq - ((q - p) * q).sum(-1))
+    square = found.square().sum(-1) + rest.square() * (exact.qq - q.square().sum(-1))
+    wanted = exact.qq - 2 * exact.pq + exact.pp
+    cosine = dot / (square * wanted).clamp_min(SMALLEST).sqrt()
+    values["angle_row"] = torch.rad2deg(cosine.clamp(-1, 1).acos())
+    gradient = (rest.float() @ exact.q).double()
+    gradient.index_add_(0, seen.token_ids.flatten(), (found - rest[:, None] * q).where(used, 0.0).flatten())
+    return values, gradient
+
+
+def _tail_loss(exact, seen, p, logp, left, used):
+    if seen.kind == "renormalised":
+        return -p.sum(-1).log()
+    others = (exact.p.shape[1] - used.sum(-1)).clamp_min(1)
+    return -exact.entropy - (p * logp).sum(-1) - torch.xlogy(left, left / others)
+
+
+def _code_loss(seen, p, logp, left, used):
+    if seen.kind == "renormalised":
+        mass = p.sum(-1)
+        return (p * (logp - seen.weights.where(used, 1.0).log())).sum(-1) / mass - mass.log()
+    kept = (p * (logp - seen.probs.where(used, 1.0).log())).sum(-1)
+    return kept + torch.xlogy(left, left) - torch.xlogy(left, seen.tail.clamp_min(SMALLEST))
+
+
+def _alpha(seen, q, q_tail, used):
+    if seen.probs is None:
+        return torch.minimum(seen.weights, q).sum(-1)
+    if seen.kind == "drawn":
+        return (seen.weights * (q / seen.probs.where(used, 1.0)).clamp_max(1.0)).sum(-1)
+    return torch.minimum(seen.probs, q).sum(-1) + torch.minimum(seen.tail, q_tail)
+
+
+def angle(a, b):
+    """Returns the angle between two vectors, degrees."""
+    return torch.rad2deg((a @ b / (a.norm() * b.norm())).clamp(-1, 1).acos()).item()

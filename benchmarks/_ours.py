@@ -1,0 +1,93 @@
+"""Rows of a distribution as this package stores them: the dump's arrays, whole shards, a reader's rectangles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from logitstore import codec, layout, objects
+from logitstore.codec import MANTISSA_BITS, round_mantissa
+from logitstore.dump.truncation import truncate, uniforms
+from logitstore.schemes import make_scheme
+from logitstore.spec import ROW_CHUNK, ModelSpec, TargetSpec
+
+BATCH_ROWS = 2048
+"""Rows that are laid out as one rectangle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """Rows of one scheme, as the dump makes them and a reader finds them."""
+
+    name: str
+    spec: TargetSpec
+    uniform: np.ndarray
+    parts: list[dict[str, np.ndarray]]
+
+    @staticmethod
+    def of(scheme, options, vocab_size, num_rows):
+        """Prepares for some rows, none of which is there yet."""
+        model = ModelSpec(name="bench", revision="0", dtype="float32", padded_vocab_size=vocab_size)
+        spec = TargetSpec(model=model, scheme=make_scheme(scheme, options))
+        name = f"{scheme} {' / '.join(f'{value:g}' for value in options.values())}"
+        return Ours(name=name, spec=spec, uniform=uniforms(spec, 0, num_rows), parts=[])
+
+    def keep(self, chunk, start):
+        """Truncates a chunk, keeps its arrays and returns them."""
+        boundaries = torch.from_numpy(self.spec.codebook.boundaries)
+        uniform = torch.from_numpy(self.uniform[start : start + len(chunk.labels)])
+        kept = truncate(chunk.logprobs, chunk.labels, self.spec, boundaries, uniform)
+        counts = kept.counts.numpy()
+        used = np.arange(kept.token_ids.shape[1]) < counts[:, None]
+        floats = {name: getattr(kept, name).numpy() for name in ("tail", "label_logprob", "entropy")}
+        arrays = {
+            "counts": counts.astype(np.uint16),
+            "gaps": codec.gaps(kept.token_ids.numpy()[used], counts),
+            "logprobs": kept.codes.numpy()[used],
+            "draws": kept.draws.numpy()[used].astype(np.uint16),
+            **{name: round_mantissa(values, MANTISSA_BITS) for name, values in floats.items()},
+        }
+        exact = chunk.logprobs.gather(1, kept.token_ids.long().clamp_max(chunk.logprobs.shape[1] - 1))
+        self.parts.append(arrays | {"exact_logprobs": exact.numpy()[used], "exact_tail": floats["tail"]})
+        return arrays
+
+    def arrays(self):
+        """Returns those of all rows."""
+        return {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
+
+    def encode(self, arrays):
+        """Returns the objects of a shard."""
+        sizes = self._sizes(len(arrays["counts"]))
+        return {array.name: objects.encode(arrays[array.name], array, **sizes) for array in layout.TARGET}
+
+    def _sizes(self, num_rows):
+        return {"shard_rows": -(-num_rows // ROW_CHUNK) * ROW_CHUNK, "k": self.spec.room}
+
+    def decode(self, held, counts):
+        """Reads objects and lays out all rows in batches."""
+        sizes = self._sizes(len(counts))
+        lengths = {"row": len(counts), "entry": int(counts.sum(dtype=np.int64))}
+        arrays = {a.name: objects.decode(held[a.name], lengths[a.per], a, **sizes) for a in layout.TARGET}
+        rows = codec.decode(arrays, self.spec)
+        for start in range(0, len(counts), BATCH_ROWS):
+            rows.weighed(np.arange(start, min(start + BATCH_ROWS, len(counts))))
+        return rows
+
+
+def token_bytes(source, num_rows):
+    """Bytes of the tokens layer for each row that counts, and how many tokens there are to one."""
+    documents, counted = [], 0
+    for ids, mask in source.documents:
+        documents.append((ids, mask))
+        if (counted := counted + int(mask.sum())) >= num_rows:
+            break
+    values = {
+        "ids": np.concatenate([ids for ids, _ in documents]).astype(np.uint32),
+        "loss_mask": np.concatenate([mask for _, mask in documents]).astype(np.uint8),
+        "lengths": np.array([len(ids) for ids, _ in documents], np.uint32),
+    }
+    room = -(-len(values["ids"]) // ROW_CHUNK) * ROW_CHUNK
+    held = [objects.encode(values[array.name], array, shard_rows=room, k=1) for array in layout.TOKENS]
+    return sum(len(data or b"") for data in held) / counted, len(values["ids"]) / counted

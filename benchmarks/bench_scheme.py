@@ -1,0 +1,213 @@
+"""What a scheme costs a draft: drafts trained from each scheme against drafts trained from whole distributions.
+
+    python -m benchmarks.bench_scheme [--seeds 3] [--steps 400] [--schemes "topk --k 16" ...] [--record]
+
+A target is made once (benchmarks/_distributions.py, `demo`: 2,048 tokens, real text), and dumped by jobs/dump_logits.py
+by each scheme and once with every token of the vocabulary kept. From each store drafts are trained by
+jobs/train_draft.py from the same initial weights, on the same documents in the same order, for the same steps; only
+what a row keeps differs. They are compared on held-out documents whose rows keep every token: alpha there is exact but
+for the codes, teacher-forced, sum_v min(p, q). Differences to the whole distribution are taken seed by seed.
+
+Bytes are those of all arrays of the `target` layer for each row that counts. The selected set is AdaSPEC's: of the rows
+of the training documents the 40 % whose loss gap, of the untrained draft and a reference, is largest, computed from
+each store; its overlap with that from whole distributions says how many of the same rows would be trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import _distributions
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import demo_models
+import dump_logits
+import numpy as np
+import torch
+import train_draft
+from demo_corpus import write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import logitstore
+from logitstore import info
+from trainer.acceptance import cached_acceptance
+
+SCHEMES = (
+    "topk --k 8", "topk --k 20", "topk --k 64", "nucleus --mass 0.9", "nucleus --mass 0.98",
+    "sample --num_draws 12", "sample --num_draws 50", "hybrid --num_draws 12", "hybrid --num_draws 20",
+    "hybrid --num_draws 32", "hybrid --num_draws 50", "hybrid --num_draws 100",
+)  # fmt: skip
+WHOLE = "topk --k 2048"
+KEEP = 0.4
+DOCUMENTS = shlex.split("--max_length 256 --shard_rows 16384")
+TRAINING = shlex.split(
+    "--per_device_train_batch_size 8 --learning_rate 5e-3 --lr_scheduler_type cosine --warmup_steps 20 "
+    "--weight_decay 0.1 --adam_beta2 0.95 --logging_strategy no --save_strategy no --disable_tqdm true"
+)
+
+
+@dataclass
+class Outcome:
+    """What came of one scheme."""
+
+    bytes_per_row: float
+    entries: float
+    overlap: float = float("nan")
+    """Of AdaSPEC's selected set with that from whole distributions."""
+    alphas: list[float] = field(default_factory=list)
+    """By seed."""
+    greedy: list[float] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
+
+
+class Bench:
+    """The folder, the target and the text that all schemes share."""
+
+    def __init__(self, folder, *, seeds, steps, num_functions):
+        self.folder, self.seeds, self.steps = folder, seeds, steps
+        self.target = _distributions.FOLDER / "demo" / "target"
+        _distributions.make("demo", _distributions.RECIPES["demo"])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name, held_out in (("train", False), ("held_out", True)):
+            write_jsonl(folder / f"{name}.jsonl", _distributions.functions(held_out=held_out)[:num_functions])
+        tokenizer = AutoTokenizer.from_pretrained(self.target)
+        for seed in range(seeds):
+            demo_models.save_new_model(demo_models.DRAFTS[0], tokenizer, folder / f"new-{seed}", seed=seed + 1)
+        self.check = self._dump("held_out", WHOLE)
+
+    def _dump(self, data, scheme):
+        url = self.folder / f"{data} {scheme}".replace(" --", "_").replace(" ", "_")
+        argv = ["--store", str(url), "--target", str(self.target), "--data", str(self.folder / f"{data}.jsonl")]
+        self._job(dump_logits.main, [*argv, *DOCUMENTS, "--no_progress", "--scheme", *scheme.split()])
+        return url
+
+    def _train(self, store, seed, name):
+        folder = self.folder / name
+        argv = ["--store", str(store), "--draft", str(self.folder / f"new-{seed}"), "--output_dir", str(folder)]
+        self._job(train_draft.main, [*argv, "--max_steps", str(self.steps), "--seed", str(seed), *TRAINING])
+        return folder
+
+    def _add_losses(self, store, reference):
+        argv = ["--store", str(store), "--reference", f"new={self.folder / 'new-0'}", "--reference", f"ref={reference}"]
+        self._job(dump_logits.main, [*argv, "--no_progress"])
+        gap = logitstore.open(store).gap("new", "ref")
+        return np.concatenate([gap[i] for i in range(len(gap))])
+
+    def _job(self, main, argv):
+        with (self.folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+            return main(argv)
+
+    def outcome(self, scheme, gap_of_all, reference):
+        """Dumps by a scheme, trains a draft for each seed, and compares."""
+        store = self._dump("train", scheme)
+        layer = info.describe(logitstore.open(store))["layers"]["target"]
+        found = Outcome(sum(layer["bytes_per_row"].values()), layer["entries"] / layer["counted"])
+        for seed in range(self.seeds):
+            draft = AutoModelForCausalLM.from_pretrained(self._train(store, seed, f"draft {scheme} {seed}"))
+            accepted = cached_acceptance(draft, logitstore.open(self.check))
+            found.alphas.append(accepted.alpha_estimate)
+            found.greedy.append(accepted.argmax_agreement)
+            found.kls.append(accepted.forward_kl)
+        gap = self._add_losses(store, reference or self.folder / f"draft {scheme} 0")
+        if gap_of_all is not None:
+            found.overlap = overlap(gap_of_all, gap)
+        return found, gap
+
+
+def overlap(expected, found):
+    """Share of the KEEP of rows with the largest gap that two gaps have in common."""
+    there = np.isfinite(expected)
+    num = round(KEEP * there.sum())
+    chosen = [set(np.argsort(-gap[there], kind="stable")[:num].tolist()) for gap in (expected, found)]
+    return len(chosen[0] & chosen[1]) / num
+
+
+def rows(outcomes):
+    """The lines of the table, by bytes a row."""
+    whole = outcomes[WHOLE]
+    yield "| scheme | bytes/row | entries | alpha, % | less than whole, points | greedy, % | KL, nats | overlap, % |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for scheme, one in sorted(outcomes.items(), key=lambda item: item[1].bytes_per_row):
+        lost = [100 * (b - a) for a, b in zip(one.alphas, whole.alphas, strict=True)]
+        error = statistics.stdev(lost) / len(lost) ** 0.5 if len(lost) > 1 and one is not whole else 0.0
+        yield (
+            f"| {scheme.replace(' --', ', ')} | {one.bytes_per_row:.1f} | {one.entries:.1f} "
+            f"| {100 * statistics.mean(one.alphas):.2f} | {statistics.mean(lost):+.2f} ± {error:.2f} "
+            f"| {100 * statistics.mean(one.greedy):.2f} | {statistics.mean(one.kls):.4f} | {100 * one.overlap:.1f} |"
+        )
+
+
+def plot(outcomes, path):
+    """Draws what alpha costs in bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    whole = outcomes[WHOLE]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for kind, marker in (("topk", "o"), ("nucleus", "s"), ("sample", "^"), ("hybrid", "D")):
+        points = sorted(
+            (one.bytes_per_row, [100 * (a - b) for a, b in zip(one.alphas, whole.alphas, strict=True)])
+            for scheme, one in outcomes.items() if scheme.startswith(kind) and one is not whole
+        )  # fmt: skip
+        if points:
+            x, lost = [p[0] for p in points], [p[1] for p in points]
+            means, spread = [statistics.mean(y) for y in lost], [[statistics.mean(y) - min(y) for y in lost],
+                                                               [max(y) - statistics.mean(y) for y in lost]]  # fmt: skip
+            axes.errorbar(x, means, yerr=spread, marker=marker, label=kind, capsize=3)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.axhline(-0.2, color="grey", linestyle="--", linewidth=0.8)
+    axes.set(xscale="log", xlabel="bytes for each row that counts", ylabel="alpha - alpha from whole rows, points")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400, help="of each draft (default %(default)s)")
+    parser.add_argument("--num_functions", type=int, default=100_000, help="documents at most")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, metavar="'NAME --OPTION VALUE'")
+    parser.add_argument("--record", action="store_true", help="write the table and the plot to benchmarks/results")
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    bench = Bench(
+        _distributions.FOLDER / "scheme", seeds=args.seeds, steps=args.steps, num_functions=args.num_functions
+    )
+    outcomes = {}
+    outcomes[WHOLE], gap = bench.outcome(WHOLE, None, None)
+    outcomes[WHOLE].overlap = 1.0
+    reference = bench.folder / f"draft {WHOLE} 0"
+    for scheme in args.schemes:
+        outcomes[scheme], _ = bench.outcome(scheme, gap, reference)
+        print("\n".join(rows(outcomes)), flush=True)
+    lines = [*rows(outcomes), "", f"{args.seeds} seeds, {args.steps} steps, {time.monotonic() - started:,.0f} s"]
+    print("\n".join(lines))
+    if args.record:
+        day = datetime.datetime.now(datetime.UTC).date()
+        path = Path(__file__).parent / "results" / f"scheme_cpu-{os.cpu_count()}-cores_{day}.md"
+        plot(outcomes, path.with_suffix(".png"))
+        head = (
+            f"# Drafts trained from each scheme, CPU, {day}\n\n{os.cpu_count()} shared x86-64 cores; Python "
+            f"{platform.python_version()}, torch {torch.__version__}.\n\n    python -m benchmarks.bench_scheme "
+            f"{shlex.join(sys.argv[1:])}\n\n"
+        )
+        path.write_text(head + "\n".join(lines) + f"\n\n![alpha by bytes]({path.with_suffix('.png').name})\n")
+
+
+if __name__ == "__main__":
+    main()
