@@ -65,6 +65,9 @@ def code_loss(codes, book, logprobs, tail, counts):
     decoded = book.table[codes]
     shift = np.log1p(-stored_tail) - np.log(np.add.reduceat(np.exp(decoded), first))
     p, exact_tail = np.exp(logprobs), np.exp(tail.astype(np.float64)).clip(1e-30, 1)
+    total = np.add.reduceat(p, first) + exact_tail  # float32 normalised them: within 1e-4 only
+    logprobs = logprobs - np.repeat(np.log(total), counts)
+    p, exact_tail = np.exp(logprobs), exact_tail / total
     kept = np.add.reduceat(p * (logprobs - decoded - np.repeat(shift, counts)), first)
     return float((kept + exact_tail * np.log(exact_tail / stored_tail)).mean())
 

@@ -10,6 +10,7 @@ import torch
 from logitstore import codec, layout, objects
 from logitstore.codec import MANTISSA_BITS, round_mantissa
 from logitstore.dump.truncation import truncate, uniforms
+from logitstore.layout import ENTRY_CHUNK
 from logitstore.schemes import make_scheme
 from logitstore.spec import ROW_CHUNK, ModelSpec, TargetSpec
 
@@ -63,7 +64,7 @@ class Ours:
         return {array.name: objects.encode(arrays[array.name], array, **sizes) for array in layout.TARGET}
 
     def _sizes(self, num_rows):
-        return {"shard_rows": -(-num_rows // ROW_CHUNK) * ROW_CHUNK, "k": self.spec.room}
+        return {"shard_rows": -(-num_rows // ENTRY_CHUNK) * ENTRY_CHUNK, "k": self.spec.room}
 
     def decode(self, held, counts):
         """Reads objects and lays out all rows in batches."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from logitstore.dump.documents import progress_bars
 from logitstore.dump.encoding import render, without_filler
 from logitstore.dump.sources import find_source, open_records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -51,7 +49,7 @@ def read_prompts(
     """
     prompts: list[list[int]] = []
     left_out = 0
-    with tempfile.TemporaryDirectory(prefix="logitstore-") as folder, _no_progress_bars():
+    with tempfile.TemporaryDirectory(prefix="logitstore-") as folder, progress_bars(False):
         dataset, records, columns = open_records(find_source(data, storage_options), Path(folder), _prompt_columns)
         if columns[0] == "messages" and not tokenizer.chat_template:
             raise ValueError(
@@ -135,16 +133,3 @@ def _prompt_ids(
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Turns datasets' own progress bars off for a while: reading a few prompts needs none."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _errors import Parser, user_errors
-from _models import load_weights, progress_bars
 from _options import options_for
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from logitstore.causal_lm import check_model, load_config, load_tokenizer, token
 from logitstore.options import storage_options
 from logitstore.schemes import describe
 from logitstore.views import smaller
+from logitstore.weights import load_weights, loading_bars
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
 from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
 from trainer.stream import check_complete
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
 
     # Both before anything is computed: weights that cannot be read are a mistake in what was asked for.
-    with user_errors(), progress_bars(not args.no_progress):
+    with user_errors(), loading_bars(not args.no_progress):
         draft = load(args.draft, "draft", args.draft_revision)
         target = load(args.target, "target", args.revision) if plan.prompts else None
     figures: dict[str, Any] = {"draft": args.draft, "target": args.target, "gamma": args.gamma, "device": device}

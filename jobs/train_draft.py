@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _errors import RaisingErrors, user_errors
-from _models import load_weights, progress_bars
 from _runs import (
     NOT_REPEATED,
     RUN,
@@ -42,6 +41,7 @@ from logitstore.drivers import without_credentials
 from logitstore.options import storage_options
 from logitstore.reader import CACHE_BYTES
 from logitstore.views import smaller
+from logitstore.weights import load_weights, loading_bars
 from trainer.draft_trainer import DraftModule, DraftTrainer, check_training_arguments
 from trainer.objectives import OBJECTIVES
 from trainer.selection import SELECTIONS
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         start = find_start(training, values)
     folder = Path(str(training.output_dir))
     if start is None or isinstance(start, str):
-        with progress_bars(not training.disable_tqdm):
+        with loading_bars(not training.disable_tqdm):
             state = train(args, training, repeated(values), start)
     else:
         state = start

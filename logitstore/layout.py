@@ -99,7 +99,8 @@ def chunk_length(array: ArraySpec, shard_rows: int, k: int) -> int:
     row_chunk = min(shard_rows, ROW_CHUNK)
     if array.per != "entry":
         return row_chunk
-    return row_chunk * max(m for m in range(1, k + 1) if k % m == 0 and (m == 1 or row_chunk * m <= ENTRY_CHUNK))
+    num, most = shard_rows // row_chunk * k, ENTRY_CHUNK // row_chunk
+    return row_chunk * max(m for m in range(1, most + 1) if num % m == 0)
 
 
 def object_path(layer: str, array: ArraySpec, shard: int) -> str:

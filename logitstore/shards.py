@@ -85,9 +85,15 @@ def entries_per_row(spec: StoreSpec, layer: str) -> int:
     return spec.target.room if layer == "target" and spec.target else 1
 
 
+def _with_objects(spec: StoreSpec, layer: str) -> list[layout.ArraySpec]:
+    """Returns the arrays that can have objects: a bucket need not be asked for draws that no scheme made."""
+    is_sampled = spec.target is not None and spec.target.scheme.name == "sample"
+    return [array for array in layout.layer_arrays(layer) if array.name != "draws" or is_sampled]
+
+
 def paths(spec: StoreSpec, layer: str, shard: int, name: str) -> tuple[list[str], list[int]]:
     """Returns what to read for a shard of a layer, and how long each may be: its record, then its objects."""
-    arrays = layout.layer_arrays(layer)
+    arrays = _with_objects(spec, layer)
     sizes = {"shard_rows": spec.shard_rows, "k": entries_per_row(spec, layer)}
     return (
         [f"{commits.folder(layer)}/{name}", *(layout.object_path(layer, array, shard) for array in arrays)],
@@ -114,20 +120,28 @@ def decode_layer(
 ) -> dict[str, NDArray[Any]]:
     """Turns the objects of a shard into its arrays, without padding, and checks them against its commit.
 
+    Args:
+        spec: Of the store.
+        layer: Which.
+        shard: Which.
+        commit: Its record.
+        data: Its objects in the order of `paths`, None for those that are not there.
+
     Raises:
         DamagedShardError: What is stored is not what was committed.
     """
     check_room(spec, commit)
     k = entries_per_row(spec, layer)
+    objects_of = dict(zip((array.name for array in _with_objects(spec, layer)), data, strict=True))
     values = {}
-    for array, found in zip(layout.layer_arrays(layer), data, strict=True):
-        num = commits.length(commit, array.per)
+    for array in layout.layer_arrays(layer):
+        num, found = commits.length(commit, array.per), objects_of.get(array.name)
         try:
             values[array.name] = objects.decode(found, num, array, shard_rows=spec.shard_rows, k=k)
         except ValueError as error:
             raise DamagedShardError(layer, shard, f"{array.name} that cannot be decoded ({error})") from error
         if (checksum := commits.checksum(values[array.name])) != commit.checksums[array.name]:
-            absent = ", its object is not there," if found is None else ""
+            absent = ", its object is not there," if found is None and array.name in objects_of else ""
             raise DamagedShardError(
                 layer, shard, f"{array.name}{absent} with checksum {checksum}, not {commit.checksums[array.name]}"
             )

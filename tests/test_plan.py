@@ -118,7 +118,7 @@ def test_one_record_says_little_of_the_others(tiny, capsys):
 
 
 def test_without_calibration_no_weights_are_read(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(planning, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(planning, "load_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     facts = planned(capsys, *options_of(tiny, "--rows_per_s", 100, "--num_actors", 2, "--price_per_gb_month", 10))
     assert [one["scheme"].partition(",")[0] for one in facts["schemes"]] == list(OPTIONS)
     for one in facts["schemes"]:
@@ -167,7 +167,7 @@ def test_the_text_is_a_table_of_aligned_columns(tiny, capsys):
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_loaded(tiny, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(planning, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(planning, "load_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     argv = dict(zip(*[iter(map(str, options_of(tiny)))] * 2, strict=True))
     given = [None if value is None else value.format(**vars(tiny)) for value in options]
     argv |= dict(zip(given[::2], given[1::2], strict=True))

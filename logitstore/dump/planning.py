@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers.utils import logging
 
 from logitstore import codec, layout, objects
 from logitstore.assumptions import Cost, Range, assumed
-from logitstore.causal_lm import SplitLM, check_model, load_config, load_model, load_tokenizer, tokenizer_spec
+from logitstore.causal_lm import SplitLM, check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.dump.documents import assign_shards, open_encoder, progress_bars
 from logitstore.dump.running import without
 from logitstore.dump.scoring import score_losses, score_target
@@ -30,6 +28,7 @@ from logitstore.options import storage_options
 from logitstore.plan import Corpus, check_arguments, plan
 from logitstore.shards import Shard
 from logitstore.spec import ROW_CHUNK, DataSpec, ModelSpec, StoreSpec, TargetSpec, check_room
+from logitstore.weights import load_weights, loading_bars
 
 if TYPE_CHECKING:
     import argparse
@@ -101,23 +100,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
         def load(model: str, what: str, spec: ModelSpec, its_revision: str | None) -> SplitLM:
-            try:
-                loaded = load_model(
-                    model, revision=its_revision, dtype=spec.dtype, attn_implementation=args.attn_implementation,
-                    trust_remote_code=remote, device=device,
-                )  # fmt: skip
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{what} must have weights that can be read, got {what}={model} ({error}); copy or download it "
-                    "again"
-                ) from error
-            lm = SplitLM(loaded, made.vocab_size)
+            weights = load_weights(
+                model, what=what, revision=its_revision, dtype=spec.dtype, attn_implementation=args.attn_implementation,
+                trust_remote_code=remote, device=device,
+            )  # fmt: skip
+            lm = SplitLM(weights, made.vocab_size)
             lm.check()
             return lm
 
-        logging.disable_progress_bar()
-        lm = load(args.target, "target", target, args.revision)
-        others = [load(references[name], f"reference {name}", spec, None) for name, spec in described.items()]
+        with loading_bars(False):
+            lm = load(args.target, "target", target, args.revision)
+            others = [load(references[name], f"reference {name}", spec, None) for name, spec in described.items()]
         shards = in_shards(documents, shard_rows)
         costs = [calibrate(lm, others, shards, spec, shard_rows, args.batch_tokens) for spec in specs]
         counted = sum(int(shard.loss_mask.sum()) for shard in shards)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from logitstore import codec, commits
 from logitstore.causal_lm import SplitLM, load_model
@@ -22,10 +20,11 @@ from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundErr
 from logitstore.layout import losses_layer
 from logitstore.reader import Store
 from logitstore.verify import take_back
+from logitstore.weights import loading_bars
 from logitstore.writer import LayerWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from logitstore.commits import Commit
     from logitstore.shards import Shard
@@ -92,7 +91,7 @@ class ShardDumper:
         self._batch_tokens = batch_tokens
         self._max_kl = max_kl
         self._device = device
-        with _no_progress_bars():
+        with loading_bars(False):  # one of each actor
             self._target = None if target is None else self._load(target)
             self._references = {name: self._load(source) for name, source in references.items()}
         self._device_lock = threading.Lock()
@@ -236,15 +235,3 @@ class ShardDumper:
         now = commits.find(self._storage, commit.layer, commit.shard)
         if now is not None and now.name == commit.name:
             take_back(self._storage, commit.layer, commit.shard)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Loading shows bars of its own, one for each actor."""
-    were_wanted = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_wanted:
-            transformers_logging.enable_progress_bar()

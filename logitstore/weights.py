@@ -1,4 +1,4 @@
-"""How jobs load models: one line where the weights are no good, and no progress bars where none are wanted."""
+"""Loading a model's weights for a person: one line where they are no good, and no bars where none are wanted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_weights(
 
 
 @contextmanager
-def progress_bars(wanted: bool) -> Iterator[None]:
+def loading_bars(wanted: bool) -> Iterator[None]:
     """Turns transformers' own progress bars, of loading and saving weights, off for a while unless they are wanted."""
     if wanted or not logging.is_progress_bar_enabled():
         yield
