@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore import measures, schemes
+from logitstore import calibration, measures, schemes
 from logitstore.codec import LARGEST_TAIL
 from logitstore.errors import LayerNotFoundError
 from logitstore.layout import layer_arrays
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TAIL_SHARDS = 8
 """Shards whose tails are read for the distribution of the kept mass."""
+CALIBRATED_SHARDS = 2
+"""Shards whose entries are read for the calibration of the likeliest token."""
 NUM_BINS = 40
 
 DIVERGENCES = {
@@ -75,6 +77,7 @@ def describe(store: Store, *, sample: float = 1.0, seed: int = 0) -> dict[str, A
         "bytes_per_row": _bytes_per_row(store, store.layers["target"]),
         "entries_per_row": _entries_per_row(store.layers["target"]),
         "kept_mass": _kept_mass(store),
+        "calibration": _calibration(store, target),
         "layers": layers,
     }
 
@@ -103,7 +106,7 @@ def _entries_per_row(layer: Layer) -> float:
 
 def _kept_mass(store: Store) -> dict[str, Any]:
     """Reads what the rows of a few shards keep, evenly over the store."""
-    shards = [shard for shard in measures.spread(store, "target", TAIL_SHARDS) if shard not in _useless(store)]
+    shards = _some(store, TAIL_SHARDS)
     tails = [store.read_arrays("target", shard)["tail"] for shard in shards]
     tail = np.concatenate([np.zeros(0, dtype=np.float32), *tails])
     kept = np.sort(1.0 - np.minimum(np.exp(tail[~np.isnan(tail)].astype(np.float64)), LARGEST_TAIL))
@@ -122,9 +125,16 @@ def _kept_mass(store: Store) -> dict[str, Any]:
     }
 
 
-def _useless(store: Store) -> frozenset[int]:
+def _calibration(store: Store, target: TargetSpec) -> dict[str, Any]:
+    """Measures it where the likeliest token is sure to be kept, and what is kept is p."""
+    return {"rows": 0} if target.scheme.draws else calibration.measure(store, _some(store, CALIBRATED_SHARDS))
+
+
+def _some(store: Store, most: int) -> list[int]:
+    """Returns a few shards whose target rows can be read, evenly over the store."""
     layer = store.layers["target"]
-    return layer.stale | layer.index.contested
+    useless = layer.stale | layer.index.contested
+    return [shard for shard in measures.spread(store, "target", most) if shard not in useless]
 
 
 def render(facts: dict[str, Any]) -> Iterator[str]:
@@ -140,6 +150,10 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
     if mass["rows"]:
         yield _line("kept mass, mean", f"{mass['mean']:.4f}", f"of {mass['rows']:,} rows in {mass['shards']:,} shards")
         yield _line("kept mass, 1st percentile", f"{mass['percentile_1']:.4f}")
+    if (found := facts["calibration"])["rows"]:
+        of = f"of {found['rows']:,} rows, {100 * found['accuracy']:.1f}% right"
+        yield _line("calibration error of the likeliest (ece)", f"{found['ece']:.4f}", of)
+        yield _line("  if the tail were dropped", f"{found['ece_renormalised']:.4f}")
     if not facts["tail_is_lost"]:
         yield "  entries were drawn: they stand for the rest too"
     for name, layer in facts["layers"].items():

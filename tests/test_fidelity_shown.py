@@ -15,7 +15,7 @@ from dumped import record
 from measured import LAYERS, SCHEMES, dumper, emptied
 
 import logitstore
-from logitstore import cli, measures
+from logitstore import calibration, cli, measures
 from logitstore.errors import FidelityError
 from logitstore.storage import Storage
 
@@ -112,6 +112,43 @@ def test_the_table_says_what_was_measured(measured, capsys):
     kl, control = sum(s["kl_codes"] for s in sums) / rows, sum(s["control_kl"] for s in sums) / again
     assert f"KL of rounding to codes (kl_codes) {kl:.3g} {control:.3g}" in lines
     assert any(line.startswith("angle of a shard's gradient (angle_shard)") for line in lines)
+
+
+@pytest.mark.parametrize("scheme", ["topk", "nucleus"])
+def test_calibration_is_that_of_the_stored_rows(measured, capsys, scheme):
+    sure, surer, right = [], [], []
+    for document in logitstore.open(measured[scheme]):
+        for i in np.flatnonzero(document.loss_mask):
+            one = document.rows.slice(i, i + 1)
+            probs = np.exp(one.logprobs.astype(float))
+            sure.append(probs.max())
+            surer.append(probs.max() / probs.sum())
+            right.append(one.token_ids[probs.argmax()] == document.ids[i + 1])
+    found = json.loads(run(capsys, measured[scheme], "--json").out)["calibration"]
+    # shards 0 and 2 of three are read, the first and the last of them
+    assert 0 < found["rows"] < len(sure)
+    measures_of = calibration.measure(logitstore.open(measured[scheme]), [0, 1, 2])
+    assert measures_of["rows"] == len(sure)
+    assert measures_of["accuracy"] == pytest.approx(np.mean(right))
+    for name, values in (("ece", sure), ("ece_renormalised", surer)):
+        expected = 0.0
+        for low in range(15):
+            inside = [i for i, value in enumerate(values) if low <= value * 15 < low + 1 or (low == 14 and value >= 1)]
+            expected += abs(sum(right[i] - values[i] for i in inside)) / len(values)
+        assert measures_of[name] == pytest.approx(expected, abs=1e-9)
+    assert "calibration error of the likeliest (ece)" in run(capsys, measured[scheme]).out
+
+
+def test_draws_have_no_calibration(measured, capsys):
+    for scheme in ("sample", "hybrid"):
+        assert json.loads(run(capsys, measured[scheme], "--json").out)["calibration"] == {"rows": 0}
+        assert "ece" not in run(capsys, measured[scheme]).out
+
+
+def test_who_is_right_as_often_as_sure_is_calibrated():
+    sure = np.array([0.5, 0.5, 0.9, 1.0])
+    assert calibration.expected_calibration_error(sure, np.array([True, False, True, True])) == pytest.approx(0.025)
+    assert calibration.expected_calibration_error(sure, np.zeros(4, dtype=bool)) == pytest.approx(sure.mean())
 
 
 def test_a_sample_reads_fewer_records_and_damaged_ones_are_left_out(measured, tmp_path, capsys):
