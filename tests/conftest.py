@@ -243,3 +243,26 @@ def reader():
     process = ReaderProcess()
     yield process
     process.close()
+
+
+@pytest.fixture
+def datasets_cache(tmp_path_factory, monkeypatch):
+    """A cache of datasets of the test's own, in which nothing of ours may be left."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("hf")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    yield
+    assert not list(folder.glob("logitstore-*"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def tokenizer(tokenizer_path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_path)

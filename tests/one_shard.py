@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
-import uuid
-from pathlib import Path
 
-import fsspec
 import numpy as np
-from stepping import Process, SteppedStorage, watch
+from stepping import Process, content, put_back, stepped_storage, stepped_url
 
 from logitstore import commits, layout, objects, publish, writer
 from logitstore.errors import LayerNotFoundError
@@ -54,24 +50,17 @@ class World:
         self._empty = self.content()
 
     def process(self, function, *args, storage=None):
-        stepped = storage or (Storage if self.is_local else SteppedStorage)(self.url)
+        stepped = storage or stepped_storage(self.url)
         return Process(lambda: function(stepped, *args))
 
     def writer(self, attempt, storage=None):
         return self.process(publish.publish, *attempt, storage=storage)
 
     def content(self):
-        """All that is stored, by path."""
-        if self.is_local:
-            files = [path for path in Path(self.url).rglob("*") if path.is_file()]
-            return {path.relative_to(self.url).as_posix(): path.read_bytes() for path in files}
-        store = Storage(self.url)._fs.store
-        root = Storage(self.url).root + "/"
-        return {path.removeprefix(root): file.getvalue() for path, file in store.items() if path.startswith(root)}
+        return content(self.url)
 
-    def restore(self, content=None):
+    def restore(self, files=None):
         """Puts everything back as it was when empty, or at another moment."""
-        content = self._empty if content is None else content
         fs, root = Storage(self.url)._fs, Storage(self.url).root
         if self.is_local:
             for name in ("staging", "commits", *(f"tokens/{array.name}/c" for array in layout.TOKENS)):
@@ -79,23 +68,14 @@ class World:
         else:
             for path in self.content():
                 del fs.store[f"{root}/{path}"]
-        for path, data in content.items():
-            fs.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
-            fs.pipe_file(f"{root}/{path}", data)
+        put_back(self.url, self._empty if files is None else files)
 
 
 @contextlib.contextmanager
 def make_world(kind, tmp_path, monkeypatch):
     """A world on the local disk or in memory."""
-    # Syncing costs a millisecond each, and shows only when the power is cut.
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    if kind == "local":
-        watch(tmp_path / "s")
-        yield World(str(tmp_path / "s"))
-    else:
-        world = World(f"memory://{uuid.uuid4().hex}")
-        yield world
-        fsspec.filesystem("memory").rm(Storage(world.url).root, recursive=True)
+    with stepped_url(kind, tmp_path, monkeypatch) as url:
+        yield World(url)
 
 
 def whose(world, candidates=EVERYBODY):

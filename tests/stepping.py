@@ -7,9 +7,14 @@ folder: the finest there is. Nothing is replaced: what runs is the package, on a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
+import uuid
+from pathlib import Path
+
+import fsspec
 
 from logitstore.storage import Storage
 
@@ -148,6 +153,44 @@ def watch(folder):
         _watched.append("")
         sys.addaudithook(_audit)  # for as long as Python runs: it does next to nothing outside of processes
     _watched[0] = os.fspath(folder)
+
+
+@contextlib.contextmanager
+def stepped_url(kind, tmp_path, monkeypatch):
+    """Where a store can be put whose processes stop at each step: "local", or "memory"."""
+    # Syncing costs a millisecond each, and shows only when the power is cut.
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    if kind == "local":
+        watch(tmp_path / "s")
+        yield str(tmp_path / "s")
+    else:
+        url = f"memory://{uuid.uuid4().hex}"
+        yield url
+        fsspec.filesystem("memory").rm(Storage(url).root, recursive=True)
+
+
+def stepped_storage(url):
+    """The storage of a process there: on a local disk it is stopped by its system calls."""
+    return Storage(url) if Storage(url).is_local else SteppedStorage(url)
+
+
+def content(url):
+    """All that is stored there, by path."""
+    storage = Storage(url)
+    if storage.is_local:
+        files = [path for path in Path(url).rglob("*") if path.is_file()]
+        return {path.relative_to(url).as_posix(): path.read_bytes() for path in files}
+    root = f"{storage.root}/"
+    files = storage._fs.store.items()
+    return {path.removeprefix(root): file.getvalue() for path, file in files if path.startswith(root)}
+
+
+def put_back(url, files):
+    """Writes what `content` returned."""
+    fs, root = Storage(url)._fs, Storage(url).root
+    for path, data in files.items():
+        fs.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(f"{root}/{path}", data)
 
 
 def _audit(event, args):

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from stores import likeliest, target_values
 
-from logitstore import Rows, appends, codec, commits, layout, writer
+from logitstore import appends, codec, commits, layout, writer
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.schemes import Scheme
 from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
@@ -94,18 +95,7 @@ def computed_attempt(layer, below, seed, set_aside):
 
 def target_arrays(rng, ids, mask):
     p = np.where(mask[:, None], rng.dirichlet(np.ones(VOCAB), len(mask)), np.nan)
-    order = np.sort(np.argsort(-p, axis=1)[:, :K], axis=1)
-    kept = np.take_along_axis(p, order, 1)
-    rows = Rows(
-        counts=K * mask.astype(np.int64),
-        token_ids=order[mask].ravel().astype(np.uint32),
-        logprobs=np.log(kept[mask]).ravel().astype(np.float32),
-        weights=None,
-        tail_mass=(1 - kept.sum(1)).astype(np.float32),
-        label_logprob=np.log(p[np.arange(len(mask)), np.roll(ids, -1)]).astype(np.float32),
-        entropy=-(p * np.log(p)).sum(1).astype(np.float32),
-    )
-    return codec.encode(rows, spec_of(1).target)
+    return target_values(p, ids, likeliest(p, mask, K), spec_of(1).target)
 
 
 def add_documents(storage, spec, number, new, attempts):

@@ -62,29 +62,41 @@ def shard_values(rng, shard_rows=SHARD_ROWS, k=K, scheme=None):
     p = np.where(mask[:, None], rng.dirichlet(np.ones(VOCAB), num), np.nan)
     scheme = scheme or Scheme(k=k)
     ids = rng.integers(0, VOCAB, num)
-    draws = np.zeros(p.shape, np.int64)
     if scheme.draws:
+        draws = np.zeros(p.shape, np.int64)
         draws[mask] = rng.multinomial(scheme.num_draws, p[mask])
     else:
-        np.put_along_axis(draws, np.argsort(-p, axis=1)[:, :k], mask[:, None].astype(np.int64), 1)
-    kept = draws > 0
-    rows = Rows(
-        counts=kept.sum(1),
-        token_ids=np.nonzero(kept)[1].astype(np.uint32),
-        logprobs=np.log(p[kept]).astype(np.float32),
-        weights=(draws[kept] / scheme.num_draws).astype(np.float32) if scheme.draws else None,
-        tail_mass=np.where(mask, 1 - np.where(kept, p, 0).sum(1), np.nan).astype(np.float32),
-        label_logprob=np.log(p[np.arange(num), np.roll(ids, -1)]).astype(np.float32),
-        entropy=-(p * np.log(p)).sum(1).astype(np.float32),
-    )
+        draws = likeliest(p, mask, k)
     values = {
         "tokens": {"ids": ids.astype("<u4"), "loss_mask": mask.astype("|u1"), "lengths": np.array(lengths, "<u4")},
-        "target": codec.encode(rows, TargetSpec(model=MODEL, scheme=scheme)),
+        "target": target_values(p, ids, draws, TargetSpec(model=MODEL, scheme=scheme)),
     }
     for name in ("ref", "draft"):
         ce, label = (np.where(mask, rng.exponential(2.0, num), np.nan).astype(np.float32) for _ in range(2))
         values[f"losses/{name}"] = {"ce": codec.round_mantissa(ce), "label_logprob": codec.round_mantissa(-label)}
     return values
+
+
+def likeliest(p, mask, k):
+    """1 at the k likeliest tokens of the rows that count, else 0; as p."""
+    kept = np.zeros(p.shape, np.int64)
+    np.put_along_axis(kept, np.argsort(-p, axis=1)[:, :k], mask[:, None].astype(np.int64), 1)
+    return kept
+
+
+def target_values(p, ids, draws, spec):
+    """The arrays of rows of dense distributions p [R, V], NaN where masked, of which the tokens with draws are kept."""
+    kept, num_draws = draws > 0, spec.scheme.num_draws
+    rows = Rows(
+        counts=kept.sum(1),
+        token_ids=np.nonzero(kept)[1].astype(np.uint32),
+        logprobs=np.log(p[kept]).astype(np.float32),
+        weights=(draws[kept] / num_draws).astype(np.float32) if spec.scheme.draws else None,
+        tail_mass=np.where(np.isnan(p[:, 0]), np.nan, 1 - np.where(kept, p, 0).sum(1)).astype(np.float32),
+        label_logprob=np.log(p[np.arange(len(p)), np.roll(ids, -1)]).astype(np.float32),
+        entropy=-(p * np.log(p)).sum(1).astype(np.float32),
+    )
+    return codec.encode(rows, spec)
 
 
 def make(url, num_shards=3, seed=0, scheme=TOPK):

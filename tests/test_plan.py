@@ -24,13 +24,7 @@ from logitstore.storage import Storage
 from logitstore.writer import add_layer
 
 SHARD_ROWS, MAX_LENGTH = 2048, 256
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def planned(capsys, *options):

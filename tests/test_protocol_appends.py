@@ -12,17 +12,13 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import shutil
-import uuid
 from collections import Counter
-from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stepping import Process, SteppedStorage, watch
+from stepping import Process, SteppedStorage, content, put_back, stepped_storage, stepped_url
 
 import logitstore
 from logitstore import appends
@@ -83,39 +79,24 @@ class World:
         self.url = url
         self.is_local = Storage(url).is_local
         assert add(Storage(url), FIRST)
-        self._root, self._fs = Storage(url).root, Storage(url)._fs
         self._begun = self.content()
 
     def process(self, documents):
-        stepped = (Storage if self.is_local else SteppedStorage)(self.url)
+        stepped = stepped_storage(self.url)
         return Process(lambda: add(stepped, documents))
 
     def content(self):
-        if self.is_local:
-            return {str(path): path.read_bytes() for path in Path(self.url).rglob("*") if path.is_file()}
-        files = self._fs.store.items()
-        return {path: file.getvalue() for path, file in files if path.startswith(f"{self._root}/")}
+        return content(self.url)
 
     def restore(self):
-        if self.is_local:
-            shutil.rmtree(self.url)
-        else:
-            self._fs.rm(self._root, recursive=True)
-        for path, data in self._begun.items():
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._fs.pipe_file(path, data)
+        Storage(self.url)._fs.rm(Storage(self.url).root, recursive=True)
+        put_back(self.url, self._begun)
 
 
 @pytest.fixture(params=["local", "memory"])
 def world(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    if request.param == "local":
-        watch(tmp_path / "s")
-        yield World(str(tmp_path / "s"))
-    else:
-        world = World(f"memory://{uuid.uuid4().hex}")
-        yield world
-        fsspec.filesystem("memory").rm(Storage(world.url).root, recursive=True)
+    with stepped_url(request.param, tmp_path, monkeypatch) as url:
+        yield World(url)
 
 
 def check(world, *wanted, finished=True):
