@@ -1,11 +1,17 @@
 """Dump rows/s over the bare forward of the same model and batches, in one run.
 
     python -m benchmarks.bench_dump [--hidden 512 --layers 8 --vocab_size 8192]
+    python -m benchmarks.bench_dump --hidden 2048 --layers 16 --vocab_size 131072 --dtype bfloat16 --length 4096 \
+        --shard_rows 65536 --batch_tokens 16384 --profile         1.6 B parameters, for a GPU; 9.7 B: 4096, 32
 
 The bare forward is `model(input_ids).logits`, thrown away; the chunked forward is the same with the head on chunks of
-rows, which alone can be faster, so that both are compared. The dump is what an actor does: read tokens, backbone, head
-on the rows that count, truncation, codes, encoding, compression, checksums, writing to a local folder, commit; two
-shards in flight. Every row counts here, the worst case for the dump: with a loss mask it runs the head on fewer rows.
+rows, which alone can be faster, so that both are compared. Scoring is that and the truncation, up to arrays on the
+host. The dump is what an actor does: read tokens, backbone, head on the rows that count, truncation, codes, what is
+measured of fidelity and its control, encoding, compression, checksums, writing to a local folder, commit; two shards in
+flight. Shares are differences of these, each timed alone: what hides behind the device counts for nothing, and noise
+may make a small one negative. `--profile` adds the operations on which scoring a shard spends most.
+
+Every row counts here, the worst case for the dump: with a loss mask it runs the head on fewer rows.
 Tokens and weights are random (Zipf ids, peaked logits): only time is measured.
 """
 
@@ -27,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from logitstore import writer
 from logitstore.batches import batches
 from logitstore.dump.schedule import SHARDS_IN_FLIGHT
+from logitstore.dump.scoring import score_target
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.reader import Store
 from logitstore.schemes import OPTIONS, make_scheme
@@ -78,8 +85,8 @@ def make_store(folder, args):
 
 
 @torch.no_grad()
-def forward(dumper, storage, args, *, chunked):
-    """Seconds of the forward alone, over the batches that the dump runs: whole, or with the head in chunks of rows."""
+def forward(dumper, storage, args, *, head):
+    """Seconds of the forward alone, over the batches that the dump runs; head: whole, in chunks of rows, none."""
     lm = dumper._target
     shards = list(Store(storage).shards(("tokens",)))
     work = [batch for shard in shards for batch in batches(shard, args.batch_tokens)]
@@ -87,14 +94,38 @@ def forward(dumper, storage, args, *, chunked):
     started = time.perf_counter()
     for batch in work:
         ids = torch.from_numpy(batch.ids).to(lm.device)
-        if chunked:
-            hidden = lm.hidden(ids).flatten(0, 1)[torch.from_numpy(batch.places).to(lm.device)]
-            for start in range(0, len(hidden), lm.rows_per_chunk):
-                lm.logits(hidden[start : start + lm.rows_per_chunk])
-        else:
+        if head == "whole":
             lm.model(input_ids=ids, use_cache=False).logits  # noqa: B018
+            continue
+        hidden = lm.hidden(ids).flatten(0, 1)[torch.from_numpy(batch.places).to(lm.device)]
+        for start in range(0, len(hidden) if head == "chunks" else 0, lm.rows_per_chunk):
+            lm.logits(hidden[start : start + lm.rows_per_chunk])
     synchronize(args)
     return time.perf_counter() - started
+
+
+def score(dumper, storage, args):
+    """Seconds of scoring alone: what the dump's actors run on the device, up to arrays on the host."""
+    store = Store(storage)
+    shards = list(store.shards(("tokens",)))
+    synchronize(args)
+    started = time.perf_counter()
+    for shard in shards:
+        score_target(dumper._target, shard, store.spec.target, batch_tokens=args.batch_tokens)
+    return time.perf_counter() - started
+
+
+def profile(dumper, storage, args):
+    """Prints the operations that scoring the first shard takes most time for."""
+    store = Store(storage)
+    shard = store.read_shard(0, ("tokens",))
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if args.device == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as found:
+        score_target(dumper._target, shard, store.spec.target, batch_tokens=args.batch_tokens)
+    by = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=60))
 
 
 def dump(dumper, args):
@@ -132,6 +163,7 @@ def main(argv=None):
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print what scoring spends its time on")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -140,25 +172,34 @@ def main(argv=None):
         source = ModelSource(name=str(folder / "model"), dtype=args.dtype)
         dumper = ShardDumper(storage, source, {}, batch_tokens=args.batch_tokens, device=args.device)
         rounds = [
-            (
-                forward(dumper, storage, args, chunked=False),
-                forward(dumper, storage, args, chunked=True),
-                dump(dumper, args),
-            )
+            {
+                "backbone": forward(dumper, storage, args, head="none"),
+                "chunked": forward(dumper, storage, args, head="chunks"),
+                "bare": forward(dumper, storage, args, head="whole"),
+                "scoring": score(dumper, storage, args),
+                "dump": dump(dumper, args),
+            }
             for _ in range(args.rounds + 1)
         ][1:]  # the first warms up
+        if args.profile:
+            profile(dumper, storage, args)
         store = Store(storage)
         rows, entries = store.num_rows, sum(store.commit("target", shard).entries for shard in range(args.shards))
-    bare, chunked, full = (statistics.median(times) for times in zip(*rounds, strict=True))
+    median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     result = {
         "parameters": parameters,
         "rows": rows,
         "entries_per_row": round(entries / rows, 1),
-        "bare_forward_rows_per_s": round(rows / bare),
-        "chunked_forward_rows_per_s": round(rows / chunked),
-        "dump_rows_per_s": round(rows / full),
-        "dump_over_bare_forward": spread([bare / full for bare, _, full in rounds]),
-        "dump_over_chunked_forward": spread([chunked / full for _, chunked, full in rounds]),
+        "rows_per_s": {name: round(rows / taken) for name, taken in median.items()},
+        "dump_over_bare_forward": spread([one["bare"] / one["dump"] for one in rounds]),
+        "dump_over_chunked_forward": spread([one["chunked"] / one["dump"] for one in rounds]),
+        "scoring_over_chunked_forward": spread([one["chunked"] / one["scoring"] for one in rounds]),
+        "share_of_dump": {
+            "backbone": spread([one["backbone"] / one["dump"] for one in rounds]),
+            "head": spread([(one["chunked"] - one["backbone"]) / one["dump"] for one in rounds]),
+            "truncation": spread([(one["scoring"] - one["chunked"]) / one["dump"] for one in rounds]),
+            "rest": spread([(one["dump"] - one["scoring"]) / one["dump"] for one in rounds]),
+        },
         "settings": {name: getattr(args, name) for name in vars(args)},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
