@@ -78,8 +78,8 @@ def parser() -> Parser:
     rows.add_argument("--seed", type=int, help="sample, hybrid: of the draws (default 0)")
 
     rows.add_argument("--max_kl", type=float, metavar="NATS",
-                      help="stop as soon as storing loses more than this of a row, on average over those measured of "
-                      "a shard (docs/fidelity.md); default: any")  # fmt: skip
+                      help="topk, nucleus: stop as soon as storing loses more than this of a row, on average over "
+                      "those measured of a shard (docs/fidelity.md); default: any")  # fmt: skip
 
     p.add_argument("--retry_set_aside", action="store_true",
                    help="try documents again that were set aside; shards that were need no flag")  # fmt: skip
@@ -122,9 +122,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError("target must be given with --append and --reference, got none: losses need its rows; "
                              "give --target, or append first")  # fmt: skip
         if args.max_kl is not None and not 0 < args.max_kl < float("inf"):
-            raise ValueError(f"max_kl must be above 0 and finite, got max_kl={args.max_kl}; 0.1 is usual")
+            raise ValueError(f"max_kl must be above 0 and finite, got max_kl={args.max_kl}; 0.5 is usual")
         if args.max_kl is not None and not args.target:
             raise ValueError(f"max_kl must be left out without --target, got max_kl={args.max_kl}; it is of its rows")
+        if args.max_kl is not None and scheme.draws:
+            raise ValueError(f"max_kl must be left out with --scheme {scheme.name}, got max_kl={args.max_kl}: draws "
+                             "lose nothing on average; `logitstore fidelity` shows their noise")  # fmt: skip
         store, target, references = _documents(args, storage, scheme, sources)
         if args.target is None and sources:
             _check_target_complete(store)

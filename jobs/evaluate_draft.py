@@ -26,7 +26,7 @@ from tqdm import tqdm
 import logitstore
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.options import storage_options
-from logitstore.schemes import describe
+from logitstore.schemes import Scheme, describe
 from logitstore.views import smaller
 from logitstore.weights import load_weights, loading_bars
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
@@ -120,9 +120,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 progress=bar.update,
             )
         figures |= {"store": plan.store.url, "cached": _cached_json(cached, args.gamma)}
-        scheme = plan.store.spec.target
-        figures["cached"]["scheme"] = None if scheme is None else describe(scheme.scheme)
-        lines += _cached_table(cached, args.gamma, figures["cached"]["scheme"])
+        if plan.store.spec.target is not None:  # else cached_acceptance has raised
+            figures["cached"]["scheme"] = describe(plan.store.spec.target.scheme)
+            lines += _cached_table(cached, args.gamma, plan.store.spec.target.scheme)
     if target is not None:
         figures |= {"prompts_left_out": plan.left_out, "measured": {}}
         results = []
@@ -252,16 +252,20 @@ def _cached_json(cached: CachedAcceptance, gamma: int) -> dict[str, Any]:
     }
 
 
-def _cached_table(cached: CachedAcceptance, gamma: int, scheme: str | None) -> list[str]:
+def _cached_table(cached: CachedAcceptance, gamma: int, scheme: Scheme) -> list[str]:
     sampled, greedy = (expected_tokens_per_call(a, gamma) for a in (cached.alpha_estimate, cached.argmax_agreement))
+    of = "estimated without bias from draws" if scheme.draws else "kept entries and tail"
+    unknown = 100 * (1 - cached.argmax_known)
+    missed = f"; of {unknown:.1f}% of rows the target's likeliest token may not have been drawn" if unknown else ""
     return [
         "",
-        f"From the cache, teacher-forced: {cached.rows:,} rows of {cached.documents:,} documents, read as {scheme}",
+        f"From the cache, teacher-forced: {cached.rows:,} rows of {cached.documents:,} documents, read as "
+        f"{describe(scheme)}",
         f"  alpha (cache), sampled    {cached.alpha_estimate:.4f}, between {cached.alpha_lower:.4f} and "
         f"{cached.alpha_upper:.4f}    tokens/call at gamma {gamma} (modelled) {sampled:.2f}",
         f"  argmax agreement, greedy  {cached.argmax_agreement:.4f}    "
-        f"tokens/call at gamma {gamma} (modelled) {greedy:.2f}",
-        f"  KL(target‖draft)          {cached.forward_kl:.4f} nats, kept entries and tail",
+        f"tokens/call at gamma {gamma} (modelled) {greedy:.2f}{missed}",
+        f"  KL(target‖draft)          {cached.forward_kl:.4f} nats, {of}",
         *CACHE_RULES,
     ]
 

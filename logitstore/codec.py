@@ -27,7 +27,8 @@ MANTISSA_BITS = 7
 LOSS_MANTISSA_BITS = 9
 """Of losses, which are subtracted from each other: at most 2**-10."""
 
-
+PER_ENTRY = frozenset({"gaps", "logprobs", "draws"})
+"""Arrays that have a value for each entry; the others have one for each row."""
 LEVELS = 256
 """Codes of a logprob."""
 
@@ -153,11 +154,13 @@ def gaps(token_ids: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.uint32]:
     Returns:
         [E]: the first id of each row, then each id less the one before it, less 1.
     """
-    ids = token_ids.astype(np.int64)
-    differences = np.diff(ids, prepend=0) - 1
+    ids = token_ids.astype(np.uint32, copy=False)
+    differences = ids.copy()
+    differences[1:] -= ids[:-1]  # less than 0 where a row begins, which is set right below
+    differences -= np.uint32(1)
     first = _firsts(counts)
     differences[first] = ids[first]
-    return differences.astype(np.uint32)
+    return differences
 
 
 def ungap(differences: NDArray[np.uint32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -184,6 +187,14 @@ def _firsts(counts: NDArray[Any]) -> NDArray[np.int64]:
     kept = counts[counts > 0].astype(np.int64)
     first: NDArray[np.int64] = np.cumsum(kept) - kept
     return first
+
+
+def of_rows(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
+    """Returns the arrays of some rows alone, in the order of their numbers in `rows`."""
+    counts = arrays["counts"].astype(np.int64)
+    ends = np.cumsum(counts)
+    entries = np.concatenate([np.zeros(0, np.int64), *(np.arange(ends[i] - counts[i], ends[i]) for i in rows)])
+    return {name: values[entries if name in PER_ENTRY else rows] for name, values in arrays.items()}
 
 
 def decode(arrays: Mapping[str, NDArray[Any]], spec: TargetSpec) -> Rows:

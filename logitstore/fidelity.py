@@ -113,7 +113,7 @@ def _kept_mass(store: Store) -> dict[str, Any]:
     if not len(kept):
         return {"shards": len(shards), "rows": 0}
     # The least of it as a round number, so that the bins mean something.
-    first = math.floor(kept[0] * 20) / 20
+    first = min(math.floor(kept[0] * 20) / 20, 0.95)
     rows, edges = np.histogram(kept, bins=NUM_BINS, range=(first, 1.0))
     return {
         "shards": len(shards),
@@ -121,7 +121,7 @@ def _kept_mass(store: Store) -> dict[str, Any]:
         "mean": float(kept.mean()),
         "percentile_1": float(np.percentile(kept, 1)),
         "median": float(np.median(kept)),
-        "bins": {"edges": edges.round(4).tolist(), "rows": rows.tolist()},
+        "bins": {"edges": edges.round(6).tolist(), "rows": rows.tolist()},
     }
 
 
@@ -203,11 +203,11 @@ def summary(measured: measures.Measured, target: TargetSpec | None) -> str | Non
     means = measured.means()
     if not means:
         return None
-    means.setdefault("tv_draws", math.nan)
     if target is None:
         return (
             f"alpha {means['alpha']:.3f}, {means['alpha_estimate']:.3f} from the store; gradients off by "
             f"{means['angle_shard']:.1f} degrees"
         )
-    away = f"{means['tv_draws']:.3g} TV of the draws" if target.scheme.draws else f"{means['kl_tail']:.3g} in the tail"
+    name, what = ("tv_draws", "TV of the draws") if target.scheme.draws else ("kl_tail", "in the tail")
+    away = f"{means.get(name, math.nan):.3g} {what}"
     return f"kept mass {means['mass']:.3f}; KL {means['kl_codes']:.2g} of codes, {away}"

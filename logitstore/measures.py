@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ LARGEST = 1e12
 """No sum is larger: what is read is added up."""
 
 
-def is_measured(layer: str, values: Mapping[object, object], counted: int) -> bool:
+def is_measured(layer: str, values: Mapping[Any, Any], counted: int) -> bool:
     """Returns whether values can be what was measured of a shard with so many rows that count; nothing always can."""
     if not values:
         return True
@@ -47,11 +47,11 @@ def is_measured(layer: str, values: Mapping[object, object], counted: int) -> bo
         return False
     for name, value in values.items():
         # type, not isinstance: JSON's true is no number
-        if type(value) not in (int, float) or not abs(value) <= LARGEST:  # type: ignore[arg-type]
+        if type(value) not in (int, float) or not abs(value) <= LARGEST:
             return False
-        if COUNTS.get(str(name)) == "" and not 0 <= value <= counted:  # type: ignore[operator]
+        if COUNTS.get(str(name)) == "" and not 0 <= value <= counted:
             return False
-    return values["rows"] > 0 and values.get("shards", 1) == 1  # type: ignore[operator]
+    return bool(values["rows"] > 0 and values.get("shards", 1) == 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,18 @@ class Support:
         return -(torch.xlogy(self.probs, self.probs).sum(-1) + torch.xlogy(self.tail, self.tail))
 
 
+def normalised(logits: Tensor) -> Tensor:
+    """Returns logprobs whose probabilities sum to 1 within 1e-6; without a gradient.
+
+    Of 262,144 tokens a CPU's float32 log_softmax alone is off by up to 1e-3, all tokens of a row by the same.
+
+    Args:
+        logits: Float32 [N, V].
+    """
+    logprobs = logits.log_softmax(-1)
+    return logprobs.sub_(logprobs.exp().sum(-1, keepdim=True).log())
+
+
 def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
     """Reduces a model's distribution to the support.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from logitstore import commits, layout, objects, publish
+from logitstore import commits, layout, measures, objects, publish
 from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError
 from logitstore.shards import entries_per_row
@@ -222,7 +222,8 @@ class LayerWriter:
 
         Raises:
             IdentityError: The layer, or what is committed, is another model's.
-            ValueError: Too many documents are set aside to name them all.
+            ValueError: Too many documents are set aside to name them all, or `fidelity` has other names than the
+                layer's, or numbers that are not finite.
         """
         arrays = {array.name: np.asarray(values[array.name]) for array in layout.layer_arrays(self._layer)}
         encoded = {array.name: self._encode(arrays[array.name], array) for array in layout.layer_arrays(self._layer)}
@@ -239,6 +240,8 @@ class LayerWriter:
             set_aside=set_aside,
             fidelity=fidelity,
         )
+        if not measures.is_measured(self._layer, commit.fidelity, counted):
+            raise ValueError(f"fidelity must be finite sums, got fidelity={fidelity} of shard {shard}; report this")
         if not _is_readable(commit):
             raise ValueError(
                 f"set_aside must be of few documents, got {len(commit.set_aside)} of {documents} in shard {shard}; "

@@ -26,6 +26,7 @@ FOLDER = Path(__file__).parent / "data"
 
 VOCAB, SHARD_ROWS, MAX_LENGTH = 6, 64, 4
 SCHEMES = {
+    "topk": Scheme(k=2),
     "nucleus": Scheme(name="nucleus", k=3, mass=0.8, k_min=1),
     "sample": Scheme(name="sample", k=0, num_draws=4, seed=7),
     "hybrid": Scheme(name="hybrid", k=0, num_draws=4, seed=7),
@@ -53,6 +54,10 @@ SIXTEENTHS = {
 LAST = (3, 2), [1, 12, 1, 1, 1, 0]
 """The row that is missing, and its distribution."""
 KEPT = {
+    "topk": {
+        (0, 1): {3: 0, 4: 0}, (0, 2): {0: 0, 5: 0}, (0, 4): {0: 0, 2: 0}, (0, 5): {0: 0, 5: 0}, (1, 0): {0: 0, 3: 0},
+        (1, 1): {0: 0, 1: 0}, (2, 0): {1: 0, 3: 0}, (2, 3): {0: 0, 1: 0}, (3, 2): {0: 0, 1: 0},
+    },
     "nucleus": {
         (0, 1): {0: 0, 3: 0, 4: 0}, (0, 2): {5: 0}, (0, 4): {0: 0, 2: 0}, (0, 5): {0: 0, 3: 0, 5: 0},
         (1, 0): {3: 0}, (1, 1): {0: 0, 1: 0, 2: 0}, (2, 0): {0: 0, 1: 0, 3: 0}, (2, 3): {0: 0, 1: 0, 2: 0},
@@ -69,7 +74,8 @@ KEPT = {
         (3, 2): {0: 1, 1: 0},
     },
 }  # fmt: skip
-"""By scheme, shard and row: the ids kept, and how often each was drawn. The smallest sets that reach 0.8, at most 3
+"""By scheme, shard and row: the ids kept, and how often each was drawn. The two likeliest (one of them impossible in a
+row that has but one); the smallest sets that reach 0.8, at most 3
 tokens; four draws with replacement; all tokens from some 1/4 on, and systematic draws from the others."""
 MODELS = {"uniform": [1 / 6] * 6, "linear": [(token + 1) / 21 for token in range(6)]}
 """What the models of the losses say at every row."""
@@ -110,7 +116,7 @@ def target_spec(name):
 def weights(name, shard, row, p):
     """What each id that is kept stands for, where entries are drawn; else None."""
     kept = KEPT[name][shard, row]
-    if name == "nucleus":
+    if not SCHEMES[name].draws:
         return None
     step = target_spec(name).step
     return [draws * step if name == "sample" or draws else p[token] for token, draws in kept.items()]
@@ -126,7 +132,8 @@ def target_arrays(name, shard, sixteenths=SIXTEENTHS):
             p, chosen = np.array(sixteenths[shard, row]) / 16, list(KEPT[name][shard, row])
             counts[row] = len(chosen)
             token_ids += chosen
-            logprobs += np.log(p[chosen]).tolist()
+            with np.errstate(divide="ignore"):
+                logprobs += np.log(p[chosen]).tolist()
             weighed += weights(name, shard, row, p) or []
             tail[row], label[row] = 1 - p[chosen].sum(), np.log(p[ids[row + 1]])
             entropy[row] = -(p[p > 0] * np.log(p[p > 0])).sum() + 0.0

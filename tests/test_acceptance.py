@@ -141,6 +141,29 @@ def test_batches_and_number_of_documents_change_only_what_is_read(store, models,
     assert first.argmax_agreement == (p == q).mean()
 
 
+@pytest.mark.parametrize("scheme", ["topk", "sample", "hybrid"])
+def test_where_the_likeliest_token_is_sure_to_be_kept_it_is(measured, models, scheme):
+    """And where every row is such a one, agreement is that of the whole distributions."""
+    store = logitstore.open(measured[scheme])
+    found = cached_acceptance(models["draft"], store)
+    right, rows, spec = [], 0, store.spec.target
+    for shard in range(store.num_shards):
+        arrays = store.read_arrays("target", shard)
+        parts = [codec.decode(arrays, spec), *codec.decode_bounds(arrays, spec.codebook)]
+        read = store.read_shard(shard, layers=())
+        p = np.concatenate([conftest.dense_logprobs(models["target"], read.document(i).ids) for i in range(len(read))])
+        for i in np.flatnonzero(read.loss_mask):
+            row, least, most = (part.slice(i, i + 1) for part in parts)
+            rows, place = rows + 1, row.logprobs.argmax()
+            is_met = np.exp(least.logprobs[place]) >= min(most.tail_mass[0], spec.step if scheme == "hybrid" else 1.0)
+            if scheme == "topk" or (is_met and (row.logprobs == row.logprobs.max()).sum() == 1):
+                right.append(row.token_ids[place] == p[i].argmax())
+    assert found.argmax_known == pytest.approx(len(right) / rows, abs=1e-3)
+    assert (found.argmax_known == 1.0) == (scheme == "topk")
+    assert all(right)
+    assert len(right) > 20
+
+
 def test_training_mode_is_kept(store, models):
     draft = models["reference"].train()
     cached_acceptance(draft, store, max_documents=1)

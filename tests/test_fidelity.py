@@ -15,7 +15,7 @@ from measured import LAYERS, SCHEMES, dumper, emptied
 from transformers import AutoModelForCausalLM
 
 import logitstore
-from logitstore import measures
+from logitstore import Rows, measures
 from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import fidelity
@@ -146,6 +146,17 @@ def test_the_rows_measured_are_of_few_documents_and_the_same_every_time(measured
     assert len(fidelity.choose(without(single, [0]))) == 0
 
 
+def test_rows_of_long_documents_are_measured_as_often_as_their_share(measured):
+    shard = logitstore.open(measured["topk"]).read_shard(0, layers=("tokens",))
+    lengths = np.array([16] * 90 + [160] * 10)
+    mask = np.ones(lengths.sum(), dtype=bool)
+    made = replace(shard, ids=np.zeros(len(mask), np.uint32), loss_mask=mask, lengths=lengths)
+    chosen = [fidelity.choose(replace(made, index=i)) for i in range(300)]
+    assert {len(rows) for rows in chosen} == {fidelity.DOCUMENTS * fidelity.ROWS}
+    share = np.mean(np.concatenate(chosen) >= 90 * 16)
+    assert abs(share - 1600 / 3040) < 0.06  # 1,200 documents were drawn: standard error 0.014
+
+
 @pytest.mark.parametrize("batch_tokens", [700, 100])
 def test_another_actor_measures_the_same(measured, tiny, tiny_store, tmp_path, batch_tokens):
     """The same to the last digit where batches are alike, but for floating noise where they are not."""
@@ -233,9 +244,15 @@ def test_a_token_without_any_chance_breaks_no_number(measured):
     exact.keep(np.arange(len(shard.ids)), logits)
     other.keep(np.arange(len(shard.ids)), logits.flip(0))
     alike = rows_of_logits(logits[places], rows, places)
-    for sums in (fidelity.measure_target(exact, exact, alike, spec), fidelity.measure_losses(exact, other, alike)):
+    lost = fidelity.measure_target(exact, exact, only(alike, places), spec)
+    for sums in (lost, fidelity.measure_losses(exact, other, alike)):
         assert np.isfinite(list(sums.values())).all(), sums
         assert sums["rows"] == 5
+
+
+def only(rows, places):
+    """Some rows alone."""
+    return Rows.concatenate([rows.slice(i, i + 1) for i in places])
 
 
 def rows_of_logits(logits, rows, places):

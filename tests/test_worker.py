@@ -225,8 +225,8 @@ def test_a_retry_that_fails_with_more_leaves_the_commit_as_it_is(storage, tokens
     score = worse._score_target
 
     def fail_with_more(shard):
-        scored, left = score(shard)
-        return replace(scored, set_aside=dict.fromkeys([*lacking.set_aside, len(shard) - 2], "out of memory")), left
+        scored, *others = score(shard)
+        return replace(scored, set_aside=dict.fromkeys([*lacking.set_aside, len(shard) - 2], "out of memory")), *others
 
     worse._score_target = fail_with_more
     worse.dump(0, ["target"], retry=[lacking.name])

@@ -6,16 +6,18 @@ that it wrote itself is measured by `trainer.speculative`. N rows, K entries per
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from logitstore import views
 from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM, check_vocabulary, model_spec
 from logitstore.errors import LayerNotFoundError
-from logitstore.support import Support, acceptance_estimate, on_support, soft_cross_entropy
+from logitstore.support import Support, acceptance_estimate, normalised, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,7 +49,10 @@ class CachedAcceptance:
     rounding makes it up to 0.005 low where q = p, the tail as one bucket makes it high. Where entries were drawn
     sum_S w min(1, q / p), unbiased but for that rounding."""
     argmax_agreement: float
-    """Share of rows where the draft's likeliest token is the target's: alpha of greedy decoding."""
+    """Share of rows where the draft's likeliest token is the likeliest kept one: alpha of greedy decoding where that is
+    the target's, see `argmax_known`."""
+    argmax_known: float
+    """Share of rows whose likeliest token is sure to be kept: all where rows are truncated; draws may miss it."""
     forward_kl: float
     """KL(p‖q), nats: on kept entries and the tail bucket, or estimated without bias where entries were drawn."""
 
@@ -60,6 +65,7 @@ class RowAcceptance:
     alpha_upper: Tensor
     alpha_estimate: Tensor
     argmax_agreement: Tensor
+    argmax_known: Tensor
     forward_kl: Tensor
 
 
@@ -72,7 +78,12 @@ def expected_tokens_per_call(alpha: float, gamma: int) -> float:
 
 
 def row_acceptance(
-    logprobs: Tensor, stored: Support, least: Support, most: Support, drawn: Support | None = None
+    logprobs: Tensor,
+    stored: Support,
+    least: Support,
+    most: Support,
+    drawn: Support | None = None,
+    kept_from: float = math.inf,
 ) -> RowAcceptance:
     """Compares a draft with the stored distributions, row by row.
 
@@ -82,6 +93,7 @@ def row_acceptance(
         least: The same entries at the least that their codes allow.
         most: And at the most.
         drawn: The same entries as weights, where they were drawn.
+        kept_from: The probability from which on tokens are kept without being drawn.
 
     Returns:
         N values each. The bounds bracket sum_v min(p_v, q_v) for every p that the codes allow.
@@ -89,13 +101,21 @@ def row_acceptance(
     kept, log_tail = on_support(logprobs, stored)
     q, q_tail = kept.exp().where(stored.used, 0.0), log_tail.exp()
     lower, upper = _alpha_bounds(least, most, q, q_tail)
-    likeliest = stored.token_ids.gather(1, stored.probs.argmax(-1, keepdim=True))[:, 0]
+    highest, place = stored.probs.max(-1, keepdim=True)
+    likeliest = stored.token_ids.gather(1, place)[:, 0]
+    is_known = torch.ones_like(lower)
+    if drawn is not None:
+        # A token that was missed has no more than the tail, and less than what is always kept.
+        at_least = least.probs.gather(1, place)[:, 0]
+        is_alone = (stored.probs == highest).sum(-1) == 1
+        is_known = (is_alone & (at_least >= most.tail.clamp_max(kept_from))).float()
     weighed = stored if drawn is None else drawn
     return RowAcceptance(
         alpha_lower=lower,
         alpha_upper=upper,
         alpha_estimate=acceptance_estimate(stored, drawn, kept, log_tail),
         argmax_agreement=(logprobs.argmax(-1) == likeliest).float(),
+        argmax_known=is_known,
         forward_kl=soft_cross_entropy(weighed, kept, log_tail) - weighed.entropy(),
     )
 
@@ -196,6 +216,10 @@ class _ShardScorer:
         stored = store.read_stored(index, layers=("target",))
         self.shard = store.assemble(stored)
         arrays = stored["target"].arrays
+        target = store.spec.target
+        self._kept_from = math.inf
+        if target is not None and target.scheme.name == "hybrid":
+            self._kept_from = float(np.float32(target.step)) * (1 - 1e-6)
         self._rows = (views.decode(store, arrays), *views.decode_bounds(store, arrays))
 
     @torch.no_grad()
@@ -206,8 +230,8 @@ class _ShardScorer:
         hidden = hidden[torch.from_numpy(batch.places).to(device)]
         for start in range(0, len(hidden), self._lm.rows_per_chunk):
             chunk = slice(start, start + self._lm.rows_per_chunk)
-            logprobs = self._lm.logits(hidden[chunk]).log_softmax(-1)
+            logprobs = normalised(self._lm.logits(hidden[chunk]))
             rows = batch.rows[chunk]
             stored, least, most = (Support.of(part.padded(rows), device) for part in self._rows)
             drawn = None if self._rows[0].weights is None else Support.of(self._rows[0].weighed(rows), device)
-            yield row_acceptance(logprobs, stored, least, most, drawn)
+            yield row_acceptance(logprobs, stored, least, most, drawn, self._kept_from)

@@ -28,7 +28,8 @@ def forward_kl(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
         tail: Log of q's tail mass [N].
 
     Returns:
-        Float32 [N], nats; at least 0 but for rounding. A lower bound of the divergence over the whole vocabulary.
+        Float32 [N], nats. Where rows are truncated at least 0 but for rounding, and a lower bound of the divergence
+        over the whole vocabulary; where entries were drawn an unbiased estimate of it, of either sign.
     """
     return soft_cross_entropy(support, kept, tail) - support.entropy()
 

@@ -83,28 +83,31 @@ class Exact:
         size = max(1, VALUES_PER_CHUNK // self.logprobs.shape[1])
         return (slice(start, start + size) for start in range(0, len(self.rows), size))
 
-    def probs(self, chunk: slice) -> tuple[Tensor, Tensor]:
+    def probs(self, chunk: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Returns logprobs and probabilities of some rows; float64, normalised as such."""
         logprobs = self.logprobs[chunk].double().log_softmax(-1)
         return logprobs, logprobs.exp()
 
 
+NOTHING = Exact(rows=NO_ROWS, logprobs=torch.zeros(0, 0))
+
+
 def choose(shard: Shard) -> NDArray[np.intp]:
     """Chooses the rows that are measured: the same ones whoever computes the shard, and how often.
+
+    Documents are met by their rows, and equally many rows of each are taken: about every row that counts has the same
+    chance, whatever the length of its document.
 
     Returns:
         Places of at most ROWS rows that count of each of at most DOCUMENTS documents, ascending.
     """
     key = np.array([int.from_bytes(b"fidelity"), shard.index], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key))
-    counted = np.flatnonzero(shard.loss_mask)
+    counted = generator.permutation(np.flatnonzero(shard.loss_mask))
     owners = documents_of(shard, counted)
-    documents = np.unique(owners)
-    picked = [NO_ROWS]
-    for document in generator.permutation(documents)[:DOCUMENTS]:
-        own = counted[owners == document]
-        picked.append(generator.permutation(own)[:ROWS])
-    return np.sort(np.concatenate(picked))
+    documents, first = np.unique(owners, return_index=True)
+    met = documents[np.argsort(first)][:DOCUMENTS]
+    return np.sort(np.concatenate([NO_ROWS, *(counted[owners == document][:ROWS] for document in met)]))
 
 
 def control_of(shard: Shard, rows: NDArray[np.intp]) -> Shard:
@@ -124,7 +127,7 @@ def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> 
     Args:
         exact: Of n rows of the shard that have entries.
         again: Of some of them, computed a second time.
-        rows: All of the shard, decoded.
+        rows: The n rows, decoded.
         spec: How they were kept.
 
     Returns:
@@ -135,7 +138,7 @@ def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> 
     vocab_size, device = exact.logprobs.shape[1], exact.logprobs.device
     sums = _Sums()
     for chunk in exact.chunks():
-        places = exact.rows[chunk]
+        places = np.arange(chunk.start, min(chunk.stop, len(exact.rows)))
         logprobs, probs = exact.probs(chunk)
         stored = _support(rows, places, device)
         token_ids = stored.token_ids.where(stored.used, stored.token_ids[:, :1])  # every row keeps something
@@ -154,9 +157,9 @@ def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> 
             weights = _support(rows, places, device, weighed=True)
             missed = probs.scatter_add(1, weights.token_ids, -weights.probs)
             sums.add(tv_draws=missed.abs().sum(-1) / 2)
+    places_of_again = _at(exact, again)
     for chunk in again.chunks():
-        twice = Exact(rows=again.rows, logprobs=exact.logprobs[_at(exact, again)])
-        (logprobs, probs), (other, others) = twice.probs(chunk), again.probs(chunk)
+        (logprobs, probs), (other, others) = exact.probs(places_of_again[chunk]), again.probs(chunk)
         divergence = torch.where(probs > 0, probs * (logprobs - other), 0.0).sum(-1)
         fine = divergence.isfinite()  # not where only one of the two runs gave a token no chance at all
         sums.add(
@@ -182,12 +185,12 @@ def measure_losses(exact: Exact, draft: Exact, rows: Rows) -> dict[str, float]:
     if not len(draft.rows):
         return {}
     device = draft.logprobs.device
-    target = Exact(rows=draft.rows, logprobs=exact.logprobs[_at(exact, draft)])
+    places_of_draft = _at(exact, draft)
     sums = _Sums()
     total = torch.zeros(2, draft.logprobs.shape[1], dtype=torch.float64, device=device)
     for chunk in draft.chunks():
         places = draft.rows[chunk]
-        (_, p), (logprobs, q) = target.probs(chunk), draft.probs(chunk)
+        (_, p), (logprobs, q) = exact.probs(places_of_draft[chunk]), draft.probs(chunk)
         stored, weighed = _support(rows, places, device), _support(rows, places, device, weighed=True)
         kept, log_tail = on_support(logprobs, stored)
         drawn = None if rows.weights is None else weighed
@@ -210,7 +213,7 @@ def check_budget(fidelity: Mapping[str, float], spec: TargetSpec, max_kl: float 
 
     Args:
         fidelity: As measured of a shard's target.
-        spec: How its rows were kept.
+        spec: How its rows were truncated. Draws lose nothing but what rounding does: they have no budget.
         max_kl: Most nats of a row, on average; None for any.
         shard: Which, for the message.
 
@@ -219,14 +222,12 @@ def check_budget(fidelity: Mapping[str, float], spec: TargetSpec, max_kl: float 
     """
     if max_kl is None or not fidelity:
         return
-    # Draws stand for the tail too: there only rounding is lost for good.
-    names = ["kl_codes"] if spec.scheme.draws else ["kl_codes", "kl_tail"]
-    if (found := sum(fidelity[name] for name in names) / fidelity["rows"]) > max_kl:
-        larger = {"nucleus": "--mass or --k", "topk": "--k"}.get(spec.scheme.name, "--num_draws")
+    if (found := (fidelity["kl_codes"] + fidelity["kl_tail"]) / fidelity["rows"]) > max_kl:
+        larger = "--mass or --k" if spec.scheme.name == "nucleus" else "--k"
         raise FidelityError(
             f"max_kl must be at least what storing loses, got max_kl={max_kl:g} where the {fidelity['rows']:.0f} rows "
-            f"measured of shard {shard} lose {found:.3g} nats each ({' + '.join(names)}); give a larger {larger}, or a "
-            "larger --max_kl"
+            f"measured of shard {shard} lose {found:.3g} nats each (kl_codes + kl_tail); give a larger {larger} and "
+            "another --store, or a larger --max_kl"
         )
 
 

@@ -22,7 +22,7 @@ from logitstore.codec import MANTISSA_BITS, round_mantissa
 from logitstore.dump.fidelity import NO_ROWS, Exact, control_of, without
 from logitstore.dump.running import documents_of, rows_of, run_batches
 from logitstore.dump.truncation import truncate, uniforms
-from logitstore.support import Support, on_support, soft_cross_entropy
+from logitstore.support import Support, normalised, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -195,7 +195,7 @@ def score_losses(
         for chunk in _chunks(len(hidden), lm.rows_per_chunk):
             logits = lm.logits(hidden[chunk])
             exact.keep(batch.rows[chunk], logits)
-            logprobs = logits.log_softmax(-1)
+            logprobs = normalised(logits)
             ce = soft_cross_entropy(support[chunk], *on_support(logprobs, support[chunk]))
             parts.append((ce, logprobs.gather(1, labels[chunk, None])[:, 0]))
         return parts

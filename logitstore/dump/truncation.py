@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from logitstore.spec import TargetSpec
 
 
+BLOCK = 256
+"""Tokens whose probabilities are added up first where draws look for theirs."""
+
+
 class Kept(NamedTuple):
     """What is stored of N rows."""
 
@@ -66,23 +70,27 @@ def truncate(logits: Tensor, labels: Tensor, spec: TargetSpec, boundaries: Tenso
     """
     logprobs = logits.log_softmax(-1)
     probs = logprobs.exp()
-    entropy = -torch.linalg.vecdot(probs, logprobs)
+    # Of 262,144 tokens a CPU's float32 log_softmax is off by up to 1e-3, all tokens of a row by the same.
+    total = probs.sum(-1, keepdim=True)
+    excess = total.log()
+    entropy = excess[:, 0] - (probs * logprobs).nansum(-1) / total[:, 0]  # 0 log 0 is 0
     if spec.scheme.name == "sample":
         token_ids, draws = _sample(probs, uniform)
     else:
-        token_ids = _hybrid(logprobs, probs, spec, uniform) if spec.scheme.draws else _likeliest(logprobs, spec)
+        token_ids = _hybrid(logprobs, probs, excess, spec, uniform) if spec.scheme.draws else _likeliest(logprobs, spec)
         draws = torch.zeros_like(token_ids)
     used = token_ids < logits.shape[1]
-    places = token_ids.where(used, token_ids[:, :1])  # every row keeps something
-    kept = logprobs.gather(1, places)
+    # Every row keeps something, but those of NaN: they are set aside, and must not lead anywhere until then.
+    places = token_ids.where(used, token_ids[:, :1]).clamp_max(logits.shape[1] - 1)
+    kept = logprobs.gather(1, places) - excess
     return Kept(
         token_ids=token_ids.int(),
         codes=_codes(kept, used, spec, boundaries),
         draws=draws.int(),
         counts=used.sum(-1, dtype=torch.int32),
         # Summing what is left keeps a small tail true, where 1 - (sum of the kept) would be rounding error.
-        tail=probs.scatter_(1, places, 0.0).sum(-1).log(),
-        label_logprob=logprobs.gather(1, labels[:, None])[:, 0],
+        tail=(probs.scatter_(1, places, 0.0).sum(-1, keepdim=True).log() - excess)[:, 0],
+        label_logprob=(logprobs.gather(1, labels[:, None]) - excess)[:, 0],
         entropy=entropy,
     )
 
@@ -118,8 +126,7 @@ def _sample(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Distinct ids, int64 [N, n], rising, V where fewer; and how often each was drawn, n in all.
     """
-    cdf = probs.cumsum(-1, dtype=torch.float64)  # in float32 a third of 262,144 tokens would never be drawn
-    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_max(probs.shape[1] - 1).sort(-1).values
+    drawn = _first_above(probs, uniform, of_sum=True).sort(-1).values
     is_new = torch.ones_like(drawn)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slots = is_new.cumsum(-1) - 1
@@ -127,15 +134,51 @@ def _sample(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return token_ids, torch.zeros_like(drawn).scatter_add_(1, slots, torch.ones_like(drawn))
 
 
-def _hybrid(logprobs: Tensor, probs: Tensor, spec: TargetSpec, uniform: Tensor) -> Tensor:
+def _first_above(mass: Tensor, marks: Tensor, *, of_sum: bool = False) -> Tensor:
+    """Finds the token at which the cumulative sum of each row is first above each mark.
+
+    In float64, since in float32 a third of 262,144 tokens would never be met; but for few marks in blocks of tokens, of
+    which only those that marks fall into are added up one by one: a float64 cumulative sum costs a CPU ten times a
+    softmax.
+
+    Args:
+        mass: Float32 [N, V], at least 0.
+        marks: Float64 [N, M], at least 0.
+        of_sum: Whether marks are shares of the row's sum, all below 1.
+
+    Returns:
+        Ids, int64 [N, M], none of which has mass 0; V for marks that the sum does not exceed, and for NaN perhaps.
+    """
+    num_rows, vocab_size = mass.shape
+    in_blocks = marks.shape[1] * BLOCK < vocab_size
+    if in_blocks:
+        mass = torch.nn.functional.pad(mass, (0, -vocab_size % BLOCK)).view(num_rows, -1, BLOCK)
+    ends = (mass.sum(-1).double() if in_blocks else mass.double()).cumsum(-1)
+    if of_sum:
+        marks = torch.minimum(marks * ends[:, -1:], ends[:, -1:].nextafter(torch.zeros_like(marks[:, :1])))
+    found = torch.searchsorted(ends, marks, right=True)
+    if not in_blocks:
+        return found
+    is_beyond = found == ends.shape[1]
+    block = found.clamp_max(ends.shape[1] - 1)
+    inside = mass.gather(1, block[..., None].expand(-1, -1, BLOCK)).cumsum(-1, dtype=torch.float64)
+    before = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
+    # The block's own sum, in float32, may be a little more or less than its end says.
+    rest = torch.minimum((marks - before).clamp_min(0.0), inside[..., -1].nextafter(torch.zeros_like(marks)))
+    place = torch.searchsorted(inside, rest[..., None], right=True)[..., 0]
+    return (block * BLOCK + place).masked_fill(is_beyond, vocab_size).clamp_max(vocab_size)
+
+
+def _hybrid(logprobs: Tensor, probs: Tensor, excess: Tensor, spec: TargetSpec, uniform: Tensor) -> Tensor:
     """Keeps what has a code at or above `step`, and draws systematically from the rest: one id at every `step` of it.
 
     An unlikely token is drawn with probability p / step, once at most, so that standing for `step` it is unbiased; of
     all such draws of a given mean number, those with equal weights that fall below the likely tokens' vary least.
 
     Args:
-        logprobs: Float32 [N, V].
-        probs: Float32 [N, V].
+        logprobs: Float32 [N, V], too large by `excess`.
+        probs: Float32 [N, V], likewise.
+        excess: Float32 [N, 1]: log of the sum of `probs`.
         spec: Scheme and codebook.
         uniform: Float64 [N, 1]: where in the first step the draws begin.
 
@@ -145,11 +188,11 @@ def _hybrid(logprobs: Tensor, probs: Tensor, spec: TargetSpec, uniform: Tensor) 
     vocab_size, step = probs.shape[1], spec.step
     boundary = float(spec.codebook.boundaries[spec.last_exact_code])
     top = logprobs.topk(min(int(1 / step), vocab_size), dim=-1)
-    likely = top.indices.masked_fill(-top.values > boundary, vocab_size)
-    mass = probs.masked_fill(-logprobs <= boundary, 0.0).cumsum(-1, dtype=torch.float64)
-    marks = (torch.arange(1, spec.room + 1, device=probs.device) - uniform) * step
-    drawn = torch.searchsorted(mass, marks).masked_fill(marks > mass[:, -1:], vocab_size)
-    token_ids = torch.cat([likely, drawn], dim=-1).sort(-1).values
+    is_likely = excess - top.values <= boundary
+    likely = top.indices.masked_fill(~is_likely, vocab_size)
+    mass = probs.scatter(1, top.indices, probs.gather(1, top.indices).masked_fill(is_likely, 0.0))
+    marks = (torch.arange(1, spec.room + 1, device=probs.device) - uniform) * step * excess.double().exp()
+    token_ids = torch.cat([likely, _first_above(mass, marks)], dim=-1).sort(-1).values
     # Rounding may let two marks fall on one token whose probability is just below a step.
     is_again = torch.zeros_like(token_ids, dtype=torch.bool)
     is_again[:, 1:] = token_ids[:, 1:] == token_ids[:, :-1]

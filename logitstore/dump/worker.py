@@ -12,7 +12,7 @@ import torch
 
 from logitstore import codec, commits
 from logitstore.causal_lm import SplitLM, load_model
-from logitstore.dump.fidelity import NO_ROWS, Exact, check_budget, choose, measure_losses, measure_target
+from logitstore.dump.fidelity import NO_ROWS, NOTHING, Exact, check_budget, choose, measure_losses, measure_target
 from logitstore.dump.running import without
 from logitstore.dump.scoring import Scored, score_again, score_losses, score_target
 from logitstore.dump.todo import check_makers
@@ -144,8 +144,7 @@ class ShardDumper:
         scored: dict[str, Scored] = {}
         exact: Exact | None = None
         if is_wanted("target", shard.tokens_digest):
-            scored["target"], shard = self._score_target(shard)
-            exact = scored["target"].exact
+            scored["target"], shard, exact = self._score_target(shard)
         elif (target := there.get("target")) is not None:
             if not any(is_wanted(layer, target.digest) for layer in layers if layer != "target"):
                 return []
@@ -153,6 +152,7 @@ class ShardDumper:
         for name, reference in self._references.items():
             if is_wanted(losses_layer(name), shard.target_digest):
                 scored[losses_layer(name)] = self._score_losses(reference, shard, exact)
+        exact = None  # its memory is the device's
         written: list[Commit] = []
         for layer, values in scored.items():
             commit = self._write(layer, shard, values, there[layer], started)
@@ -174,20 +174,27 @@ class ShardDumper:
             self._store = Store(self._storage)  # it may have been committed or replaced since this was opened
             return self._store.read_shard(shard_number, layers)
 
-    def _score_target(self, shard: Shard) -> tuple[Scored, Shard]:
-        """Returns what is to be written, and the shard as it will be read, with rows and without what is set aside."""
+    def _score_target(self, shard: Shard) -> tuple[Scored, Shard, Exact]:
+        """Scores a shard, and measures what is lost.
+
+        Returns:
+            What is to be written; the shard as it will be read, without what is set aside, and with rows where there
+            are references; whole distributions of the rows measured.
+        """
         if self._target is None or self._target_spec is None:
             raise ValueError(f"layers must not include target where none was loaded, got shard {shard.index}")
         spec, measured = self._target_spec, choose(shard)
         with self._device_lock:
             scored = score_target(self._target, shard, spec, batch_tokens=self._batch_tokens, keep=measured)
             again = score_again(self._target, shard, scored.exact.rows)
-        # Losses are computed on what readers will see, not on what the target said.
-        rows = codec.decode(scored.arrays, spec)
-        scored = replace(scored, fidelity=measure_target(scored.exact, again, rows, spec))
+        exact = scored.exact
+        rows = codec.decode(codec.of_rows(scored.arrays, exact.rows), spec)
+        scored = replace(scored, exact=NOTHING, fidelity=measure_target(exact, again, rows, spec))
         check_budget(scored.fidelity, spec, self._max_kl, shard.index)
+        # Losses are computed on what readers will see, not on what the target said.
+        rows_read = codec.decode(scored.arrays, spec) if self._references else None
         digest = commits.digest("target", scored.arrays)
-        return scored, replace(without(shard, scored.set_aside), rows=rows, target_digest=digest)
+        return scored, replace(without(shard, scored.set_aside), rows=rows_read, target_digest=digest), exact
 
     def _score_losses(self, reference: SplitLM, shard: Shard, exact: Exact | None = None) -> Scored:
         if shard.rows is None:
@@ -195,7 +202,9 @@ class ShardDumper:
         rows, keep = shard.rows, NO_ROWS if exact is None else exact.rows
         with self._device_lock:
             scored = score_losses(reference, shard, rows, batch_tokens=self._batch_tokens, keep=keep)
-        return scored if exact is None else replace(scored, fidelity=measure_losses(exact, scored.exact, rows))
+        if exact is None:
+            return scored
+        return replace(scored, exact=NOTHING, fidelity=measure_losses(exact, scored.exact, rows))
 
     def _write(
         self, layer: str, shard: Shard, values: Scored, replaced: Commit | None, started: float
