@@ -1,12 +1,17 @@
 """What a scheme costs a draft: drafts trained from each scheme against drafts trained from whole distributions.
 
     python -m benchmarks.bench_scheme [--seeds 3] [--steps 400] [--schemes "topk --k 16" ...] [--record]
+    python -m benchmarks.bench_scheme --temperature 0.6 --warm_start [--record]
 
 A target is made once (benchmarks/_distributions.py, `demo`: 2,048 tokens, real text), and dumped by jobs/dump_logits.py
 by each scheme and once with every token of the vocabulary kept. From each store drafts are trained by
 jobs/train_draft.py from the same initial weights, on the same documents in the same order, for the same steps; only
-what a row keeps differs. They are compared on held-out documents whose rows keep every token: alpha there is exact but
-for the codes, teacher-forced, sum_v min(p, q). Differences to the whole distribution are taken seed by seed.
+what a row keeps differs. `--temperature` below 1 makes the target's distributions as peaked as those of large models
+are. Drafts begin at random, or with `--warm_start` as what was distilled before, from whole distributions of the target
+at temperature 1: as a model that was trained on text before, they then know what is likely in the tail.
+
+Drafts are compared on held-out documents whose rows keep every token: alpha there is exact but for the codes,
+teacher-forced, sum_v min(p, q). Differences to the whole distribution are taken seed by seed.
 
 Bytes are those of all arrays of the `target` layer for each row that counts. The selected set is AdaSPEC's: of the rows
 of the training documents the 40 % whose loss gap, of the untrained draft and a reference, is largest, computed from
@@ -75,7 +80,7 @@ class Outcome:
 class Bench:
     """The folder, the target and the text that all schemes share."""
 
-    def __init__(self, folder, *, seeds, steps, num_functions):
+    def __init__(self, folder, *, seeds, steps, num_functions, temperature, warm_start):
         self.folder, self.seeds, self.steps = folder, seeds, steps
         self.target = _distributions.FOLDER / "demo" / "target"
         _distributions.make("demo", _distributions.RECIPES["demo"])
@@ -86,7 +91,26 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(self.target)
         for seed in range(seeds):
             demo_models.save_new_model(demo_models.DRAFTS[0], tokenizer, folder / f"new-{seed}", seed=seed + 1)
+        if warm_start:
+            store = self._dump("train", WHOLE)
+            for seed in range(seeds):
+                made = self._train(store, seed, f"warm-{seed}")
+                shutil.rmtree(folder / f"new-{seed}")
+                made.rename(folder / f"new-{seed}")
+            shutil.rmtree(store)
+        if temperature != 1:
+            self.target = self._sharpened(temperature)
         self.check = self._dump("held_out", WHOLE)
+        self.entropy = np.nanmean([np.nanmean(document.rows.entropy) for document in logitstore.open(self.check)])
+
+    def _sharpened(self, temperature):
+        """A target that says what this one does at another temperature."""
+        model = AutoModelForCausalLM.from_pretrained(self.target)
+        with torch.no_grad():
+            model.model.norm.weight.div_(temperature)
+        model.save_pretrained(self.folder / "target")
+        AutoTokenizer.from_pretrained(self.target).save_pretrained(self.folder / "target")
+        return self.folder / "target"
 
     def _dump(self, data, scheme):
         url = self.folder / f"{data} {scheme}".replace(" --", "_").replace(" ", "_")
@@ -181,13 +205,17 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of each draft (default %(default)s)")
     parser.add_argument("--num_functions", type=int, default=100_000, help="documents at most")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the target (default %(default)s)")
+    parser.add_argument("--warm_start", action="store_true", help="begin with what was distilled at temperature 1")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, metavar="'NAME --OPTION VALUE'")
     parser.add_argument("--record", action="store_true", help="write the table and the plot to benchmarks/results")
     args = parser.parse_args(argv)
     started = time.monotonic()
+    start = "_warm" if args.warm_start else ""
     bench = Bench(
-        _distributions.FOLDER / "scheme", seeds=args.seeds, steps=args.steps, num_functions=args.num_functions
-    )
+        _distributions.FOLDER / f"scheme{start}", seeds=args.seeds, steps=args.steps, num_functions=args.num_functions,
+        temperature=args.temperature, warm_start=args.warm_start,
+    )  # fmt: skip
     outcomes = {}
     outcomes[WHOLE], gap = bench.outcome(WHOLE, None, None)
     outcomes[WHOLE].overlap = 1.0
@@ -195,11 +223,15 @@ def main(argv=None):
     for scheme in args.schemes:
         outcomes[scheme], _ = bench.outcome(scheme, gap, reference)
         print("\n".join(rows(outcomes)), flush=True)
-    lines = [*rows(outcomes), "", f"{args.seeds} seeds, {args.steps} steps, {time.monotonic() - started:,.0f} s"]
+    begun = AutoModelForCausalLM.from_pretrained(bench.folder / "new-0")
+    before = cached_acceptance(begun, logitstore.open(bench.check)).alpha_estimate
+    facts = f"target's entropy {bench.entropy:.2f} nats; alpha of the first draft before training {100 * before:.2f}"
+    taken = f"{args.seeds} seeds, {args.steps} steps, {time.monotonic() - started:,.0f} s"
+    lines = [*rows(outcomes), "", f"{taken}; {facts}"]
     print("\n".join(lines))
     if args.record:
         day = datetime.datetime.now(datetime.UTC).date()
-        path = Path(__file__).parent / "results" / f"scheme_cpu-{os.cpu_count()}-cores_{day}.md"
+        path = Path(__file__).parent / "results" / f"scheme{start}_cpu-{os.cpu_count()}-cores_{day}.md"
         plot(outcomes, path.with_suffix(".png"))
         head = (
             f"# Drafts trained from each scheme, CPU, {day}\n\n{os.cpu_count()} shared x86-64 cores; Python "

@@ -32,7 +32,7 @@ def dense(store: Store, shard: int) -> dict[str, NDArray[Any]]:
         ids: uint32 [R]; loss_mask: bool [R]; lengths: int64 [D], of the documents, which lie end to end.
         counts: int64 [R], entries of each row, 0 where the mask is 0.
         token_ids: uint32 [R, K] and probs: float32 [R, K], rising by id, both 0 beyond a row's entries.
-        tail, label_logprob, entropy: float32 [R], NaN where the mask is 0.
+        tail_mass, label_logprob, entropy: float32 [R], NaN where the mask is 0. The mass itself: a store has its log.
         weights: float32 [R, K], what entries stand for, only where they were drawn.
 
     Raises:
@@ -52,7 +52,7 @@ def dense(store: Store, shard: int) -> dict[str, NDArray[Any]]:
         "counts": rows.counts,
         "token_ids": padded.token_ids.astype(np.uint32),
         "probs": padded.probs,
-        "tail": rows.tail_mass,
+        "tail_mass": rows.tail_mass,
         "label_logprob": rows.label_logprob,
         "entropy": rows.entropy,
     }
@@ -70,11 +70,12 @@ def write(store: Store, shard: int, out: str) -> Iterator[str]:
     path = Path(out)
     if path.suffix != ".npz" or not path.resolve().parent.is_dir():
         raise ValueError(f"out must be an .npz file in a folder that is there, got out={out}; make the folder first")
-    arrays = dense(store, shard)
+    # Any: savez has a keyword of its own, a bool, from NumPy 2.2 on; before, it takes every keyword for an array.
+    arrays: dict[str, Any] = dense(store, shard)
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

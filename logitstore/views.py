@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from logitstore import codec
 from logitstore.codec import LARGEST_TAIL, LEVELS
@@ -21,7 +22,7 @@ from logitstore.rows import Rows
 from logitstore.schemes import OPTIONS, Scheme, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -29,13 +30,17 @@ if TYPE_CHECKING:
     from logitstore.spec import TargetSpec
 
 PLACE_BITS = 16
-"""A row has at most 2**16 entries."""
+"""A row has fewer than 2**16 entries."""
+BLOCK_CELLS = 2**16
+"""Most cells of a rectangle of rows and entries that is worked on at once: 2 MB. No row has as many entries."""
 
 
 def truncated(store: Store, scheme: Scheme) -> Store:
     """Returns a store as it would be read if it had been dumped with a smaller scheme. Reads nothing.
 
     Its spec has that scheme, and neither it nor its layers have losses: those were computed on the stored entries.
+    A store that is truncated already is asked for what is stored, not for what it is read as: another scheme replaces
+    the one before, and the stored one gives the store as it is, with losses.
 
     Args:
         store: With a target layer of `topk` or `nucleus`.
@@ -46,13 +51,19 @@ def truncated(store: Store, scheme: Scheme) -> Store:
         ValueError: The stored rows do not hold all that the scheme keeps.
     """
     target = _target(store)
-    if scheme == target.scheme:
+    if scheme == _read_as(store):
         return store
-    check_smaller(target.scheme, scheme)
+    # All layers, which a store that is truncated does not list.
+    layers = vars(store).get("_stored_layers", store.layers)
     view = copy.copy(store)
+    if scheme == target.scheme:
+        vars(view).update(spec=store.stored, layers=layers)
+        return view
+    check_smaller(target.scheme, scheme)
     vars(view).update(
         spec=replace(store.stored, target=replace(target, scheme=scheme), losses={}),
-        layers={name: layer for name, layer in store.layers.items() if not name.startswith("losses/")},
+        layers={name: layer for name, layer in layers.items() if not name.startswith("losses/")},
+        _stored_layers=layers,
     )
     return view
 
@@ -61,7 +72,7 @@ def smaller(store: Store, *, k: int | None, mass: float | None) -> Store:
     """Returns a store with fewer entries at a row, as flags ask for it; the store itself where they are not given.
 
     Args:
-        store: What they are given for.
+        store: What they are given for; they ask of what is stored, however it is read.
         k: Most entries of a row; as stored by default.
         mass: Of a nucleus, which then also a store of `topk` is read as; as stored by default.
 
@@ -164,27 +175,49 @@ def kept(rows: Rows, codes: NDArray[np.uint8], stored: TargetSpec, scheme: Schem
     Returns:
         [E]
     """
-    counts = rows.counts[rows.counts > 0]
-    if not len(counts):
-        return np.zeros(0, dtype=np.bool_)
-    # One number by which the entries of a row sort: code, then place, of which there are at most 2**16.
-    used = np.arange(counts.max()) < counts[:, None]
-    keys = np.full(used.shape, LEVELS << PLACE_BITS, dtype=np.int32)
-    keys[used] = codes.astype(np.int32) << PLACE_BITS
-    keys |= np.arange(used.shape[1], dtype=np.int32)
-    in_order = np.sort(keys, axis=1)
-    num = np.minimum(counts, scheme.k)
-    if scheme.name == "nucleus":
-        firsts = rows.offsets[:-1][rows.counts > 0]
-        scale = np.exp(rows.logprobs[firsts] - stored.codebook.table[codes[firsts]])
-        reached = _reached(in_order >> PLACE_BITS, scale, stored, scheme)
-        if (stored.scheme.name, stored.scheme.mass) == ("nucleus", scheme.mass):
-            # The exact probabilities needed all that is stored beyond k_min; decoded ones may seem to need one less.
-            reached = np.where(counts > stored.scheme.k_min, counts, reached)
-        num = np.minimum(num, reached)
-    last = np.take_along_axis(in_order, num[:, None] - 1, axis=1)
-    chosen: NDArray[np.bool_] = (keys <= last)[used]
+    counts, firsts = rows.counts[rows.counts > 0], rows.offsets[:-1][rows.counts > 0]
+    # One number by which the entries of a row sort: code, then place. Cells at the end are no entry of any row.
+    cells = np.full(len(codes) + counts.max(initial=0), LEVELS << PLACE_BITS, dtype=np.int32)
+    keys = cells[: len(codes)]
+    keys[:] = codes
+    keys <<= PLACE_BITS
+    keys += np.arange(len(codes), dtype=np.int32)
+    keys -= np.repeat(firsts.astype(np.int32), counts)
+    last_keys = np.zeros(len(counts), dtype=np.int32)
+    # Rows of like counts are worked on together: one of many entries makes no wide rectangle of all.
+    by_count = np.argsort(counts.astype(np.uint16), kind="stable")
+    for block in _blocks(counts[by_count]):
+        some = by_count[block]
+        num, first = counts[some], firsts[some]
+        in_order = sliding_window_view(cells, num[-1])[first]
+        if num[0] < num[-1]:
+            in_order[np.arange(num[-1]) >= num[:, None]] = LEVELS << PLACE_BITS
+        in_order.sort(axis=1)
+        most = np.minimum(num, scheme.k)
+        if scheme.name == "nucleus":
+            scale = np.exp(rows.logprobs[first] - stored.codebook.table[codes[first]])
+            reached = _reached(in_order >> PLACE_BITS, scale, stored, scheme)
+            if (stored.scheme.name, stored.scheme.mass) == ("nucleus", scheme.mass):
+                # The exact probabilities needed all that is stored beyond k_min; decoded ones may seem to need less.
+                reached = np.where(num > stored.scheme.k_min, num, reached)
+            most = np.minimum(most, reached)
+        last_keys[some] = in_order[np.arange(len(some)), most - 1]
+    chosen: NDArray[np.bool_] = keys <= np.repeat(last_keys, counts)
     return chosen
+
+
+def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
+    """Yields rows that make a rectangle of at most `BLOCK_CELLS`, and of at most twice as many cells as entries.
+
+    Args:
+        counts: [N], rising, each at least 1.
+    """
+    start = 0
+    while start < len(counts):
+        stop = int(np.searchsorted(counts, 2 * counts[start], side="right"))
+        stop = min(stop, start + int(BLOCK_CELLS // counts[stop - 1]))
+        yield slice(start, stop)
+        start = stop
 
 
 def _reached(

@@ -8,18 +8,20 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import functions, write_jsonl
-from transformers import AutoTokenizer
+import torch
+from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, functions, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitstore import assumptions, cli, plan
 from logitstore.assumptions import Range, assumed
-from logitstore.causal_lm import check_model
+from logitstore.causal_lm import SplitLM, check_model
 from logitstore.dump import planning
 from logitstore.dump.documents import prepare
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.schemes import OPTIONS, Scheme, make_scheme
-from logitstore.spec import LossSpec, TargetSpec
+from logitstore.spec import LossSpec, ModelSpec, TargetSpec
 from logitstore.storage import Storage
 from logitstore.writer import add_layer
 
@@ -89,6 +91,144 @@ def test_a_calibrated_plan_is_what_the_dump_takes(tiny, tmp_path, capsys, scheme
     assert data["token_bytes"] == pytest.approx(tokens / store.num_rows, rel=0.15)
     assert found["rows_per_s"] > 0
     assert found["hours"] == pytest.approx([store.num_rows / found["rows_per_s"] / 3600] * 2)
+
+
+@pytest.mark.parametrize("place", [0, 59])  # records are drawn: one of the two is not the first
+def test_records_without_documents_are_not_among_those_that_calibrate(tiny, tmp_path, capsys, place):
+    records = [{"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 0, 0]}] * 60
+    records[place] = {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}
+    data = write_jsonl(tmp_path / "one.jsonl", records)
+    facts = planned(capsys, *options_of(tiny, "--calibrate", 1), "--data", data)
+    assert facts["calibrated"].endswith(": 1 documents, 4 rows of which 2 count")
+
+
+BAD = {"target": 400, "reference": 401}
+"""The token that a model of `broken` gives NaN with."""
+
+
+@pytest.fixture(scope="module")
+def broken(tiny, tmp_path_factory):
+    """Models that give NaN from one token on, a target and a reference."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name, token in BAD.items():
+        model = AutoModelForCausalLM.from_pretrained(getattr(tiny, name))
+        with torch.no_grad():
+            model.get_input_embeddings().weight[token] = float("nan")
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(tiny.tokenizer).save_pretrained(folder / name)
+    return folder
+
+
+class Clock:
+    """Goes on a second whenever it is read."""
+
+    now = 0
+
+    def perf_counter(self):
+        self.now += 1
+        return self.now
+
+
+def calibrated(capsys, monkeypatch, broken, documents, *options):
+    """What a plan with all documents measures, where each shard takes a second: the text, and the one scheme."""
+    data = write_jsonl(broken / "data.jsonl", [{"input_ids": ids} for ids in documents])
+    monkeypatch.setattr(planning, "time", Clock())
+    options = ["--scheme", "nucleus", "--calibrate", len(documents), *options]
+    facts = planned(capsys, "--data", data, "--target", broken / "target", "--max_length", 64, *options)
+    (found,) = facts["schemes"]
+    return facts["calibrated"].partition(": ")[2], found
+
+
+GOOD = [[i, *range(10, 10 + 4 * i)] for i in range(2, 6)]
+ROWS, COUNTED = sum(map(len, GOOD)), sum(len(ids) - 1 for ids in GOOD)
+
+
+@pytest.mark.parametrize("place", range(len(GOOD) + 1))  # one of them is that of the document drawn first
+def test_a_document_that_the_target_fails_with_is_no_part_of_the_plan(capsys, monkeypatch, broken, place):
+    documents = [*GOOD[:place], [3, BAD["target"], 4], *GOOD[place:]]
+    text, found = calibrated(capsys, monkeypatch, broken, documents)
+    left_out = "documents left out because a model fails with them: 1"
+    assert text == f"{len(GOOD)} documents, {ROWS} rows of which {COUNTED} count; {left_out}"
+    assert found["rows_per_s"] == ROWS
+    _, without = calibrated(capsys, monkeypatch, broken, GOOD)
+    assert found["entries_per_row"] == pytest.approx(without["entries_per_row"])
+
+
+@pytest.mark.parametrize("shard_rows", [64, 4096], ids=["shards of one document", "one shard"])
+def test_what_models_fail_with_is_left_out_of_shards_of_any_size(capsys, monkeypatch, broken, shard_rows):
+    long = [[*ids, *range(10, 74 - len(ids))] for ids in GOOD]
+    documents = [*long, [3, BAD["target"], *range(10, 72)], [3, BAD["reference"], *range(10, 72)]]
+    options = ["--reference", f"ref={broken / 'reference'}", "--shard_rows", shard_rows]
+    text, found = calibrated(capsys, monkeypatch, broken, documents, *options)
+    left_out = "documents left out because a model fails with them: 2"
+    assert text == f"{len(long)} documents, {64 * len(long)} rows of which {63 * len(long)} count; {left_out}"
+    assert found["rows_per_s"] == (64 if shard_rows == 64 else 64 * len(long))
+
+
+def test_a_reference_costs_what_its_own_rows_do(tiny, capsys, monkeypatch, broken):
+    """One that fails with half of the documents takes as many bytes a row, of half the rows, as one that does not."""
+    documents = np.random.default_rng(0).integers(3, 400, (100, 64)).tolist()
+    for ids in documents[::2]:
+        ids[0] = BAD["reference"]
+    per_row = []
+    for reference in (tiny.reference, broken / "reference"):
+        _, found = calibrated(capsys, monkeypatch, broken, documents, "--reference", f"ref={reference}")
+        _, none = calibrated(capsys, monkeypatch, broken, documents)
+        per_row.append((found["bytes"][0] - none["bytes"][0]) / (63 * len(documents)))
+    assert per_row[1] == pytest.approx(per_row[0], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "reason"),
+    [
+        ([[BAD["target"], *ids] for ids in GOOD], [], "got 4 that all fail, document 0: model must give"),
+        ([[BAD["reference"], *ids] for ids in GOOD], ["reference"], "got 4 that all fail, document 0: model must give"),
+        ([[3, BAD["target"], 4], [3, BAD["reference"], 4]], ["reference"], "got 1 that all fail, document "),
+        ([[BAD["reference"], 4], [BAD["target"], 4]], ["swapped", "reference"], "model must give finite numbers, got"),
+    ],
+    ids=["target", "reference", "each with one", "each reference with one"],
+)
+def test_a_plan_without_a_document_that_all_models_score_is_refused(
+    tiny, tmp_path, capsys, broken, documents, options, reason
+):
+    data = write_jsonl(tmp_path / "bad.jsonl", [{"input_ids": ids} for ids in documents])
+    target = tiny.target if "swapped" in options else broken / "target"
+    folders = {"reference": broken / "reference", "swapped": broken / "target"}
+    references = [part for name in options for part in ("--reference", f"{name}={folders[name]}")]
+    argv = ["plan", *options_of(tiny, "--calibrate", 9), *references, "--data", data, "--target", target]
+    assert cli.main(list(map(str, argv))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    start = f"error: calibrate must have a document that all models score, got none in {len(documents)} ("
+    assert line.startswith(start)
+    assert reason in line
+    assert line.endswith("; see that the models run, or take more records with --calibrate")
+
+
+def test_what_is_slow_once_is_timed_of_no_model(tiny, monkeypatch):
+    """Nor where the first documents all fail: the clock jumps at the first pass of each model alone."""
+    clock = Clock()
+    monkeypatch.setattr(planning, "time", clock)
+
+    def load(name):
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[BAD["target"]] = float("nan")
+
+        def first_pass(*_):
+            clock.now += 1000
+            handle.remove()
+
+        handle = model.get_decoder().register_forward_pre_hook(first_pass)
+        return SplitLM(model, VOCAB_SIZE)
+
+    target, *references = map(load, (tiny.target, tiny.reference, tiny.draft))
+    bad = [[BAD["target"], 5]] * planning.WARM_UP_DOCUMENTS
+    documents = [planning.Tokens(np.array(ids), np.arange(len(ids)) < len(ids) - 1) for ids in (*bad, *GOOD)]
+    model = ModelSpec(name="target", revision="", dtype="float32", padded_vocab_size=PADDED_VOCAB_SIZE)
+    spec = TargetSpec(model=model, scheme=Scheme(k=4))
+    found = planning.calibrate(target, references, planning.in_shards(documents, 4096), spec, 4096, 1024)
+    assert clock.now >= 3000
+    assert found.cost.rows_per_s == found.rows == ROWS
 
 
 def test_the_range_of_a_sample_holds_what_all_documents_come_to(tiny, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -78,6 +79,24 @@ def tolerance(logits, schemes):
     steps = book.max_errors[book.encode(np.log(np.maximum(p, 1e-30)).astype(np.float32))]
     # A shared code moves up by one, which is two halves of a step more; the tail's log has 7 bits.
     return p, 4 * (p * steps).sum(-1) + 2.0**-MANTISSA_BITS * 0.4 + 1e-4
+
+
+def needed(rows, scheme, mass):
+    """Of how many entries a nucleus of each row is by its decoded probabilities, in float64."""
+    row, there = np.repeat(np.arange(len(rows)), rows.counts), rows.counts > 0
+    probs = np.exp(rows.logprobs.astype(np.float64))
+    probs = probs[np.lexsort((-probs, row))]
+    before = np.cumsum(probs) - probs
+    before -= np.repeat(before[rows.offsets[:-1][there]], rows.counts[there])
+    num = np.bincount(row[before < mass], minlength=len(rows))
+    return np.minimum(np.maximum(num, scheme.k_min), np.minimum(rows.counts, scheme.k))
+
+
+def assert_as_needed(counts, rows, scheme):
+    """Sums in float32 may be off by 1e-5, which hardly any row is near enough to its mass to notice."""
+    fewest, most = (needed(rows, scheme, scheme.mass + slack) for slack in (-1e-5, 1e-5))
+    assert ((fewest <= counts) & (counts <= most)).all()
+    assert (fewest == most).mean() > 0.98
 
 
 shapes = given(
@@ -161,6 +180,38 @@ def test_bounds_of_a_view_hold_the_exact_rows(seed, num_rows, masked, sharpness,
         assert low.tail_mass[0] - 1e-6 <= 1 - exact.sum() <= high.tail_mass[0] + 1e-6
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
+def test_a_nucleus_ends_where_the_decoded_probabilities_reach_its_mass(name, sharpness):
+    arrays = dumped(random_logits(0, 300, sharpness, 0), SCHEMES[name], masked=2)
+    whole = codec.decode(arrays, spec_of(SCHEMES[name]))
+    for mass in (0.2, 0.3, 0.6, 0.9):
+        scheme = Scheme(name="nucleus", k=38, mass=mass, k_min=2)
+        assert_as_needed(seen(arrays, SCHEMES[name], scheme)[0].counts, whole, scheme)
+
+
+def test_a_view_takes_memory_by_the_entry_whatever_the_widest_row():
+    rng = np.random.default_rng(0)
+    counts = rng.permutation(np.repeat([0, 1, 7, 8, 4096], [200, 50, 500, 15633, 1])).astype(np.uint16)
+    floats = np.where(counts, np.float32(-2.0), np.float32(np.nan))
+    arrays = {"counts": counts, "gaps": rng.integers(0, 9, counts.sum(), np.uint32)}
+    arrays |= {"logprobs": rng.integers(90, 256, counts.sum(), np.uint8)}
+    arrays |= dict.fromkeys(("tail", "label_logprob", "entropy"), floats)
+    stored = Scheme(k=4096)
+    whole = codec.decode(arrays, spec_of(stored))
+    row = np.repeat(np.arange(len(counts)), counts)
+    ranks = np.empty(len(row), np.int64)
+    ranks[np.lexsort((arrays["logprobs"], row))] = np.arange(len(row)) - whole.offsets[row]
+    for scheme in (Scheme(k=5), Scheme(name="nucleus", k=4096, mass=0.5)):
+        tracemalloc.start()
+        rows, chosen = seen(arrays, stored, scheme)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 64 * len(row)  # bytes; decoding alone takes 33 an entry
+        np.testing.assert_array_equal(chosen, ranks < rows.counts[row])
+        assert_as_needed(rows.counts, whole, scheme)
+
+
 def test_equally_coded_entries_are_kept_by_their_ids():
     logits = np.full((1, V), -8.0, np.float32)
     logits[0, [70, 3, 20, 41]] = [4.0, 1.0, 1.0, 1.0]
@@ -239,6 +290,24 @@ def whole_topk(rows, k):
     parts = [rows.slice(i, i + 1) for i in np.flatnonzero(rows.counts)]
     chosen = [np.sort(part.token_ids[np.argsort(-part.logprobs, kind="stable")[:k]]) for part in parts]
     return np.concatenate(chosen)
+
+
+def test_a_view_of_a_view_asks_of_what_is_stored(tiny_store):
+    store = logitstore.open(tiny_store)
+    view = views.truncated(store, Scheme(k=4))
+    assert views.truncated(view, Scheme(k=4)) is view
+    for narrow in (view, pickle.loads(pickle.dumps(view)), views.truncated(view, Scheme(k=2))):
+        wider = views.truncated(narrow, Scheme(k=8))
+        assert repr(wider) == repr(views.truncated(store, Scheme(k=8)))
+        np.testing.assert_array_equal(wider.shard(0).rows.token_ids, whole_topk(store.shard(0).rows, 8))
+        assert views.smaller(narrow, k=None, mass=0.9).spec == views.smaller(store, k=None, mass=0.9).spec
+        with pytest.raises(ValueError, match="k must be at most 16, which the store keeps, got k=17"):
+            views.truncated(narrow, Scheme(k=17))
+        whole = views.truncated(narrow, Scheme(k=16))
+        assert (repr(whole), whole.spec) == (repr(store), store.spec)
+        np.testing.assert_array_equal(whole.loss("reference")[5], store.loss("reference")[5])
+        np.testing.assert_array_equal(whole[5].rows.logprobs, store[5].rows.logprobs)
+        assert list(narrow.layers) == ["tokens", "target"]
 
 
 def test_losses_of_a_view_are_refused(tiny_store):

@@ -32,13 +32,18 @@ from logitstore.weights import load_weights, loading_bars
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from logitstore.dump.scoring import Scored
+
 STANDARD_ERRORS = 2.0
 """How far a range of what was estimated from a sample goes to either side."""
+
+WARM_UP_DOCUMENTS = 4
+"""How many documents the models take at once before they are timed."""
 
 
 class Tokens(NamedTuple):
@@ -46,6 +51,15 @@ class Tokens(NamedTuple):
 
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
+
+
+class Calibration(NamedTuple):
+    """What rows cost, and what that was measured with: documents that all models scored."""
+
+    cost: Cost
+    documents: int
+    rows: int
+    counted: int
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,12 +126,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             lm = load(args.target, "target", target, args.revision)
             others = [load(references[name], f"reference {name}", spec, None) for name, spec in described.items()]
         shards = in_shards(documents, shard_rows)
-        costs = [calibrate(lm, others, shards, spec, shard_rows, args.batch_tokens) for spec in specs]
-        counted = sum(int(shard.loss_mask.sum()) for shard in shards)
+        found = [calibrate(lm, others, shards, spec, shard_rows, args.batch_tokens) for spec in specs]
+        costs = [one.cost for one in found]
+        # Losses are of a scheme's entries, so that a reference may fail with one and not with another.
+        fewest = min(found, key=lambda one: one.documents)
         calibrated = (
-            f"{args.target} on this machine's {device}: {len(documents):,} documents, "
-            f"{sum(len(shard.ids) for shard in shards):,} rows of which {counted:,} count"
+            f"{args.target} on this machine's {device}: {fewest.documents:,} documents, {fewest.rows:,} rows of which "
+            f"{fewest.counted:,} count"
         )
+        if failed := len(documents) - fewest.documents:
+            calibrated += f"; documents left out because a model fails with them: {failed:,}"
     return plan(
         corpus,
         list(zip(specs, costs, strict=True)),
@@ -159,7 +177,7 @@ def look_at(
         max_length: Most tokens of a document.
         shard_rows: Most rows of a shard.
         sample_documents: How many records to tokenise at most.
-        calibrate: How many of them give the documents that are returned; None for none.
+        calibrate: How many records with documents to return those of, the first drawn; None for none.
         options: What the data's file system needs.
 
     Raises:
@@ -197,7 +215,8 @@ def look_at(
         documents=documents, rows=rows, counted=counted, shards=shards, shard_rows=shard_rows, max_length=max_length,
         vocab_size=vocab_size, token_bytes=_token_bytes(in_shards(in_order, shard_rows), shard_rows),
     )  # fmt: skip
-    return corpus, [tokens for documents_ in found[:calibrate] for tokens in documents_] if calibrate else []
+    with_documents = [documents_ for documents_ in found if documents_]
+    return corpus, [tokens for documents_ in with_documents[:calibrate] for tokens in documents_] if calibrate else []
 
 
 def _figures(documents: Sequence[Tokens]) -> tuple[int, int, int]:
@@ -235,11 +254,6 @@ def in_shards(documents: Sequence[Tokens], shard_rows: int) -> list[Shard]:
     ]
 
 
-def _first_document(shard: Shard) -> Shard:
-    first = shard.document(0)
-    return replace(shard, ids=first.ids, loss_mask=first.loss_mask, lengths=shard.lengths[:1])
-
-
 def _token_bytes(shards: Sequence[Shard], shard_rows: int) -> float:
     num_bytes = sum(
         encoded_bytes(
@@ -267,6 +281,31 @@ def encoded_bytes(layer: str, arrays: Mapping[str, NDArray[Any]], shard_rows: in
     return total
 
 
+def score_all(
+    target: SplitLM, references: Sequence[SplitLM], shard: Shard, spec: TargetSpec, batch_tokens: int
+) -> tuple[Scored, list[Scored]] | str:
+    """Scores a shard with all models as the dump does: what the target fails with, references do not see.
+
+    Returns:
+        The target's rows and the references' losses, or, if a model fails with every document, why.
+    """
+    try:
+        scored = score_target(target, shard, spec, batch_tokens=batch_tokens)
+        rows, left = codec.decode(scored.arrays, spec), without(shard, scored.set_aside)
+        return scored, [score_losses(lm, left, rows, batch_tokens=batch_tokens) for lm in references]
+    except ValueError as error:
+        return str(error)
+
+
+def _parts(shards: Sequence[Shard]) -> Iterator[Shard]:
+    """Yields all documents, a few at a time."""
+    for shard in shards:
+        for first in range(0, len(shard), WARM_UP_DOCUMENTS):
+            lengths = shard.lengths[first : first + WARM_UP_DOCUMENTS]
+            rows = slice(int(shard.starts[first]), int(shard.starts[first + len(lengths)]))
+            yield replace(shard, ids=shard.ids[rows], loss_mask=shard.loss_mask[rows], lengths=lengths)
+
+
 def calibrate(
     target: SplitLM,
     references: Sequence[SplitLM],
@@ -274,8 +313,10 @@ def calibrate(
     spec: TargetSpec,
     shard_rows: int,
     batch_tokens: int,
-) -> Cost:
+) -> Calibration:
     """Scores and encodes documents as the dump does, writes nothing, and measures.
+
+    What a dump would set aside is left out: documents that a model fails with, and shards of nothing else.
 
     Args:
         target: The target.
@@ -286,24 +327,45 @@ def calibrate(
         batch_tokens: Most tokens of a forward.
 
     Raises:
-        ValueError: A model fails with every document of a shard.
+        ValueError: There is no document that all models score.
     """
-    entries = counted = target_bytes = loss_bytes = 0
+    entries = target_counted = target_bytes = loss_counted = loss_bytes = 0
+    documents = rows = counted = 0
     seconds = 0.0
-    score_target(target, _first_document(shards[0]), spec, batch_tokens=batch_tokens)  # what is slow once is not timed
+    failures: list[str] = []
+    for part in _parts(shards):  # what is slow once, of any model, is not timed
+        if not isinstance(score_all(target, references, part, spec, batch_tokens), str):
+            break
     for shard in shards:
         started = time.perf_counter()
-        scored = score_target(target, shard, spec, batch_tokens=batch_tokens)
-        rows, left = codec.decode(scored.arrays, spec), without(shard, scored.set_aside)
-        losses = [score_losses(lm, left, rows, batch_tokens=batch_tokens).arrays for lm in references]
-        seconds += time.perf_counter() - started
-        entries += len(rows.token_ids)
-        counted += int(left.loss_mask.sum())
+        found = score_all(target, references, shard, spec, batch_tokens)
+        taken = time.perf_counter() - started
+        if isinstance(found, str):
+            failures.append(found)
+            continue
+        scored, losses = found
+        seconds += taken
+        left = without(shard, scored.set_aside)
+        entries += int(scored.arrays["counts"].sum(dtype=np.int64))
+        target_counted += int(left.loss_mask.sum())
         target_bytes += encoded_bytes("target", scored.arrays, shard_rows, spec.room)
-        loss_bytes += sum(encoded_bytes("losses/reference", arrays, shard_rows, 1) for arrays in losses)
-    return Cost(
-        entries=Range.exactly(entries / counted),
-        target_bytes=Range.exactly(target_bytes / counted),
-        loss_bytes=Range.exactly(loss_bytes / counted / max(len(references), 1)),
-        rows_per_s=sum(len(shard.ids) for shard in shards) / seconds,
+        for loss in losses:
+            loss_counted += int(without(left, loss.set_aside).loss_mask.sum())
+            loss_bytes += encoded_bytes("losses/reference", loss.arrays, shard_rows, 1)
+        set_aside = {document: reason for one in (scored, *losses) for document, reason in one.set_aside.items()}
+        failures += set_aside.values()
+        documents += len(shard) - len(set_aside)
+        rows += len(shard.ids) - int(shard.lengths[list(set_aside)].sum())
+        counted += int(without(shard, set_aside).loss_mask.sum())
+    if not documents:
+        raise ValueError(
+            f"calibrate must have a document that all models score, got none in {sum(map(len, shards))} "
+            f"({failures[0]}); see that the models run, or take more records with --calibrate"
+        )
+    cost = Cost(
+        entries=Range.exactly(entries / target_counted),
+        target_bytes=Range.exactly(target_bytes / target_counted),
+        loss_bytes=Range.exactly(loss_bytes / max(loss_counted, 1)),
+        rows_per_s=rows / seconds,
     )
+    return Calibration(cost=cost, documents=documents, rows=rows, counted=counted)
