@@ -40,7 +40,8 @@ from logitstore.rows import Rows
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMES = [
-    ("topk", {"k": 64}), ("topk", {"k": 20}), ("nucleus", {"k": 64, "mass": 0.98}), ("sample", {"num_draws": 50}),
+    ("topk", {"k": 64}), ("topk", {"k": 20}), ("nucleus", {"k": 64, "mass": 0.98}),
+    ("nucleus", {"k": 64, "mass": 0.95}), ("sample", {"num_draws": 50}),
     ("hybrid", {"num_draws": 20}), ("hybrid", {"num_draws": 32}), ("hybrid", {"num_draws": 50}),
     ("hybrid", {"num_draws": 100}),
 ]  # fmt: skip
