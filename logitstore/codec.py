@@ -64,17 +64,6 @@ class Codebook:
         table = -self.table.astype(np.float64)
         return ((table[1:] + table[:-1]) / 2).astype(np.float32)
 
-    @cached_property
-    def max_errors(self) -> NDArray[np.float32]:
-        """Float32 [256]: half the wider step beside each code, the most by which coding moves a logprob, in nats.
-
-        Below the last code, at ``-exponent * log(256)`` nats, anything may lie.
-        """
-        steps = np.diff(-self.table)
-        wider = np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0))
-        errors: NDArray[np.float32] = (wider / 2).astype(np.float32)
-        return errors
-
     def encode(self, logprobs: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Returns the nearest code of each logprob; same shape."""
         codes: NDArray[np.uint8] = np.searchsorted(self.boundaries, -logprobs).astype(np.uint8)

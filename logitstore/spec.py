@@ -24,7 +24,7 @@ ROW_CHUNK = 2**14
 MAX_SHARDS = 2**24
 MAX_SHARD_ROWS = 2**24
 MAX_SHARD_ENTRIES = 2**26
-"""What a store may ask of the memory of a reader: just under 1 GB for the entries of a shard at the very most."""
+"""What a store may ask of the memory of a reader: some 2.5 GB for decoding the entries of a shard at the very most."""
 
 ELSEWHERE = ("target", "losses", "appends")
 """Fields of an opened store's spec that are not in the root's attributes."""

@@ -77,6 +77,16 @@ def shard_values(rng, shard_rows=SHARD_ROWS, k=K, scheme=None):
     return values
 
 
+def max_errors(codebook):
+    """Float32 [256]: half the wider step beside each code, the most by which coding moves a logprob, in nats.
+
+    Below the last code, at ``-exponent * log(256)`` nats, anything may lie.
+    """
+    steps = np.diff(-codebook.table)
+    wider = np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0))
+    return (wider / 2).astype(np.float32)
+
+
 def likeliest(p, mask, k):
     """1 at the k likeliest tokens of the rows that count, else 0; as p."""
     kept = np.zeros(p.shape, np.int64)

@@ -19,6 +19,7 @@ import golden
 import google_crc32c
 import numpy as np
 import pytest
+from stores import max_errors
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -169,8 +170,9 @@ def shown(url):
     texts["text decoded"] = "".join(decoded)
     texts["text schemes"] = "".join(drawn_line(scheme) for scheme in ("topk", "nucleus", "sample", "hybrid"))
     book = Codebook()
+    errors = max_errors(book)
     texts["text codes"] = "".join(
-        f"code {c:>3}   logprob {book.table[c] + 0.0:>10.6f}   largest error {book.max_errors[c]:.6f}\n"
+        f"code {c:>3}   logprob {book.table[c] + 0.0:>10.6f}   largest error {errors[c]:.6f}\n"
         for c in (0, 1, 16, 41, 75, 128, 160, 192, 224, 255)
     )
     root = Path(url)
@@ -303,7 +305,7 @@ def test_decoded_logprobs_are_within_the_stated_error():
     np.testing.assert_array_equal(decoded.token_ids, token_ids.ravel())
     error = np.abs(decoded.logprobs.reshape(500, 40) - kept)
     made_way = codes == codes.min(1, keepdims=True) + 1  # for the likeliest entry
-    allowed = spec.codebook.max_errors[codes] * np.where(made_way, 3, 1)
+    allowed = max_errors(spec.codebook)[codes] * np.where(made_way, 3, 1)
     inside = -kept < spec.codebook.boundaries[-1]
     largest = np.where(inside, allowed, 0).max(axis=1, keepdims=True)
     moved = np.abs(decoded.tail_mass - tail)

@@ -86,7 +86,7 @@ def exact(case, spec):
 def coding_error(case, spec):
     """[N, V]: the most by which codes, and the scaling to 1, move a probability that stands for itself."""
     codes = spec.codebook.encode(np.log(np.maximum(case.p, 1e-30)).astype(np.float32))
-    return np.where(exact(case, spec), case.p * 8 * spec.codebook.max_errors[codes], 0.0)
+    return np.where(exact(case, spec), case.p * 8 * stores.max_errors(spec.codebook)[codes], 0.0)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

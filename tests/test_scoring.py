@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, dense_logprobs, make_model, oracle_losses
+from stores import max_errors
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import logitstore
@@ -72,7 +73,7 @@ def test_rows_equal_the_dense_oracle(target, store, dense, scheme):
         assert (np.diff(row.token_ids.astype(int)) > 0).all()
         raw = codebook.table[arrays["logprobs"][rows.offsets[i] : rows.offsets[i + 1]]]
         true = np.maximum(dense[i, row.token_ids], codebook.table[-1])
-        step = codebook.max_errors[arrays["logprobs"][rows.offsets[i] : rows.offsets[i + 1]]]
+        step = max_errors(codebook)[arrays["logprobs"][rows.offsets[i] : rows.offsets[i + 1]]]
         # what would have the likeliest entry's code has the next one
         assert (np.abs(raw - true) <= np.where(raw == np.sort(raw)[-2:][0], 3, 1) * step + 1e-5).all()
         assert dense[i, row.token_ids[row.logprobs.argmax()]] >= dense[i].max() - 1e-5

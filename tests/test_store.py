@@ -62,7 +62,7 @@ def test_rows_of_a_document_are_those_of_the_oracle(tiny, tiny_store):
     true = topk_rows(dense_logprobs(model, document.ids), document.ids, document.loss_mask, 16)
     assert document.rows.logprobs.dtype == np.float32
     np.testing.assert_array_equal(document.rows.token_ids, true.token_ids)
-    step = store.spec.target.codebook.max_errors[store.spec.target.codebook.encode(true.logprobs)]
+    step = stores.max_errors(store.spec.target.codebook)[store.spec.target.codebook.encode(true.logprobs)]
     # A row's logprobs also move together, by at most its largest coding error, so that they sum to 1 with the tail.
     assert (np.abs(document.rows.logprobs - true.logprobs) <= step + step.max() + 1e-5).all()
     np.testing.assert_allclose(document.rows.tail_mass, true.tail_mass, rtol=2e-2)
@@ -210,6 +210,24 @@ def test_a_url_that_cannot_be_opened_is_one_line(url, message, capsys):
     assert "secret" not in shown
 
 
+def test_what_is_no_scheme_is_told_and_the_way_out_is_also_that_of_the_api(tiny_store, measured):
+    with pytest.raises(ValueError, match=r"^scheme must be a Scheme, got scheme='topk'; .*schemes.make_scheme"):
+        logitstore.open(tiny_store, scheme="topk")
+    with pytest.raises(ValueError, match=r"got hybrid, .*; leave scheme \(--k and --mass\) out to read"):
+        logitstore.open(measured["hybrid"], scheme=Scheme(k=2))
+
+
+@pytest.mark.parametrize("shard", [-1, 3])
+def test_a_shard_beyond_the_store_is_not_one_that_is_still_to_come(copy, shard):
+    store = logitstore.open(copy)
+    for read in (store.read_shard, lambda number: store.commit("target", number)):
+        with pytest.raises(logitstore.LayerNotFoundError, match=f"^shard must be from 0 to 2, got shard={shard}; "):
+            read(shard)
+    record(copy, "target", 2).unlink()
+    with pytest.raises(logitstore.LayerNotFoundError, match=r"got shard=2 of .*; run the dump again to finish it"):
+        logitstore.open(copy).read_shard(2)
+
+
 def test_errors_are_also_the_builtin_ones(tmp_path):
     for error, builtin in (
         (StoreNotFoundError, FileNotFoundError),
@@ -322,7 +340,7 @@ def test_codes_are_the_nearest_and_within_the_stated_step(logprobs, exponent):
     clamped = np.maximum(logprobs, book.table[-1])
     distance = np.abs(book.table[codes] - clamped)
     assert (distance <= np.abs(book.table[None] - clamped[:, None]).min(1) + 1e-4).all()
-    assert (distance <= book.max_errors[codes] + 1e-4).all()
+    assert (distance <= stores.max_errors(book)[codes] + 1e-4).all()
 
 
 @given(hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(width=32)))

@@ -76,7 +76,7 @@ def tolerance(logits, schemes):
     """By how much codes, and the scaling of a row to 1, move the sum of any entries of each row."""
     p = torch.from_numpy(logits).double().softmax(-1).numpy()
     book = spec_of(schemes).codebook
-    steps = book.max_errors[book.encode(np.log(np.maximum(p, 1e-30)).astype(np.float32))]
+    steps = stores.max_errors(book)[book.encode(np.log(np.maximum(p, 1e-30)).astype(np.float32))]
     # A shared code moves up by one, which is two halves of a step more; the tail's log has 7 bits.
     return p, 4 * (p * steps).sum(-1) + 2.0**-MANTISSA_BITS * 0.4 + 1e-4
 
@@ -231,7 +231,7 @@ def test_a_nucleus_of_the_same_mass_keeps_what_the_exact_probabilities_needed():
 @pytest.mark.parametrize(
     ("stored", "scheme", "message"),
     [
-        (Scheme(k=8), Scheme(k=9), "k must be at most 8, which the store keeps, got k=9; leave --k and --mass out to"),
+        (Scheme(k=8), Scheme(k=9), "k must be at most 8, which the store keeps, got k=9; leave scheme"),
         (
             SCHEMES["nucleus"],
             Scheme(k=6),
