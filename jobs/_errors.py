@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import sys
 from contextlib import contextmanager
@@ -51,15 +50,3 @@ def end(error: Exception, status: int) -> NoReturn:
     """Ends the job with an error in one line."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(status) from None
-
-
-class RaisingErrors:
-    """Makes any argparse parser report what it cannot parse like every other mistake, not by a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises ValueError with what argparse found."""
-        raise ValueError(f"arguments must parse, got: {message}; see --help")
-
-
-class Parser(RaisingErrors, argparse.ArgumentParser):
-    """An ArgumentParser for use within `user_errors`."""

@@ -22,10 +22,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _errors import Parser, end, refusals, user_errors
+from _errors import end, refusals, user_errors
 from _options import options_for
 from _set_aside import explain
 
+from logitstore.arguments import Parser
 from logitstore.attributes import read_attributes
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.errors import LayerNotFoundError, LogitStoreError
@@ -263,6 +264,7 @@ def _documents(
         raise ValueError("tokenizer must be given with --data where there is no --target, got none; give --tokenizer")
     tokenizer = load_tokenizer(
         name,
+        what="tokenizer" if args.tokenizer else "target",
         revision=args.revision if name == args.target else None,
         trust_remote_code=args.trust_remote_code,
     )
@@ -296,7 +298,9 @@ def _max_length(args: argparse.Namespace, storage: Storage) -> int:
         return Store(storage).spec.max_length
     context = None
     if args.target is not None:
-        config = load_config(args.target, revision=args.revision, trust_remote_code=args.trust_remote_code)
+        config = load_config(
+            args.target, what="target", revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(2048, context or 2048)
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _errors import Parser, user_errors
+from _errors import user_errors
 from _options import options_for
 from tqdm import tqdm
 
 import logitstore
+from logitstore.arguments import Parser
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.options import storage_options
 from logitstore.schemes import Scheme, describe
@@ -185,7 +186,7 @@ def _check(args: argparse.Namespace) -> _Plan:
         raise ValueError("store must be given with --k or --mass, got none; add --store, or leave them out")
     store = None if args.store is None else smaller(_open_store(args.store, options), k=args.k, mass=args.mass)
     if store is None:
-        target_tokenizer = load_tokenizer(args.target, revision=args.revision, trust_remote_code=remote)
+        target_tokenizer = load_tokenizer(args.target, what="target", revision=args.revision, trust_remote_code=remote)
         made, max_length = tokenizer_spec(target_tokenizer, uses_chat_template=False), None
     else:
         made, max_length = store.spec.tokenizer, store.spec.max_length
@@ -215,8 +216,8 @@ def _check(args: argparse.Namespace) -> _Plan:
     contexts = [
         getattr(config.get_text_config(), "max_position_embeddings", None)
         for config in (
-            load_config(args.draft, revision=args.draft_revision, trust_remote_code=remote),
-            load_config(args.target, revision=args.revision, trust_remote_code=remote),
+            load_config(args.draft, what="draft", revision=args.draft_revision, trust_remote_code=remote),
+            load_config(args.target, what="target", revision=args.revision, trust_remote_code=remote),
         )
     ]
     room = min((context for context in contexts if context), default=math.inf) - args.max_new_tokens

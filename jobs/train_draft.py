@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _errors import RaisingErrors, user_errors
+from _errors import user_errors
 from _runs import (
     NOT_REPEATED,
     RUN,
@@ -36,6 +36,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 import logitstore
+from logitstore.arguments import RaisingErrors
 from logitstore.causal_lm import SplitLM, check_model
 from logitstore.drivers import without_credentials
 from logitstore.options import storage_options

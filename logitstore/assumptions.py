@@ -62,6 +62,10 @@ LOSS_BYTES = (3.0, 4.0)
 """Two floats of a row, of each model whose losses are kept."""
 
 
+STANDARD_ERRORS = 2.0
+"""How far a range of what was estimated from a sample goes to either side."""
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """What a number lies between, as far as is known."""

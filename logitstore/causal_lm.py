@@ -107,8 +107,14 @@ class SplitLM:
             )
 
 
-def load_config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config(name: str, *, what: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     """Reads a model's configuration, without its weights.
+
+    Args:
+        name: Hugging Face id or folder.
+        what: Its part, for the message: target, draft, reference NAME.
+        revision: Branch, tag or commit of the hub.
+        trust_remote_code: Whether code from its repository may run.
 
     Raises:
         ValueError: There is no such model, or it is not a causal LM's configuration.
@@ -118,14 +124,19 @@ def load_config(name: str, *, revision: str | None, trust_remote_code: bool) -> 
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model must be a Hugging Face id or a folder with a config.json, got model={name}: {_first_line(error)}"
-        ) from error
+        rule = "be a Hugging Face id or a folder with a config.json"
+        raise _refusal(what, rule, name, error, "save the model there") from error
     return config
 
 
-def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, what: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Loads a tokenizer.
+
+    Args:
+        name: Hugging Face id or folder.
+        what: What was named, for the message: tokenizer, or the part of the model whose own it is.
+        revision: Branch, tag or commit of the hub.
+        trust_remote_code: Whether code from its repository may run.
 
     Raises:
         ValueError: There is none.
@@ -135,10 +146,8 @@ def load_tokenizer(name: str, *, revision: str | None, trust_remote_code: bool) 
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer must be a Hugging Face id or a folder with tokenizer files, got tokenizer={name}: "
-            f"{_first_line(error)}"
-        ) from error
+        rule = "be a Hugging Face id or a folder with tokenizer files" if what == "tokenizer" else "have a tokenizer"
+        raise _refusal(what, rule, name, error, "save one there") from error
     return tokenizer
 
 
@@ -164,32 +173,41 @@ def load_model(
     return model
 
 
-def model_spec(name: str, config: PreTrainedConfig, dtype: str) -> ModelSpec:
+def model_spec(name: str, config: PreTrainedConfig, dtype: str, *, weights: bool = True) -> ModelSpec:
     """Describes a model without loading it.
 
     Args:
         name: As given by the user.
         config: Its configuration.
         dtype: What it will run in; "auto" takes the configuration's.
+        weights: Whether the ends of a folder's weight files are read, to tell its revision; "unknown" otherwise.
+
+    Raises:
+        OSError: They cannot be read.
     """
     text = config.get_text_config()
     if dtype == "auto":
         stated = getattr(config, "dtype", None) or getattr(text, "dtype", None) or "float32"
         dtype = str(stated).removeprefix("torch.")
-    return ModelSpec(name=name, revision=_revision(name, config), dtype=dtype, padded_vocab_size=int(text.vocab_size))
+    revision = _revision(name, config, weights)
+    return ModelSpec(name=name, revision=revision, dtype=dtype, padded_vocab_size=int(text.vocab_size))
 
 
-def _revision(name: str, config: PreTrainedConfig) -> str:
-    """The hub's commit; for a folder a digest of its configuration and of the ends of its weight files.
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS and path.is_file())
+
+
+def _revision(name: str, config: PreTrainedConfig, weights: bool) -> str:
+    """The hub's commit; for a folder with weights a digest of its configuration and of the ends of its weight files.
 
     The first MiB of a file holds the names, shapes and first weights: enough to tell two trainings of one
     architecture apart, and quick for a terabyte of weights.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not folder.is_dir() or not weights:
         return str(getattr(config, "_commit_hash", None) or "unknown")
     sha = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(p for p in folder.iterdir() if p.suffix in WEIGHTS and p.is_file()):
+    for path in _weight_files(folder):
         size = path.stat().st_size
         sha.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
@@ -224,8 +242,9 @@ def check_model(
     revision: str | None,
     dtype: str,
     trust_remote_code: bool,
+    weights: bool = True,
 ) -> tuple[ModelSpec, PreTrainedTokenizerBase]:
-    """Checks that a model fits documents, by its configuration, tokenizer and file names; reads no weights.
+    """Checks that a model fits documents, by its configuration, tokenizer and weight files; does not load it.
 
     Args:
         name: Hugging Face id or folder.
@@ -235,6 +254,7 @@ def check_model(
         revision: Branch, tag or commit of the hub.
         dtype: What it will run in; "auto" takes the configuration's.
         trust_remote_code: Whether code from its repository may run.
+        weights: Whether it must have weights that can be read, if it is a folder; without, they are not looked at.
 
     Returns:
         Its description, and its own tokenizer.
@@ -242,8 +262,8 @@ def check_model(
     Raises:
         ValueError: It has another tokenizer, too small a vocabulary or context, or no weights.
     """
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(name, what=what, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, what=what, revision=revision, trust_remote_code=trust_remote_code)
     found = tokenizer_spec(tokenizer, uses_chat_template=False)
     if found.fingerprint != made.fingerprint:
         raise ValueError(
@@ -251,7 +271,13 @@ def check_model(
             f"{what}={name} with another ({found.vocab_size} tokens, {found.fingerprint[:19]}); give a model of the "
             "same family"
         )
-    spec = model_spec(name, config, dtype)
+    try:
+        spec = model_spec(name, config, dtype, weights=weights)
+    except OSError as error:
+        raise ValueError(
+            f"{what} must have weights that can be read, got {what}={name} ({error}); see that they may be read, or "
+            "copy or download it again"
+        ) from error
     check_vocabulary(spec, made, what)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is not None and context is not None and max_length > context:
@@ -260,7 +286,7 @@ def check_model(
             "a smaller --max_length to the dump"
         )
     folder = Path(name)
-    if folder.is_dir() and not any(path.suffix in WEIGHTS for path in folder.iterdir()):
+    if weights and folder.is_dir() and not _weight_files(folder):
         raise ValueError(f"{what} must have weights, got {what}={name} without a .safetensors file; save them there")
     return spec, tokenizer
 
@@ -278,5 +304,11 @@ def _sha256(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _refusal(what: str, rule: str, name: str, error: Exception, mend: str) -> ValueError:
+    """What to raise where nothing can be loaded; `mend` is what to do with a folder."""
+    said = str(error).strip().partition("\n")[0].strip()
+    # Of a list of causes, the first line is but the start.
+    reason = "" if said.endswith(":") else f" ({said.rstrip('.')})"
+    if not Path(name).is_dir():
+        mend = "check the name: it is no folder here, and the hub did not give it"
+    return ValueError(f"{what} must {rule}, got {what}={name}{reason}; {mend}")

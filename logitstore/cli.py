@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import re
 import sys
 from typing import TYPE_CHECKING
@@ -11,21 +11,53 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from logitstore import export, fidelity, fidelity_plot, info, plan, rerun
+from logitstore.arguments import Parser
 from logitstore.errors import LogitStoreError, MissingDriverError
 from logitstore.options import storage_options
 from logitstore.reader import Store
 from logitstore.storage import Storage
-from logitstore.verify import places, repair, verify
+from logitstore.verify import check_num_threads, places, repair, verify
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterable, Sequence
 
     from logitstore.metadata import Problem
 
 
+NOBODY_READS = 141
+"""Exit status of a command whose output nobody reads on, as shells have it: 128 and the number of SIGPIPE."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 if `verify` found damage, 2 on a mistake."""
-    parser = argparse.ArgumentParser(prog="logitstore", description=__doc__)
+    """Runs the command; returns its exit status: 0, 1 if `verify` found damage, 2 on a mistake, or NOBODY_READS."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and must not find nobody either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+        if args.command == "plan":
+            return _plan(args)
+        store = Store(Storage(args.url, storage_options(args.storage_options)))
+        act = {"info": _info, "fidelity": _fidelity, "verify": _verify, "export": _export}[args.command]
+        return act(store, args)
+    except (LogitStoreError, ValueError) as error:
+        print(f"error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="logitstore", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser("info", help="what a store holds, how far it is, what it costs")
     show.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -48,16 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (show, true, check, slice_of):
         command.add_argument("url", metavar="URL", help="folder or fsspec URL of the store")
         command.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "plan":
-            return _plan(args)
-        store = Store(Storage(args.url, storage_options(args.storage_options)))
-        act = {"info": _info, "fidelity": _fidelity, "verify": _verify, "export": _export}[args.command]
-        return act(store, args)
-    except (LogitStoreError, ValueError) as error:
-        print(f"error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+    return parser
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -103,6 +126,7 @@ def _fidelity(store: Store, args: argparse.Namespace) -> int:
 
 
 def _verify(store: Store, args: argparse.Namespace) -> int:
+    check_num_threads(args.num_threads)  # a bar on the screen would stand before what is said of it
     total = len(places(store, args.sample, args.seed))
     with tqdm(
         total=total, desc="verify", unit="shard", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False

@@ -1,4 +1,4 @@
-"""The fsspec file system of a URL, bounded reads from it, and what its failures mean: gone, busy, refused for good."""
+"""The fsspec file system of a URL, listings and bounded reads, and what failures mean: gone, busy, refused for good."""
 
 from __future__ import annotations
 
@@ -125,6 +125,30 @@ def fetch(fs: Any, paths: Sequence[str], limits: Sequence[int]) -> list[bytes | 
         answer[:end] if isinstance(answer, bytes) else _without_range(fs, path, answer)
         for path, end, answer in zip(paths, ends, answers, strict=True)
     ]
+
+
+def listed(fs: Any, folder: str) -> set[str]:  # noqa: ANN401
+    """Lists the names in a folder of a bucket, and leaves none of them in the file system's memory."""
+    fs.invalidate_cache(folder)
+    try:
+        found = fs.ls(folder, detail=False)
+    finally:
+        fs.invalidate_cache(folder)
+    # Object stores may list the folder's own marker.
+    entries = (str(entry).rstrip("/") for entry in found)
+    return {entry.rsplit("/", 1)[1] for entry in entries if len(entry) > len(folder)}
+
+
+def sizes(fs: Any, folder: str) -> dict[str, int]:  # noqa: ANN401
+    """Lists all objects below a folder of a bucket. Not by `du`: s3fs looks at all of them for each of them."""
+    fs.invalidate_cache(folder)
+    try:
+        found = fs.find(folder, detail=True)
+    except FileNotFoundError:
+        return {}
+    finally:
+        fs.invalidate_cache(folder)
+    return {str(name): int(info["size"] or 0) for name, info in found.items()}
 
 
 def _without_range(fs: Any, path: str, error: Exception) -> bytes | Exception:  # noqa: ANN401

@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from logitstore.fidelity import SMALLEST_BYTES
+
 SUFFIXES = (".png", ".svg")
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#9498a0", "#a463f2")
 """One for each array, told apart by readers with any colour vision when side by side."""
@@ -43,7 +45,7 @@ def draw(facts: dict[str, Any], path: str) -> None:
 def _bytes(axes: Any, sizes: dict[str, float]) -> None:  # noqa: ANN401
     bottom = 0.0
     for (name, size), colour in zip(sizes.items(), COLOURS, strict=True):
-        if size:
+        if size >= SMALLEST_BYTES:
             axes.bar([0], [size], bottom=bottom, width=0.6, color=colour, label=f"{name}  {size:.2f}")
         bottom += size
     axes.set_xlim(-0.5, 0.5)
@@ -58,7 +60,7 @@ def _bytes(axes: Any, sizes: dict[str, float]) -> None:  # noqa: ANN401
 
 def _mass(axes: Any, mass: dict[str, Any]) -> None:  # noqa: ANN401
     axes.set_xlabel("kept mass of a row")
-    axes.set_ylabel(f"share of {mass['rows']:,} rows")
+    axes.set_ylabel(f"share of {mass['rows']:,} rows of {mass['shards']:,} of {mass['shards_committed']:,} shards")
     axes.spines[["top", "right"]].set_visible(False)
     if not mass["rows"]:
         axes.set_title("no rows", fontsize=10)

@@ -130,7 +130,7 @@ def _layer(store: Store, layer: Layer) -> dict[str, Any]:
     if layer.name != "tokens":
         measured = measures.read(store, layer.name, measures.spread(store, layer.name, MEASURED_SHARDS))
         target = layer.spec if isinstance(layer.spec, TargetSpec) else None
-        facts["fidelity"] = fidelity.summary(measured, target)
+        facts["fidelity"] = fidelity.summary(measured, target, len(index))
     return facts
 
 

@@ -147,7 +147,7 @@ def refresh(folder: Path) -> None:
 
     A network file system may answer from memory for a minute, but not once this machine itself has changed the folder.
     """
-    _make_folder(folder)
+    make_folder(folder)
     partial = folder / f"{uuid.uuid4().hex}{PARTIAL}"
     partial.touch()
     partial.unlink()
@@ -184,7 +184,7 @@ def _write(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _partial(final: Path, beside: Path | None = None) -> Iterator[Path]:
     """A name to write to, beside the final one if not elsewhere; gone afterwards, and the final folder synced."""
-    _make_folder(final.parent)
+    make_folder(final.parent)
     partial = (beside or final).with_name(f"{final.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         yield partial
@@ -193,9 +193,10 @@ def _partial(final: Path, beside: Path | None = None) -> Iterator[Path]:
     _sync_folder(final.parent)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, where there is none."""
     if not folder.is_dir():
-        _make_folder(folder.parent)
+        make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
 

@@ -97,6 +97,10 @@ def read(store: Store, layer: str, shards: Sequence[int]) -> Measured:
 
 def spread(store: Store, layer: str, most: int) -> list[int]:
     """Returns at most so many committed shards of a layer, evenly over the store."""
-    committed = store.layers[layer].index.upto(store.spec.num_shards).shards
-    places = np.unique(np.linspace(0, len(committed) - 1, min(most, len(committed))).astype(np.intp))
-    return [int(shard) for shard in committed[places]]
+    return evenly(store.layers[layer].index.upto(store.spec.num_shards).shards.tolist(), most)
+
+
+def evenly(shards: Sequence[int], most: int) -> list[int]:
+    """Returns at most so many of some shards, the first and the last among them."""
+    places = np.unique(np.linspace(0, len(shards) - 1, min(most, len(shards))).astype(np.intp))
+    return [shards[place] for place in places]

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `logitstore plan`; what they share with the dump is called as there."""
     parser.add_argument("--data", required=True, metavar="DATA", help="as for jobs/dump_logits.py")
     parser.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options for the data")
-    parser.add_argument("--target", metavar="MODEL", help="Hugging Face id or folder; its weights are only read by "
-                        "--calibrate")  # fmt: skip
+    parser.add_argument("--target", metavar="MODEL", help="Hugging Face id or folder; only --calibrate needs its "
+                        "weights")  # fmt: skip
     parser.add_argument("--revision", help="the target's branch, tag or commit")
     parser.add_argument("--tokenizer", metavar="MODEL", help="default: the target's")
     parser.add_argument("--reference", action="append", default=[], metavar="NAME=MODEL", help="plan losses/NAME too; "
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard_rows", type=int, default=2**18, help="most rows of a shard (default %(default)s)")
     parser.add_argument("--scheme", choices=tuple(OPTIONS), help="this one alone, with its options below; default: all "
                         "four with theirs")  # fmt: skip
-    for name in dict.fromkeys(name for options in OPTIONS.values() for name in options if name != "seed"):
+    for name in dict.fromkeys(name for options in OPTIONS.values() for name in options):
         parser.add_argument(f"--{name}", type=float if name == "mass" else int, help="as in the dump")
     parser.add_argument("--sample_documents", type=int, default=1000, metavar="N",
                         help="records that are tokenised; the rest is estimated (default %(default)s)")  # fmt: skip
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run code from the models' repositories")
     parser.add_argument("--batch_tokens", type=int, default=16384, help="of --calibrate (default %(default)s)")
     parser.add_argument("--rows_per_s", type=float, metavar="R",
-                        help="rows that one actor computes in a second, as a dump printed them; no hours without, or "
-                        "those that --calibrate measures")  # fmt: skip
+                        help="rows that one actor computes in a second: rows_per_second as a dump printed it, over the "
+                        "--num_actors of that dump; no hours without, or those that --calibrate measures")  # fmt: skip
     parser.add_argument("--num_actors", type=int, default=1, help="actors of the dump (default %(default)s)")
     parser.add_argument("--price_per_gb_month", type=float, default=0.023, metavar="P",
                         help="of 10^9 bytes (default %(default)s, a usual price in dollars)")  # fmt: skip
@@ -174,16 +174,23 @@ def _scheme(
     }
 
 
+def count_of(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural but for 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def render(facts: Mapping[str, Any]) -> Iterator[str]:
     """Writes what `plan` returned as lines for people."""
     data = facts["data"]
-    seen = "all" if data["sampled"] == data["records"] else f"{data['sampled']:,}"
-    yield f"{data['name']}: {data['records']:,} records (columns: {data['columns']}), {seen} of them tokenised"
+    seen = "all of them " if data["sampled"] == data["records"] else f"{data['sampled']:,} of them "
+    seen = "" if data["records"] == 1 else seen
+    yield f"{data['name']}: {count_of(data['records'], 'record')} (columns: {data['columns']}), {seen}tokenised"
     yield (
-        f"  {_between(data['documents'], _whole)} documents of at most {data['max_length']:,} tokens, in "
-        f"{_between(data['shards'], _whole)} shards of at most {data['shard_rows']:,} rows"
+        f"  {_counted(data['documents'], 'document')} of at most {data['max_length']:,} tokens, in "
+        f"{_counted(data['shards'], 'shard')} of at most {data['shard_rows']:,} rows"
     )
-    yield f"  {_between(data['rows'], _whole)} rows, of which {_between(data['counted'], _whole)} count"
+    counted = _between(data["counted"], _whole)
+    yield f"  {_counted(data['rows'], 'row')}, of which {counted} count{'s' if counted == '1' else ''}"
     layers = ["tokens", "target", *(f"losses/{name}" for name in facts["references"])]
     yield f"  layers: {', '.join(layers)}; tokens take {data['token_bytes']:.2f} bytes a row"
     yield ""
@@ -210,15 +217,20 @@ def render(facts: Mapping[str, Any]) -> Iterator[str]:
 def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
     data, low_high = facts["data"], assumptions.ENTROPY
     yield "entries and target B/row: of a row that counts; the others take next to nothing"
-    if data["sampled"] < data["records"]:
-        yield "documents, rows and shards: estimated from a sample, two standard errors to either side"
     if facts["calibrated"] is None:
         yield (
-            f"both are assumed, for targets of {low_high[0]} to {low_high[1]} nats a row (logitstore/assumptions.py); "
-            "--calibrate N measures them"
+            f"entries and target B/row: assumed, for targets of {low_high[0]} to {low_high[1]} nats a row "
+            "(logitstore/assumptions.py); --calibrate N measures them"
         )
     else:
         yield f"entries, bytes and rows/s: measured with {facts['calibrated']}"
+    if data["sampled"] == 1 < data["records"]:
+        yield (
+            "documents, rows and shards: guessed from one record; from what it has to twice as many as if all were "
+            "like it"
+        )
+    elif data["sampled"] < data["records"]:
+        yield "documents, rows and shards: estimated from a sample, two standard errors to either side"
     yield f"price/month: {facts['price_per_gb_month']:g} for 10^9 bytes, storage alone"
     actors = "1 actor" if facts["num_actors"] == 1 else f"{facts['num_actors']:,} actors"
     if all(one["hours"] is None for one in facts["schemes"]):
@@ -236,6 +248,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def _between(pair: Sequence[float], show: Any) -> str:  # noqa: ANN401
     low, high = (show(value) for value in pair)
     return low if low == high else f"{low} - {high}"
+
+
+def _counted(pair: Sequence[float], noun: str) -> str:
+    shown = _between(pair, _whole)
+    return f"{shown} {noun}{'' if shown == '1' else 's'}"
 
 
 def _whole(value: float) -> str:

@@ -313,6 +313,8 @@ class Store:
             )
         index = self.layers[layer].index
         if (place := index.find(shard)) is None:
+            if shard not in range(n := self.spec.num_shards):
+                raise LayerNotFoundError(f"shard must be from 0 to {n - 1}, got shard={shard}; {self.url} has {n}")
             raise LayerNotFoundError(
                 f"shard must be committed, got shard={shard} of layer {layer!r} in {self.url}, where "
                 f"{len(index)} of {self.spec.num_shards} are; run the dump again to finish it"
@@ -390,7 +392,7 @@ def open(
         StoreNotFoundError: There is no store.
         FormatError: It is of another format version, its metadata is malformed, or says less than is committed.
         MissingDriverError: No installed package opens such a URL.
-        ValueError: The stored rows do not hold all that the scheme keeps.
+        ValueError: The URL is blank or of a file, or the stored rows do not hold all that the scheme keeps.
     """
     store = Store(Storage(url, storage_options, None if cache_dir is None else (cache_dir, cache_bytes)))
     check_end(store.storage, store.spec, store.layers["tokens"].index)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from logitstore import local_files
-from logitstore.drivers import fetch, is_refusal, may_pass, open_fs, without_credentials
+from logitstore.drivers import fetch, is_refusal, listed, may_pass, open_fs, sizes, without_credentials
 from logitstore.errors import FormatError, StorageError, StorageRefusedError
 
 if TYPE_CHECKING:
@@ -67,14 +67,20 @@ class Storage:
         storage_options: dict[str, Any] | None = None,
         cache: tuple[str, int] | None = None,
     ) -> None:
-        """Opens the file system; does not touch it.
+        """Opens the file system; does not touch that of a bucket.
 
         Args:
             url: A folder or any fsspec URL.
             storage_options: What its file system needs. Never stored, never printed.
             cache: Folder and size in bytes of a local cache for a bucket's objects; no use for a local folder.
+
+        Raises:
+            ValueError: The URL is blank, which to fsspec is the folder of this process, or of a file.
+            MissingDriverError: No installed package opens this protocol.
         """
         raw = os.fspath(url)
+        if not raw.rpartition("://")[2].strip():
+            raise ValueError(f"url must be a folder or a URL, got url={raw!r}; for this folder give .")
         self._raw_url = raw
         self.url = without_credentials(raw).rstrip("/")
         self._fs, path = open_fs(raw, storage_options, tries_again=False)
@@ -82,8 +88,10 @@ class Storage:
         self._options = dict(self._fs.storage_options)
         self.root = path.rstrip("/")
         self.is_local = isinstance(self._fs, LocalFileSystem)
-        if self.is_local:  # a process that this goes to may run in another folder
-            self._raw_url = self.root
+        if self.is_local:
+            self._raw_url = path  # a process that this goes to may run in another folder
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise ValueError(f"url must be a folder or a URL, got url={self.url}, which is a file; give another")
         self._has_answered = False
         self.cache: ReadThroughCache | None = None
         if cache is not None and not self.is_local:
@@ -105,26 +113,15 @@ class Storage:
         """Lists the names in a folder, sorted; empty where there is no such folder."""
         folder = f"{self.root}/{path}"
 
-        def listed() -> list[str]:
+        def names() -> list[str]:
             try:
                 # fsspec takes six times as long for a folder of this machine.
-                found = os.listdir(folder) if self.is_local else self._listed(folder)
+                found = os.listdir(folder) if self.is_local else listed(self._fs, folder)
             except (FileNotFoundError, NotADirectoryError):
                 return []
             return sorted(name for name in found if not name.endswith(local_files.PARTIAL))
 
-        return self._try(listed, path)
-
-    def _listed(self, folder: str) -> set[str]:
-        """Lists the names in a folder of a bucket, and leaves none of them in the file system's memory."""
-        self._fs.invalidate_cache(folder)
-        try:
-            found = self._fs.ls(folder, detail=False)
-        finally:
-            self._fs.invalidate_cache(folder)
-        # Object stores may list the folder's own marker.
-        entries = (str(entry).rstrip("/") for entry in found)
-        return {entry.rsplit("/", 1)[1] for entry in entries if len(entry) > len(folder)}
+        return self._try(names, path)
 
     def names_with(self, path: str, prefix: str) -> list[str]:
         """Lists the names in a folder that begin with a prefix, in one request where the service can.
@@ -212,25 +209,14 @@ class Storage:
         folder = f"{self.root}/{path}"
         if self.is_local:
             return self._try(lambda: local_files.num_bytes(folder), path)
-
-        return sum(self._try(lambda: self._sizes(folder), path).values())
-
-    def _sizes(self, folder: str) -> dict[str, int]:
-        """Lists all objects below a folder of a bucket. Not by `du`: s3fs looks at all of them for each of them."""
-        self._fs.invalidate_cache(folder)
-        try:
-            found = self._fs.find(folder, detail=True)
-        except FileNotFoundError:
-            return {}
-        finally:
-            self._fs.invalidate_cache(folder)
-        return {str(name): int(info["size"] or 0) for name, info in found.items()}
+        return sum(self._try(lambda: sizes(self._fs, folder), path).values())
 
     # Writing
 
     def put(self, path: str, data: bytes) -> None:
         """Writes an object whole or not at all, in the place of what was there."""
         if self.is_local:
+            self._make_root()
             self._try(lambda: local_files.put(self._inside(path), data), path)
         else:
             with self._there_to_write(path):
@@ -244,6 +230,7 @@ class Storage:
             callers read back whose it is.
         """
         if self.is_local:
+            self._make_root()
             return self._try(lambda: local_files.create(self._inside(path), data), path)
 
         def created() -> bool:
@@ -306,10 +293,23 @@ class Storage:
 
     def _inside(self, path: str) -> Path:
         """Returns where a local object is to change, unless a link that somebody put into the store leads elsewhere."""
-        full = Path(self.root, path)
-        if not full.parent.resolve().is_relative_to(Path(self.root).resolve()):
+        full = Path(f"{self.root}/{path}")
+        if not full.parent.resolve().is_relative_to(Path(f"{self.root}/").resolve()):
             raise PermissionError(f"{full} leads out of the store by a symbolic link; put the folder itself there")
         return full
+
+    def _make_root(self) -> None:
+        """Makes the store's folder on a local disk for the first that is written."""
+        if os.path.isdir(f"{self.root}/"):
+            return
+        try:
+            local_files.make_folder(Path(self.root))
+        except OSError as error:
+            kind = StorageRefusedError if is_refusal(error) else ValueError
+            raise kind(
+                f"url must be a folder that can be made, got url={self.url} ({error.strerror}: {error.filename}); "
+                "give another"
+            ) from error
 
     def for_each(self, action: Callable[[U], T], items: Iterable[U]) -> list[T]:
         """Does something for each of a few objects, several at once in a bucket."""

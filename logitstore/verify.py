@@ -58,8 +58,7 @@ def verify(
         ValueError: The sample is no share, or there are no threads.
         StorageError: The store cannot be reached: nothing is known then.
     """
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got num_threads={num_threads}")
+    check_num_threads(num_threads)
     # What this machine keeps says nothing about the store, nor does a smaller scheme that it is read by.
     if store.storage.cache is not None or store.spec != store.stored:
         store = Store(store.storage.without_cache())
@@ -90,6 +89,12 @@ def verify(
 
         still = list(_spread(pool, is_still, found, num_threads))
     return [problem for problem, stays in zip(found, still, strict=True) if stays]
+
+
+def check_num_threads(num_threads: int) -> None:
+    """Raises ValueError if `verify` cannot read with so many."""
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got num_threads={num_threads}; 4 is usual")
 
 
 def places(store: Store, sample: float = 1.0, seed: int = 0) -> list[tuple[str, int]]:

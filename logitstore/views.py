@@ -48,8 +48,12 @@ def truncated(store: Store, scheme: Scheme) -> Store:
 
     Raises:
         LayerNotFoundError: The store has no target.
-        ValueError: The stored rows do not hold all that the scheme keeps.
+        ValueError: It is no scheme, or the stored rows do not hold all that it keeps.
     """
+    if not isinstance(scheme, Scheme):
+        raise ValueError(
+            f"scheme must be a Scheme, got scheme={scheme!r}; make one with logitstore.schemes.make_scheme"
+        )
     target = _target(store)
     if scheme == _read_as(store):
         return store
@@ -99,7 +103,7 @@ def check_smaller(stored: Scheme, scheme: Scheme) -> None:
     Raises:
         ValueError: They do not.
     """
-    whole = "leave --k and --mass out to read the store as it is"
+    whole = "leave scheme (--k and --mass) out to read the store as it is"
     if stored.draws or scheme.draws:
         which, one = ("stored rows", stored) if stored.draws else ("scheme", scheme)
         raise ValueError(

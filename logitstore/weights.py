@@ -38,7 +38,7 @@ def load_weights(
         device: Where it goes.
 
     Raises:
-        ValueError: Its weights cannot be read.
+        ValueError: Its weights cannot be read, or the implementation of attention is none that it can have here.
     """
     try:
         return load_model(
@@ -52,6 +52,14 @@ def load_weights(
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{what} must have weights that can be read, got {what}={name} ({error}); copy or download it again"
+        ) from error
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise ValueError(
+            f"attn_implementation must be one that {what}={name} can run with here, got attn_implementation="
+            f"{attn_implementation} ({reason}); leave it out, or give sdpa or eager"
         ) from error
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import dump_logits
 import pytest
@@ -18,6 +22,8 @@ from logitstore.schemes import OPTIONS, Scheme, make_scheme
 from logitstore.spec import Append, ModelSpec
 from logitstore.storage import Storage
 from logitstore.verify import take_back
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +171,45 @@ def test_commands_name_the_scheme_and_its_options(made, name):
     assert f" --scheme {name}{options} --dtype" in command
     args = dump_logits.parser().parse_args(shlex.split(command)[2:])
     assert make_scheme(args.scheme, {option: getattr(args, option) for option in OPTIONS[name]}) == scheme
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["frobnicate", "x"], "argument COMMAND: invalid choice: 'frobnicate'"),
+        (["info"], "the following arguments are required: URL"),
+        (["verify", "x", "--num_threads", "many"], "argument --num_threads: invalid int value: 'many'"),
+        (["fidelity", "x", "--plto", "y"], "unrecognized arguments: --plto y"),
+        (["export", "x", "--shard", "0"], "the following arguments are required: --out"),
+    ],
+)
+def test_arguments_that_do_not_parse_are_one_line(argv, message, capsys):
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: arguments must parse, got: {message}")
+    assert err.endswith("; see --help\n")
+    assert err.count("\n") == 1
+
+
+def test_a_number_of_threads_that_is_none_is_told_before_there_is_a_bar(url, capsys):
+    assert cli.main(["verify", str(url), "--num_threads", "0"]) == 2
+    assert capsys.readouterr().err == "error: num_threads must be at least 1, got num_threads=0; 4 is usual\n"
+
+
+@pytest.mark.parametrize("argv", [["info", "--json"], ["info"], ["fidelity"], ["verify"], ["--help"]])
+def test_a_reader_who_has_seen_enough_ends_the_command_quietly(made, argv):
+    command = [sys.executable, "-m", "logitstore.cli", *argv, *([str(made.url)] if argv != ["--help"] else [])]
+    # the output waits for the end, as it does in a pipe
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False, cwd=ROOT, env=env)
+    finally:
+        os.close(write)
+    assert (run.returncode, run.stderr.rpartition(b"\r")[2]) == (141, b"")
 
 
 def test_info_prints_the_scheme_and_its_options(url, capsys):

@@ -76,7 +76,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
         (arguments(fresh, tiny, tiny.data, "--reference", "x"), "reference must be NAME=MODEL, got reference=x"),
         (arguments(fresh, tiny, tiny.data, "--reference", "../x=y"), "got name='../x'"),
         (arguments(fresh, tiny, tiny.data, "--reference", f"a={tiny.draft}", "--reference", "a=b"), "got a twice"),
-        (arguments(fresh, tiny, tiny.data, "--reference", "a=/nowhere/model"), "got model=/nowhere/model"),
+        (arguments(fresh, tiny, tiny.data, "--reference", "a=/nowhere/model"), "got reference a=/nowhere/model ("),
         (arguments(fresh, tiny, "/nowhere/data.jsonl"), "/nowhere/data.jsonl"),
         (["--store", fresh], "target must be given, got none"),
         (["--store", fresh, "--target", tiny.target, "--append"], "data must be given with --append, got none"),
@@ -86,6 +86,9 @@ def test_mistakes_are_one_line_before_anything_is_loaded(job, capsys, tiny, tmp_
         (["--store", fresh, "--target", tiny.target], "got url=" + fresh),
         (["--store", "gs://bucket/x", "--target", tiny.target], "pip install gcsfs"),
         (["--store", fresh, "--target", tiny.target, "--storage_options", "no.json"], "got storage_options=no.json"),
+        (arguments("", tiny, tiny.data), "url must be a folder or a URL, got url=''; "),
+        (arguments(tiny.data, tiny, tiny.data), f"url must be a folder or a URL, got url={tiny.data}, which is a file"),
+        (arguments(f"{tiny.data}/x", tiny, tiny.data), "url must be a folder that can be made, got url="),
     ):
         assert message in refused(job, capsys, *args), args
     assert not Path(fresh).exists()
@@ -162,6 +165,23 @@ def test_a_model_without_weights_is_refused_before_documents_are_written(job, ca
     line = refused(job, capsys, *args)
     assert f"target must have weights, got target={tmp_path / 'empty'}" in line
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that nobody can read")
+def test_weights_that_cannot_be_read_are_one_line(job, capsys, tiny, tmp_path):
+    shutil.copytree(tiny.target, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "model" / "model.safetensors").symlink_to("/proc/self/mem")
+    args = ["--store", str(tmp_path / "c"), "--target", str(tmp_path / "model"), "--data", tiny.data]
+    line = refused(job, capsys, *args)
+    assert f"target must have weights that can be read, got target={tmp_path / 'model'} ([Errno 5]" in line
+    assert line.endswith("; see that they may be read, or copy or download it again")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_target_without_a_tokenizer_is_named(job, capsys, tiny, tmp_path):
+    folder = shutil.copytree(tiny.target, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    line = refused(job, capsys, "--store", str(tmp_path / "c"), "--target", str(folder), "--data", tiny.data)
+    assert line.endswith(f"target must have a tokenizer, got target={folder}; save one there")
 
 
 def test_a_layer_that_holds_nothing_yet_may_be_begun_by_another_model(tiny_store, tmp_path):

@@ -9,12 +9,12 @@ import conftest
 import datasets
 import evaluate_draft as job
 import pytest
-from _errors import Parser
 from _options import options_for
 from _prompts import read_prompts
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from logitstore.arguments import Parser
 from logitstore.dump.encoding import response_spans
 
 V = conftest.VOCAB_SIZE

@@ -85,8 +85,8 @@ def test_nothing_but_the_arrays_is_in_the_file_whatever_the_numpy(tiny_store, tm
 @pytest.mark.parametrize(
     ("shard", "out", "message"),
     [
-        (99, "{folder}/x.npz", "shard must be committed, got shard=99 of layer 'tokens'"),
-        (-1, "{folder}/x.npz", "shard must be committed, got shard=-1 of layer 'tokens'"),
+        (3, "{folder}/x.npz", "shard must be from 0 to 2, got shard=3;"),
+        (-1, "{folder}/x.npz", "shard must be from 0 to 2, got shard=-1;"),
         (0, "{folder}/x.npy", "out must be an .npz file in a folder that is there, got out="),
         (0, "{folder}/no/x.npz", "out must be an .npz file in a folder that is there, got out="),
     ],

@@ -15,9 +15,10 @@ from dumped import record
 from measured import LAYERS, SCHEMES, dumper, emptied
 
 import logitstore
-from logitstore import calibration, cli, measures
+from logitstore import calibration, cli, fidelity, fidelity_plot, info, measures
 from logitstore.errors import FidelityError
 from logitstore.storage import Storage
+from logitstore.verify import places
 
 
 @pytest.mark.parametrize("scheme", ["topk", "nucleus"])
@@ -112,8 +113,30 @@ def test_the_table_says_what_was_measured(measured, capsys):
     rows, again = (int(sum(s[name] for s in sums)) for name in ("rows", "control_rows"))
     assert f"target: measured on {rows} rows of 3 of 3 shards, {again} of them run twice" in lines
     kl, control = sum(s["kl_codes"] for s in sums) / rows, sum(s["control_kl"] for s in sums) / again
-    assert f"KL of rounding to codes (kl_codes) {kl:.3g} {control:.3g}" in lines
+    assert f"KL of rounding to codes (kl_codes) {kl:.3g}" in lines
+    assert f"KL of the target run twice (control_kl) {control:.3g}" in lines
+    control_tv = sum(s["control_tv"] for s in sums) / again
+    assert f"total variation, run twice (control_tv) {control_tv:.3g}" in lines
     assert any(line.startswith("angle of a shard's gradient (angle_shard)") for line in lines)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_number_stands_once_and_where_it_means_something(measured, capsys, scheme):
+    text = run(capsys, measured[scheme]).out
+    lost, drawn = {"kl_tail", "kl_renormalised"}, {"tv_draws"}
+    shown = {"kl_codes", "control_kl", "control_tv"} | (drawn if SCHEMES[scheme].draws else lost)
+    for name in shown | lost | drawn:
+        assert text.count(f"({name})") == (name in shown), name
+    means = json.loads(run(capsys, measured[scheme], "--json").out)["layers"]["target"]["means"]
+    assert shown | lost <= set(means)
+
+
+def test_arrays_that_cost_next_to_nothing_have_no_line(measured):
+    facts = fidelity.describe(logitstore.open(measured["topk"]))
+    facts["bytes_per_row"] |= {"draws": 0.004, "tail": 0.005}
+    names = [line.split()[0] for line in fidelity.render(facts) if line.endswith("%")]
+    assert "draws" not in names
+    assert "tail" in names
 
 
 @pytest.mark.parametrize("scheme", ["topk", "nucleus"])
@@ -163,11 +186,32 @@ def test_a_sample_reads_fewer_records_and_damaged_ones_are_left_out(measured, tm
     assert run(capsys, url, "--sample", "0").err.startswith("error: sample must be above 0")
 
 
+def test_of_a_sample_nothing_else_is_read_and_the_table_says_how_much_it_is(measured, tmp_path, capsys):
+    url = shutil.copytree(measured["topk"], tmp_path / "cache.zarr")
+    chosen = dict(places(logitstore.open(url), 0.3, 1))
+    for path in (url / "target").rglob("c/*"):
+        if int(path.name) != chosen["target"]:
+            path.write_bytes(b"")
+    options = ["--sample", "0.3", "--seed", "1"]
+    facts = json.loads(run(capsys, url, "--json", *options).out)
+    counted = logitstore.open(url).commit("target", chosen["target"]).counted
+    assert facts["kept_mass"]["rows"] == facts["calibration"]["rows"] == counted
+    text = " ".join(run(capsys, url, *options).out.split())
+    rows = facts["layers"]["target"]["rows"]
+    assert f"target: measured on {rows} rows of 1 of 3 shards, " in text
+    assert f"losses/reference: measured on {facts['layers']['losses/reference']['rows']} rows of 1 of 3 shards" in text
+    assert f" of {counted:,} rows in 1 of 3 shards kept mass, 1st" in text
+    assert f" of {counted:,} rows in 1 of 3 shards, " in text
+    assert "1 of 3 shards" in plotted(facts, tmp_path)
+    damaged = run(capsys, url)  # all of them
+    assert (damaged.status, damaged.out) == (2, "")
+
+
 def test_a_store_where_nothing_was_measured_says_so(tiny_store, capsys):
     found = run(capsys, tiny_store)
     assert found.status == 0
-    assert "target: nothing was measured in 3 shards\n" in found.out
-    assert "losses/reference: nothing was measured in 3 shards: the target was not run beside it\n" in found.out
+    assert "target: nothing was measured in 3 of 3 shards\n" in found.out
+    assert "losses/reference: nothing was measured in 3 of 3 shards: the target was not run beside it\n" in found.out
     assert "kept mass, mean" in found.out
 
 
@@ -175,15 +219,28 @@ def test_a_store_without_rows_is_refused(tiny_store, tmp_path, capsys):
     url = emptied(tiny_store, tmp_path / "cache.zarr", SCHEMES["topk"])
     found = run(capsys, url)
     assert found.status == 2
-    assert found.err.startswith(f"error: store must have target rows, got {url} without; dump the target first")
+    assert found.err == f"error: store must have target rows, got {url} with none written yet; finish the dump\n"
+    shutil.rmtree(url / "target")
+    shutil.rmtree(url / "losses")
+    found = run(capsys, url)
+    assert found.status == 2
+    assert found.err == f"error: store must have target rows, got {url} without; dump the target first\n"
 
 
-def test_info_shows_one_line_of_it(measured, tiny_store, capsys):
+def test_info_shows_one_line_of_it_and_of_how_many_rows(measured, tiny_store, capsys, monkeypatch):
     assert cli.main(["info", str(measured["topk"])]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  fidelity ")]
     assert len(lines) == 2
     assert lines[0].startswith("  fidelity  kept mass 0.")
     assert lines[1].startswith("  fidelity  alpha 0.")
+    store = logitstore.open(measured["topk"])
+    for line, layer in zip(lines, LAYERS, strict=True):
+        rows = sum(store.commit(layer, shard).fidelity["rows"] for shard in range(3))
+        assert line.endswith(f" ({rows:.0f} rows of 3 of 3 shards)")
+    monkeypatch.setattr(info, "MEASURED_SHARDS", 2)
+    rows = sum(store.commit("target", shard).fidelity["rows"] for shard in (0, 2))
+    assert cli.main(["info", str(measured["topk"])]) == 0
+    assert f" ({rows:.0f} rows of 2 of 3 shards)\n" in capsys.readouterr().out
     assert cli.main(["info", str(tiny_store)]) == 0
     assert "fidelity" not in capsys.readouterr().out
 
@@ -195,6 +252,23 @@ def test_the_plot_is_a_picture(measured, tmp_path, capsys, suffix):
     assert run(capsys, measured["nucleus"], "--plot", path).status == 0
     head = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
     assert path.read_bytes().startswith(head)
+
+
+def plotted(facts, folder):
+    """The plot as SVG, in which matplotlib says in comments what it has drawn as curves."""
+    pytest.importorskip("matplotlib")
+    fidelity_plot.draw(facts, str(folder / "plot.svg"))
+    return (folder / "plot.svg").read_text()
+
+
+def test_the_plot_names_what_can_be_seen_and_the_rows_that_it_is_of(measured, tmp_path):
+    facts = fidelity.describe(logitstore.open(measured["nucleus"]))
+    facts["bytes_per_row"] |= {"draws": 0.004, "tail": 0.005}
+    text = plotted(facts, tmp_path)
+    assert "<!-- gaps  " in text
+    assert "<!-- tail  " in text
+    assert "<!-- draws  " not in text
+    assert f"<!-- share of {facts['kept_mass']['rows']:,} rows of 3 of 3 shards -->" in text
 
 
 def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_read(tiny_store, tmp_path, capsys, monkeypatch):

@@ -218,7 +218,7 @@ BAD = {
     ),
     "other tokenizer": (["--draft", "{f}/other_draft"], "draft must have the tokenizer of "),
     "narrow vocabulary": (["--draft", "{f}/narrow_draft"], "draft must have a vocabulary of at least 512"),
-    "no draft": (["--draft", "{f}/none"], "model must be a Hugging Face id or a folder with a config.json"),
+    "no draft": (["--draft", "{f}/none"], "draft must be a Hugging Face id or a folder with a config.json"),
     "no weights": (["--draft", "{f}/no_weights"], "draft must have weights, got draft={f}/no_weights"),
     "torn weights": (
         ["--draft", "{f}/torn_weights"],
