@@ -39,7 +39,6 @@ import torch
 from demo_corpus import Pair, is_held_out, read_pairs, standard_library, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, logging
 
-logging.disable_progress_bar()
 FOLDER = Path(__file__).parents[1] / "build" / "bench"
 MAX_LENGTH = 256
 BATCH = 2
@@ -344,6 +343,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()
     for name in args.names:
         make(name, replace(RECIPES[name], minutes=RECIPES[name].minutes * args.share))
 

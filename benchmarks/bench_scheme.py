@@ -42,6 +42,7 @@ import dump_logits
 import numpy as np
 import torch
 import train_draft
+import transformers
 from demo_corpus import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -210,6 +211,7 @@ def main(argv=None):
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, metavar="'NAME --OPTION VALUE'")
     parser.add_argument("--record", action="store_true", help="write the table and the plot to benchmarks/results")
     args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
     started = time.monotonic()
     start = "_warm" if args.warm_start else ""
     bench = Bench(

@@ -28,6 +28,7 @@ import numcodecs
 import numpy as np
 import pyarrow
 import torch
+import transformers
 import zarr
 
 from benchmarks import _codes
@@ -327,6 +328,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=2, help="not of what is timed")
     parser.add_argument("--record", action="store_true", help=f"writes {RESULTS.name}/ too")
     args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     kind = "codes" if args.what == "codes" else "store"
     path = RESULTS / f"{kind}_cpu-{os.cpu_count()}-cores_{datetime.date.today()}.md"

@@ -208,7 +208,7 @@ VALUES = {
     "gaps": ("target", {"gaps": at(5, stores.VOCAB)}, "token ids beyond the vocabulary"),
     "gaps huge": ("target", {"gaps": lambda x: x + 2**31}, "token ids beyond the vocabulary"),
     "gaps that wrap": ("target", {"gaps": at(slice(4), [2**32 - 2, 0, 0, 0])}, "token ids beyond the vocabulary"),
-    "draws": ("target", {"draws": at(3, 1)}, "draws where none are made"),
+    "draws": ("target", {"draws": at(3, 1)}, "draws with checksum"),
     "counts": ("target", {"counts": at(0, 3)}, "counts that do not add up"),
     "counts beyond": ("target", {"counts": at(0, 65535)}, "counts that do not add up"),
     "counts elsewhere": ("target", {"counts": lambda x: np.roll(x, 1)}, "counts that are not those"),
