@@ -196,7 +196,10 @@ def plot(outcomes, path):
             axes.errorbar(x, means, yerr=spread, marker=marker, label=kind, capsize=3)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.axhline(-0.2, color="grey", linestyle="--", linewidth=0.8)
+    ticks = [10, 20, 30, 40, 60, 80, 100, 150, 200]
     axes.set(xscale="log", xlabel="bytes for each row that counts", ylabel="alpha - alpha from whole rows, points")
+    axes.set(xticks=ticks, xticklabels=ticks, xlim=(10, 200))
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=120)
 
