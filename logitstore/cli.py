@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ from logitstore.verify import check_num_threads, places, repair, verify
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from logitstore.metadata import Problem
 
@@ -90,12 +90,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise MissingDriverError(
             f"plan must have the packages of the dump, got none ({error}); pip install 'logitstore[dump]'"
         ) from error
-    facts = planning.run(args)
-    if args.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        _say(plan.render(facts))
-    return 0
+    return _show(planning.run(args), args, plan.render)
 
 
 def _export(store: Store, args: argparse.Namespace) -> int:
@@ -104,22 +99,14 @@ def _export(store: Store, args: argparse.Namespace) -> int:
 
 
 def _info(store: Store, args: argparse.Namespace) -> int:
-    facts = info.describe(store)
-    if args.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        _say(info.render(facts))
-    return 0
+    return _show(info.describe(store), args, info.render)
 
 
 def _fidelity(store: Store, args: argparse.Namespace) -> int:
     if args.plot is not None:
         fidelity_plot.check(args.plot)
     facts = fidelity.describe(store, sample=args.sample, seed=args.seed)
-    if args.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        _say(fidelity.render(facts))
+    _show(facts, args, fidelity.render)
     if args.plot is not None:
         fidelity_plot.draw(facts, args.plot)
     return 0
@@ -162,6 +149,15 @@ def _repaired(store: Store, problems: list[Problem]) -> Iterable[str]:
         more = f" and {len(shards) - 20:,} more" if len(shards) > 20 else ""
         yield f"the dump, run again as it was run, writes {numbers}{more}, and no other shard that was committed:"
         yield from (f"  {command}" for command in rerun.commands(store, shards))
+
+
+def _show(facts: dict[str, Any], args: argparse.Namespace, render: Callable[[dict[str, Any]], Iterable[str]]) -> int:
+    """Prints what a command found, as JSON where that was asked for; returns the exit status."""
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _say(render(facts))
+    return 0
 
 
 def _say(lines: Iterable[str]) -> None:
