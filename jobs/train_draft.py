@@ -43,7 +43,8 @@ from logitstore.options import storage_options
 from logitstore.reader import CACHE_BYTES
 from logitstore.views import smaller
 from logitstore.weights import load_weights, loading_bars
-from trainer.draft_trainer import DraftModule, DraftTrainer, check_training_arguments
+from trainer.draft_trainer import DraftTrainer, check_training_arguments
+from trainer.module import DraftModule
 from trainer.objectives import OBJECTIVES
 from trainer.selection import SELECTIONS
 from trainer.stream import DocumentDataset, check_window
