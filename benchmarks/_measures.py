@@ -74,11 +74,11 @@ class Seen:
     def of_rows(rows: Rows, start, stop):
         """Takes ours, as a trainer does."""
         places = torch.arange(start, stop).numpy()
-        stored, weighed = rows.padded(places), rows.weighed(places)
+        stored = rows.padded(places)
         return Seen(
             kind="bucket" if rows.weights is None else "drawn",
             token_ids=torch.from_numpy(stored.token_ids),
-            weights=torch.from_numpy(weighed.probs).double(),
+            weights=torch.from_numpy(stored.probs if stored.weights is None else stored.weights).double(),
             probs=torch.from_numpy(stored.probs).double(),
             tail=torch.from_numpy(stored.tail).double(),
         )

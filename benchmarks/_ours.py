@@ -73,7 +73,7 @@ class Ours:
         arrays = {a.name: objects.decode(held[a.name], lengths[a.per], a, **sizes) for a in layout.TARGET}
         rows = codec.decode(arrays, self.spec)
         for start in range(0, len(counts), BATCH_ROWS):
-            rows.weighed(np.arange(start, min(start + BATCH_ROWS, len(counts))))
+            rows.padded(np.arange(start, min(start + BATCH_ROWS, len(counts))))
         return rows
 
 

@@ -209,7 +209,7 @@ def read_rskd(rskd, data, counts):
         label_logprob=weights, entropy=weights,
     )  # fmt: skip
     for start in range(0, len(counts), BATCH_ROWS):
-        rows.weighed(np.arange(start, min(start + BATCH_ROWS, len(counts))))
+        rows.padded(np.arange(start, min(start + BATCH_ROWS, len(counts))))
 
 
 def best(run, rounds=2):

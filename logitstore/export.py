@@ -56,8 +56,8 @@ def dense(store: Store, shard: int) -> dict[str, NDArray[Any]]:
         "label_logprob": rows.label_logprob,
         "entropy": rows.entropy,
     }
-    if rows.weights is not None:
-        arrays["weights"] = rows.weighed(everywhere).probs
+    if padded.weights is not None:
+        arrays["weights"] = padded.weights
     return arrays
 
 

@@ -83,37 +83,21 @@ class Rows:
             rows: [M] row numbers.
 
         Returns:
-            The kept probabilities and the tail mass: what is known of p, whatever the scheme.
+            What is known of p, whatever the scheme, and the weights where entries were drawn.
         """
-        token_ids, logprobs, used = self._rectangle(rows, self.logprobs)
-        return Padded(token_ids=token_ids, probs=np.exp(logprobs, where=used, out=logprobs), tail=self.tail_mass[rows])
-
-    def weighed(self, rows: NDArray[np.intp]) -> Padded:
-        """Lays out what an objective weighs: an unbiased estimate of p where entries were drawn, else as `padded`.
-
-        Args:
-            rows: [M] row numbers.
-
-        Returns:
-            Where entries were drawn, their weights, no tail, and the entropy, which does not follow from them.
-        """
-        if self.weights is None:
-            return self.padded(rows)
-        token_ids, weights, _ = self._rectangle(rows, self.weights)
-        nothing = np.zeros(len(rows), dtype=np.float32)
-        return Padded(token_ids=token_ids, probs=weights, tail=nothing, entropy=self.entropy[rows])
-
-    def _rectangle(
-        self, rows: NDArray[np.intp], values: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
         counts = self.counts[rows]
         used = np.arange(int(counts.max(initial=1))) < counts[:, None]
         entries = (self.offsets[rows][:, None] + np.arange(used.shape[1]))[used]
         token_ids = np.zeros(used.shape, dtype=np.int64)
         token_ids[used] = self.token_ids[entries]
-        laid_out = np.zeros(used.shape, dtype=np.float32)
-        laid_out[used] = values[entries]
-        return token_ids, laid_out, used
+        probs = np.zeros(used.shape, dtype=np.float32)
+        probs[used] = np.exp(self.logprobs[entries])
+        tail = self.tail_mass[rows]
+        if self.weights is None:
+            return Padded(token_ids=token_ids, probs=probs, tail=tail)
+        weights = np.zeros(used.shape, dtype=np.float32)
+        weights[used] = self.weights[entries]
+        return Padded(token_ids=token_ids, probs=probs, tail=tail, weights=weights, entropy=self.entropy[rows])
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
@@ -134,8 +118,10 @@ class Padded:
     token_ids: NDArray[np.int64]
     """[M, K]; 0 beyond a row's count."""
     probs: NDArray[np.float32]
-    """[M, K]: probabilities or weights of the entries; 0 beyond a row's count."""
+    """[M, K]: probabilities of the entries; 0 beyond a row's count."""
     tail: NDArray[np.float32]
     """[M]: what is left for all other tokens."""
+    weights: NDArray[np.float32] | None = None
+    """[M, K]: what entries stand for where they were drawn, 0 beyond a row's count; else None."""
     entropy: NDArray[np.float32] | None = None
-    """[M]: of the whole distribution, where `probs` are the weights of draws; else None."""
+    """[M]: of the whole distribution, where entries were drawn; else None."""

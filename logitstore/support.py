@@ -26,9 +26,12 @@ class Support:
     token_ids: Tensor
     """Int64 [N, K]; 0 beyond a row's entries."""
     probs: Tensor
-    """Float32 [N, K]; 0 beyond a row's entries. With the tail they sum to 1, the weights of draws on average."""
+    """Float32 [N, K]: p of the entries, 0 beyond a row's. With the tail they sum to 1."""
     tail: Tensor
-    """Float32 [N]: tail mass; 0 where entries were drawn, which stand for the tail too."""
+    """Float32 [N]: tail mass."""
+    weights: Tensor | None = None
+    """Float32 [N, K]: what entries stand for where they were drawn: with 0 for all others an unbiased estimate of p.
+    None where rows are truncated: entries stand for themselves, and the tail for the rest."""
     drawn_entropy: Tensor | None = None
     """Float32 [N]: entropy of p where entries were drawn; None where it follows from `probs` and `tail`."""
 
@@ -36,9 +39,12 @@ class Support:
         return len(self.tail)
 
     def __getitem__(self, rows: slice | Tensor) -> Support:
-        entropy = None if self.drawn_entropy is None else self.drawn_entropy[rows]
         return Support(
-            token_ids=self.token_ids[rows], probs=self.probs[rows], tail=self.tail[rows], drawn_entropy=entropy
+            token_ids=self.token_ids[rows],
+            probs=self.probs[rows],
+            tail=self.tail[rows],
+            weights=None if self.weights is None else self.weights[rows],
+            drawn_entropy=None if self.drawn_entropy is None else self.drawn_entropy[rows],
         )
 
     @staticmethod
@@ -48,6 +54,7 @@ class Support:
             token_ids=torch.from_numpy(rows.token_ids).to(device),
             probs=torch.from_numpy(rows.probs).to(device),
             tail=torch.from_numpy(rows.tail).to(device),
+            weights=None if rows.weights is None else torch.from_numpy(rows.weights).to(device),
             drawn_entropy=None if rows.entropy is None else torch.from_numpy(rows.entropy).to(device),
         )
 
@@ -90,22 +97,21 @@ def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
     return kept, (1.0 - mass).clamp_min(TAIL_FLOOR).log()
 
 
-def acceptance_estimate(stored: Support, drawn: Support | None, kept: Tensor, tail: Tensor) -> Tensor:
+def acceptance_estimate(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
     """Estimates alpha = sum_v min(p_v, q_v) of each row from what is stored of p.
 
     Args:
-        stored: N rows, as probabilities.
-        drawn: The same rows as weights, where entries were drawn.
+        support: N rows of the target p.
         kept: Logprobs of q at the entries [N, K], as from `on_support`.
         tail: Log of q's tail mass [N].
 
     Returns:
         [N]. Where rows are truncated sum_S min(p, q) + min(p_t, q_t), where entries were drawn sum_S w min(1, q / p).
     """
-    q = kept.exp().where(stored.used, 0.0)
-    if drawn is None:
-        return (torch.minimum(stored.probs, q).sum(-1) + torch.minimum(stored.tail, tail.exp())).clamp(0.0, 1.0)
-    return (drawn.probs * (q / stored.probs.where(stored.used, 1.0)).clamp_max(1.0)).sum(-1)
+    q = kept.exp().where(support.used, 0.0)
+    if support.weights is None:
+        return (torch.minimum(support.probs, q).sum(-1) + torch.minimum(support.tail, tail.exp())).clamp(0.0, 1.0)
+    return (support.weights * (q / support.probs.where(support.used, 1.0)).clamp_max(1.0)).sum(-1)
 
 
 def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
@@ -122,4 +128,6 @@ def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
     Returns:
         Float32 [N], nats. CE(p, q) - CE(p, r) is the loss gap: the target's entropy cancels.
     """
+    if support.weights is not None:
+        return -(support.weights * kept).sum(-1)
     return -((support.probs * kept).sum(-1) + support.tail * tail)

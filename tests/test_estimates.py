@@ -68,14 +68,15 @@ def drawn(case, scheme, num_seeds=NUM_SEEDS):
         yield spec, stored(case, spec)
 
 
-def supports(rows):
-    places = np.arange(len(rows))
-    return Support.of(rows.padded(places), torch.device("cpu")), Support.of(rows.weighed(places), torch.device("cpu"))
+def support(rows):
+    return Support.of(rows.padded(np.arange(len(rows))), torch.device("cpu"))
 
 
-def dense(support):
+def dense(rows):
     """[N, V]: what entries stand for."""
-    return torch.zeros(len(support), V).scatter_add_(1, support.token_ids, support.probs).double().numpy()
+    found = support(rows)
+    stand_for = found.probs if found.weights is None else found.weights
+    return torch.zeros(len(found), V).scatter_add_(1, found.token_ids, stand_for).double().numpy()
 
 
 def exact(case, spec):
@@ -93,7 +94,7 @@ def coding_error(case, spec):
 def test_weights_are_unbiased_estimates_of_every_probability(case, name):
     total = np.zeros_like(case.p)
     for _, rows in drawn(case, SCHEMES[name]):
-        total += dense(supports(rows)[1])
+        total += dense(rows)
     mean, spec = total / NUM_SEEDS, target(SCHEMES[name])
     if name == "sample":
         variance = case.p * (1 - case.p) / spec.scheme.num_draws
@@ -111,20 +112,20 @@ def test_weights_are_unbiased_estimates_of_every_probability(case, name):
 def test_the_same_test_finds_the_bias_of_a_renormalised_top_k(case):
     spec = target(Scheme(k=12))
     rows = stored(case, spec)
-    naive = dense(supports(rows)[0])
+    naive = dense(rows)
     naive /= naive.sum(-1, keepdims=True)
     error = np.sqrt(case.p * (1 - case.p) / 12 / NUM_SEEDS)
     far = (np.abs(naive - case.p) > 5.3 * error + 0.05 * case.p + 1e-6).mean(-1)
     assert (far[:3] > 0.25).all()  # all but the most peaked distributions
 
 
-def estimates(case, stored, weighed, drawn):
+def estimates(case, stored):
     """What training and scoring see of some rows: gradients by the draft's logits [N, V], KL and alpha [N]; float64."""
     logits = case.draft.clone().requires_grad_()
-    ce = soft_cross_entropy(weighed, *on_support(logits.log_softmax(-1), weighed))
+    ce = soft_cross_entropy(stored, *on_support(logits.log_softmax(-1), stored))
     ce.sum().backward()
-    found = row_acceptance(case.draft.log_softmax(-1), *[stored] * 3, drawn)
-    kl = (ce.detach() - weighed.entropy()).double().numpy()
+    found = row_acceptance(case.draft.log_softmax(-1), *[stored] * 3)
+    kl = (ce.detach() - stored.entropy()).double().numpy()
     return logits.grad.double().numpy(), kl, found.alpha_estimate.double().numpy()
 
 
@@ -163,8 +164,7 @@ def many(case, name):
     if name not in MANY:
         found = []
         for _, rows in drawn(case, SCHEMES[name], 600):
-            stored_ones, weighed = supports(rows)
-            found.append(estimates(case, stored_ones, weighed, weighed))
+            found.append(estimates(case, support(rows)))
         gradients, kls, alphas = (np.array(values) for values in zip(*found, strict=True))
         MANY[name] = SimpleNamespace(gradients=gradients, kls=kls, alphas=alphas)
     return MANY[name]
@@ -181,10 +181,10 @@ def test_gradient_divergence_and_acceptance_are_unbiased(case, name):
 def test_the_same_test_finds_the_bias_of_training_on_a_renormalised_top_k(case, name):
     """At as many entries as there are draws. Acceptance is sum min(p / mass, q), as those who renormalise have it."""
     rows = stored(case, target(Scheme(k=SCHEMES[name].num_draws)))
-    kept, _ = supports(rows)
+    kept = support(rows)
     probs = kept.probs / kept.probs.sum(-1, keepdim=True)
     naive = dataclasses.replace(kept, probs=probs, tail=torch.zeros_like(kept.tail))
-    along, of_kl, of_alpha = ratios(case, name, *estimates(case, naive, naive, None))
+    along, of_kl, of_alpha = ratios(case, name, *estimates(case, naive))
     assert (along.max(0)[:2] > 3).all()  # of the flatter distributions; a peaked one is all in the top
     assert (of_kl[:2] > 3).all()
     assert (of_alpha[:2] > 1).any()
@@ -193,8 +193,7 @@ def test_the_same_test_finds_the_bias_of_training_on_a_renormalised_top_k(case, 
 def test_a_truncated_plug_in_is_biased_too(case):
     """With its tail as one more bucket: it does not see how the draft spreads its own within it."""
     rows = stored(case, target(Scheme(k=12)))
-    kept, weighed = supports(rows)
-    _, _, of_alpha = ratios(case, "sample", *estimates(case, kept, weighed, None))
+    _, _, of_alpha = ratios(case, "sample", *estimates(case, support(rows)))
     assert (of_alpha[1:3] > 1).all()
 
 

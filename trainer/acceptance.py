@@ -82,17 +82,15 @@ def row_acceptance(
     stored: Support,
     least: Support,
     most: Support,
-    drawn: Support | None = None,
     kept_from: float = math.inf,
 ) -> RowAcceptance:
     """Compares a draft with the stored distributions, row by row.
 
     Args:
         logprobs: Float32 [N, V] of the draft, normalised over the true vocabulary.
-        stored: The decoded rows, as probabilities.
+        stored: The decoded rows.
         least: The same entries at the least that their codes allow.
         most: And at the most.
-        drawn: The same entries as weights, where they were drawn.
         kept_from: The probability from which on tokens are kept without being drawn.
 
     Returns:
@@ -104,19 +102,18 @@ def row_acceptance(
     highest, place = stored.probs.max(-1, keepdim=True)
     likeliest = stored.token_ids.gather(1, place)[:, 0]
     is_known = torch.ones_like(lower)
-    if drawn is not None:
+    if stored.weights is not None:
         # A token that was missed has no more than the tail, and less than what is always kept.
         at_least = least.probs.gather(1, place)[:, 0]
         is_alone = (stored.probs == highest).sum(-1) == 1
         is_known = (is_alone & (at_least >= most.tail.clamp_max(kept_from))).float()
-    weighed = stored if drawn is None else drawn
     return RowAcceptance(
         alpha_lower=lower,
         alpha_upper=upper,
-        alpha_estimate=acceptance_estimate(stored, drawn, kept, log_tail),
+        alpha_estimate=acceptance_estimate(stored, kept, log_tail),
         argmax_agreement=(logprobs.argmax(-1) == likeliest).float(),
         argmax_known=is_known,
-        forward_kl=soft_cross_entropy(weighed, kept, log_tail) - weighed.entropy(),
+        forward_kl=soft_cross_entropy(stored, kept, log_tail) - stored.entropy(),
     )
 
 
@@ -233,5 +230,4 @@ class _ShardScorer:
             logprobs = normalised(self._lm.logits(hidden[chunk]))
             rows = batch.rows[chunk]
             stored, least, most = (Support.of(part.padded(rows), device) for part in self._rows)
-            drawn = None if self._rows[0].weights is None else Support.of(self._rows[0].weighed(rows), device)
-            yield row_acceptance(logprobs, stored, least, most, drawn, self._kept_from)
+            yield row_acceptance(logprobs, stored, least, most, self._kept_from)

@@ -54,6 +54,7 @@ class DraftModule(nn.Module):
         probs: Tensor,
         tail: Tensor,
         labels: Tensor,
+        weights: Tensor | None = None,
         drawn_entropy: Tensor | None = None,
         reference_ce: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -65,7 +66,9 @@ class DraftModule(nn.Module):
             KL(p‖draft) and of the label's negative logprob over the known rows, and the selection's threshold.
         """
         hidden = self.split.hidden(input_ids).flatten(0, 1).index_select(0, rows)
-        support = Support(token_ids=token_ids, probs=probs, tail=tail, drawn_entropy=drawn_entropy)
+        support = Support(
+            token_ids=token_ids, probs=probs, tail=tail, weights=weights, drawn_entropy=drawn_entropy
+        )
         result = selected_losses(
             self.split,
             hidden,

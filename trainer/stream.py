@@ -174,9 +174,9 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
     Returns:
         input_ids: Int64 [B, T]; 0 beyond a document, which causal attention never looks at.
         rows: Int64 [N], where each row is in the flattened [B * T].
-        token_ids, probs: Int64 and float32 [N, K], 0 beyond a row's entries; weights where entries were drawn.
-        tail: Float32 [N], tail mass; 0 where entries were drawn.
-        drawn_entropy: Float32 [N], only where entries were drawn.
+        token_ids, probs: Int64 and float32 [N, K], 0 beyond a row's entries.
+        tail: Float32 [N], tail mass.
+        weights, drawn_entropy: Float32 [N, K] and [N], only where entries were drawn.
         labels: Int64 [N], the token that follows in the document.
         reference_ce: Float32 [N], only if the samples have it.
     """
@@ -188,7 +188,7 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
     place = np.concatenate([i * width + np.arange(len(sample.ids)) for i, sample in enumerate(samples)])[mask]
     joined = Rows.concatenate([sample.rows for sample in samples])
     (masked,) = np.nonzero(mask)
-    target = joined.weighed(masked)
+    target = joined.padded(masked)
     batch = {
         "input_ids": input_ids,
         "rows": place,
@@ -198,8 +198,8 @@ def collate(samples: list[Sample]) -> dict[str, Tensor]:
         # a row of loss mask 1 is never its document's last
         "labels": input_ids.reshape(-1)[place + 1],
     }
-    if target.entropy is not None:
-        batch["drawn_entropy"] = target.entropy
+    if target.weights is not None and target.entropy is not None:
+        batch |= {"weights": target.weights, "drawn_entropy": target.entropy}
     ce = [sample.reference_ce for sample in samples if sample.reference_ce is not None]
     if ce:
         batch["reference_ce"] = np.concatenate(ce)[mask]

@@ -154,9 +154,7 @@ def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> 
             + (torch.xlogy(tail, tail) - torch.xlogy(tail, stored.tail.clamp_min(SMALLEST))),
         )
         if spec.scheme.draws:
-            weights = _support(rows, places, device, weighed=True)
-            missed = probs.scatter_add(1, weights.token_ids, -weights.probs)
-            sums.add(tv_draws=missed.abs().sum(-1) / 2)
+            sums.add(tv_draws=probs.scatter_add(1, stored.token_ids, -_weights(stored)).abs().sum(-1) / 2)
     places_of_again = _at(exact, again)
     for chunk in again.chunks():
         (logprobs, probs), (other, others) = exact.probs(places_of_again[chunk]), again.probs(chunk)
@@ -191,11 +189,10 @@ def measure_losses(exact: Exact, draft: Exact, rows: Rows) -> dict[str, float]:
     for chunk in draft.chunks():
         places = draft.rows[chunk]
         (_, p), (logprobs, q) = exact.probs(places_of_draft[chunk]), draft.probs(chunk)
-        stored, weighed = _support(rows, places, device), _support(rows, places, device, weighed=True)
+        stored = _support(rows, places, device)
         kept, log_tail = on_support(logprobs, stored)
-        drawn = None if rows.weights is None else weighed
-        alpha, estimate = torch.minimum(p, q).sum(-1), acceptance_estimate(stored, drawn, kept, log_tail)
-        wanted, found = q - p, _gradient(logprobs, weighed)
+        alpha, estimate = torch.minimum(p, q).sum(-1), acceptance_estimate(stored, kept, log_tail)
+        wanted, found = q - p, _gradient(logprobs, stored)
         total += torch.stack([wanted.sum(0), found.sum(0)])
         sums.add(
             rows=torch.ones_like(alpha),
@@ -241,16 +238,22 @@ def _at(exact: Exact, part: Exact) -> Tensor:
     return torch.from_numpy(np.searchsorted(exact.rows, part.rows)).to(exact.logprobs.device)
 
 
-def _support(rows: Rows, places: NDArray[np.intp], device: torch.device, *, weighed: bool = False) -> Support:
-    support = Support.of(rows.weighed(places) if weighed else rows.padded(places), device)
-    return replace(support, probs=support.probs.double(), tail=support.tail.double())
+def _support(rows: Rows, places: NDArray[np.intp], device: torch.device) -> Support:
+    support = Support.of(rows.padded(places), device)
+    weights = None if support.weights is None else support.weights.double()
+    return replace(support, probs=support.probs.double(), tail=support.tail.double(), weights=weights)
 
 
-def _gradient(logprobs: Tensor, weighed: Support) -> Tensor:
+def _weights(support: Support) -> Tensor:
+    """Returns what entries stand for."""
+    return support.probs if support.weights is None else support.weights
+
+
+def _gradient(logprobs: Tensor, support: Support) -> Tensor:
     """Returns what training on stored rows does: the gradient of its loss by the logits; float64 [n, V]."""
     with torch.enable_grad():
         logits = logprobs.detach().requires_grad_()
-        loss = soft_cross_entropy(weighed, *on_support(logits.log_softmax(-1), weighed)).sum()
+        loss = soft_cross_entropy(support, *on_support(logits.log_softmax(-1), support)).sum()
         (gradient,) = torch.autograd.grad(loss, logits)
     return gradient
 

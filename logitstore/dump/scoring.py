@@ -190,7 +190,7 @@ def score_losses(
 
     def launch(batch: Batch) -> list[tuple[Tensor, ...]]:
         hidden, labels = _hidden_rows(lm, batch)
-        support = Support.of(rows.weighed(batch.rows), lm.device)
+        support = Support.of(rows.padded(batch.rows), lm.device)
         parts: list[tuple[Tensor, ...]] = []
         for chunk in _chunks(len(hidden), lm.rows_per_chunk):
             logits = lm.logits(hidden[chunk])
