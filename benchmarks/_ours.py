@@ -13,6 +13,7 @@ from logitstore.dump.truncation import truncate, uniforms
 from logitstore.layout import ENTRY_CHUNK
 from logitstore.schemes import make_scheme
 from logitstore.spec import ROW_CHUNK, ModelSpec, TargetSpec
+from logitstore.tokens import encode_tokens
 
 BATCH_ROWS = 2048
 """Rows that are laid out as one rectangle."""
@@ -84,11 +85,8 @@ def token_bytes(source, num_rows):
         documents.append((ids, mask))
         if (counted := counted + int(mask.sum())) >= num_rows:
             break
-    values = {
-        "ids": np.concatenate([ids for ids, _ in documents]).astype(np.uint32),
-        "loss_mask": np.concatenate([mask for _, mask in documents]).astype(np.uint8),
-        "lengths": np.array([len(ids) for ids, _ in documents], np.uint32),
-    }
+    ids, masks = zip(*documents, strict=True)
+    values = encode_tokens(np.concatenate(ids), np.concatenate(masks), np.array([len(part) for part in ids]))
     room = -(-len(values["ids"]) // ROW_CHUNK) * ROW_CHUNK
     held = [objects.encode(values[array.name], array, shard_rows=room, k=1) for array in layout.TOKENS]
     return sum(len(data or b"") for data in held) / counted, len(values["ids"]) / counted

@@ -13,6 +13,7 @@ import numpy as np
 
 from logitstore.schemes import Scheme
 from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.tokens import encode_tokens
 
 LOSSES = "losses/reference"
 LAYERS = ("tokens", "target", LOSSES)
@@ -46,7 +47,7 @@ def tokens(shard):
     mask = np.zeros(rows, np.uint8) if shard % 5 == 4 else (rng.random(rows) < 0.6).astype(np.uint8)
     mask[np.cumsum(lengths) - 1] = 0
     ids = np.arange(shard * SHARD_ROWS, shard * SHARD_ROWS + rows, dtype=np.uint32)
-    return {"ids": ids, "loss_mask": mask, "lengths": np.array(lengths, np.uint32)}
+    return encode_tokens(ids, mask, np.array(lengths))
 
 
 class Appended:

@@ -39,6 +39,7 @@ from logitstore.reader import Store
 from logitstore.schemes import OPTIONS, make_scheme
 from logitstore.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
+from logitstore.tokens import encode_tokens
 from logitstore.verify import take_back
 
 
@@ -78,7 +79,7 @@ def make_store(folder, args):
         ids = (rng.zipf(1.3, sum(lengths)) % args.vocab_size).astype(np.uint32)
         mask = np.ones(len(ids), np.uint8)
         mask[np.cumsum(lengths) - 1] = 0
-        arrays = {"ids": ids, "loss_mask": mask, "lengths": np.array(lengths, np.uint32)}
+        arrays = encode_tokens(ids, mask, np.array(lengths))
         tokens.write(shard, arrays, documents=len(lengths), rows=len(ids), counted=int(mask.sum()), computed_from=None,
                      started=time.monotonic())  # fmt: skip
     return storage

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.generic import is_flash_attention_requested
 
 from logitstore.spec import ModelSpec, TokenizerSpec
+from logitstore.split_checks import check_halves, check_packing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
 """Logits of one chunk of rows: 8 MiB in float32, which a CPU's cache nearly holds; 256 MiB keep a GPU busy."""
 
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call the soft cap of logits: Gemma's, RecurrentGemma's, xLSTM's name."""
 
 WEIGHTS = frozenset({".safetensors", ".bin"})
 """How the files of weights end."""
@@ -33,16 +39,16 @@ class SplitLM:
     Attributes:
         model: The whole model.
         vocab_size: The true vocabulary V; logits beyond it, of padding rows of the embedding, never come out.
+        scale: What the head's output is multiplied by.
+        softcap: Then logits are softcap * tanh(logits / softcap), unless it is None.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
         self.model = model
         self.vocab_size = vocab_size
         config = model.config.get_text_config()
-        self._scale = getattr(config, "logit_scale", None) or 1.0
-        if getattr(config, "logits_scaling", None):
-            self._scale /= config.logits_scaling
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale = _logit_scale(config)
+        self.softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
 
     @property
     def device(self) -> torch.device:
@@ -54,18 +60,41 @@ class SplitLM:
         """Rows whose logits are made at once; a matrix product of fewer than 64 wastes its reading of the head."""
         return max(64, LOGITS_PER_CHUNK.get(self.device.type, 2**26) // self.vocab_size)
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """All but the head."""
+        base: torch.nn.Module = self.model.base_model
+        # the text half of a larger model: transformers looks for it under the name that the larger one has it under
+        return getattr(base, "model", base) if base is self.model else base
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        """The output embedding."""
+        head: torch.nn.Linear = self.model.get_output_embeddings()
+        return head
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Runs the backbone.
 
         Args:
             input_ids: Int64 [B, T], right-padded. No mask is needed: attention is causal, so that nothing after a
                 token reaches it.
+            position_ids: Int64 [B, T], from 0 at each document of a row that holds several: none attends to another
+                then. Only for models that pass `check_packing`.
 
         Returns:
-            [B, T, H], after the last norm.
+            [B, T, H], after the last norm, in the head's dtype: some state-space models compute in float32 till then.
         """
-        hidden: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return hidden
+        shape = input_ids.shape
+        if position_ids is None:
+            output = self.backbone(input_ids=input_ids, use_cache=False)
+        else:
+            if is_flash_attention_requested(self.model.config.get_text_config()):
+                # it sees where documents begin in a batch of one row alone
+                input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+            output = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden.reshape(*shape, -1).to(self.head.weight.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Runs the head.
@@ -76,35 +105,38 @@ class SplitLM:
         Returns:
             Float32 [N, V].
         """
-        head: torch.nn.Module = self.model.get_output_embeddings()
-        logits: Tensor = head(hidden)[:, : self.vocab_size].float()
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
+        logits: Tensor = self.head(hidden)[:, : self.vocab_size].float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    @torch.no_grad()
     def check(self) -> None:
         """Compares the two halves with the model as a whole, on a few tokens.
 
         Raises:
-            ValueError: The model does something else between its backbone and its logits.
+            ValueError: The model does something else between its backbone and its logits, or is not causal.
         """
-        ids = torch.arange(min(8, self.vocab_size), device=self.device)[None]
-        training = self.model.training
-        self.model.eval()
-        whole = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
-        halves = self.logits(self.hidden(ids)[0])
-        self.model.train(training)
-        # bf16 matrix products of other shapes differ in the last bits. NaN is not this check's business.
-        size = float(whole.nan_to_num().abs().max())
-        if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * size, equal_nan=True):
-            raise ValueError(
-                f"model must have logits that are its output embedding applied to its backbone, got "
-                f"model={self.model.name_or_path} ({type(self.model).__name__}), whose logits differ by up to "
-                f"{float((whole - halves).abs().max()):.3g}; this architecture is not supported"
-            )
+        check_halves(self)
+
+    def check_packing(self) -> None:
+        """Compares documents packed into one row with the same ones elsewhere, on the device that the model is on.
+
+        Raises:
+            ValueError: What a document gives depends on what it is packed with, or on where.
+        """
+        check_packing(self)
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    """What a model multiplies its head's output by; a power of the width, in maximal update parametrisation."""
+    factors = ["logit_scale", "lm_head_multiplier"]
+    divisors = ["logits_scaling", "logits_mup_width_multiplier"]
+    if config.model_type == "hyperclovax":  # the same name as Granite's, used the other way round
+        factors, divisors = [*factors, "logits_scaling"], ["logits_mup_width_multiplier"]
+    scale = math.prod(getattr(config, name, None) or 1.0 for name in factors)
+    return scale / math.prod(getattr(config, name, None) or 1.0 for name in divisors)
 
 
 def load_config(name: str, *, what: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

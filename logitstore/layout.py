@@ -34,6 +34,7 @@ TOKENS = (
     ArraySpec(name="ids", dtype="<u4", per="row", fill=0),
     ArraySpec(name="loss_mask", dtype="|u1", per="row", fill=0),
     ArraySpec(name="lengths", dtype="<u4", per="document", fill=0),
+    ArraySpec(name="digests", dtype="<u8", per="document", fill=0),
 )
 TARGET = (
     ArraySpec(name="counts", dtype="<u2", per="row", fill=0),

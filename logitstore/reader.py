@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from logitstore import commits, layers, layout, shards, views
+from logitstore import commits, document_index, layers, layout, records, shards, views
 from logitstore.appends import check_end, joined, read_appends
 from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError, StoreNotFoundError
 from logitstore.row_values import RowValues
-from logitstore.shards import Document, Shard
+from logitstore.shards import Document, Part, Shard
 from logitstore.spec import LossSpec, StoreSpec, TargetSpec, check_room, maker
 from logitstore.storage import Storage
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from logitstore.commits import Commit
+    from logitstore.document_index import DocumentIndex
     from logitstore.schemes import Scheme
 
 CACHE_BYTES = 50 * 10**9
@@ -154,6 +155,10 @@ class Store:
         shard = int(np.searchsorted(self._first_document, document, side="right")) - 1
         return shard, document - int(self._first_document[shard])
 
+    def documents(self) -> DocumentIndex:
+        """Reads the lengths and digests of all documents, and nothing else of them; errors as of `read_shard`."""
+        return document_index.read(self)
+
     def loss(self, name: str) -> RowValues:
         """Returns the soft cross entropy of a named model on the stored support, nats, by document.
 
@@ -258,12 +263,12 @@ class Store:
 
     def read_arrays(self, layer: str, shard: int) -> dict[str, NDArray[Any]]:
         """Reads the arrays of a shard as they are stored, without padding, and checks them against its commit."""
-        return self._read(shard, (layer,))[layer][0]
+        return self.read_parts([Part(layer, shard)])[0].arrays
 
     def read_stored(self, shard: int, layers: Sequence[str] | None = None) -> dict[str, Stored]:
         """Reads what `read_shard` makes a shard of; arguments and errors as there."""
         wanted = dict.fromkeys(("tokens", *(layers if layers is not None else self.layers)))
-        return self._read(shard, tuple(wanted))
+        return dict(zip(wanted, self.read_parts([Part(layer, shard) for layer in wanted]), strict=True))
 
     def commit(self, layer: str, shard: int) -> Commit:
         """Returns the commit record of a shard.
@@ -273,96 +278,48 @@ class Store:
             DamagedShardError: The record is not what its name says.
             IdentityError: It is of another model, or computed from something else, than the store holds now.
         """
-        name = self._record(layer, shard)
+        path = records.path(self, layer, shard)
         if (layer, shard) not in self._commits:
-            (data,) = self.storage.get_many([f"{commits.folder(layer)}/{name}"], [shards.MAX_COMMIT_BYTES])
-            self._keep(self._checked(layer, shard, name, data))
+            (data,) = self.storage.get_many([path], [shards.MAX_COMMIT_BYTES])
+            self._keep(records.checked(self, layer, shard, data))
         return self._commits[layer, shard]
 
-    def _read(self, shard: int, wanted: tuple[str, ...]) -> dict[str, Stored]:
-        """Reads layers of a shard; again without the local cache if that holds something else."""
-        names = {layer: self._record(layer, shard) for layer in wanted}
+    def read_parts(self, parts: Sequence[Part]) -> list[Stored]:
+        """Reads parts of shards, all at once; again without the local cache if that holds something else.
+
+        Raises:
+            LayerNotFoundError: A layer is not there, or a shard of it is not committed.
+            DamagedShardError: What is stored is not what was committed.
+            IdentityError: A shard was computed from other values than the store holds now.
+        """
         try:
-            return self._read_once(shard, names, cached=True)
+            return self._read_once(parts, cached=True)
         except (DamagedShardError, IdentityError):  # of a store that was made anew at this URL, perhaps
             if self.storage.cache is None:
                 raise
-        paths = [path for layer, name in names.items() for path in shards.paths(self.stored, layer, shard, name)[0]]
+        paths = [path for part in parts for path in self._places(part)[0]]
         self.storage.cache.drop([f"{self.storage.root}/{path}" for path in paths])
-        return self._read_once(shard, names, cached=False)
+        return self._read_once(parts, cached=False)
 
-    def _read_once(self, shard: int, names: dict[str, str], *, cached: bool) -> dict[str, Stored]:
+    def _read_once(self, parts: Sequence[Part], *, cached: bool) -> list[Stored]:
         """Reads records and objects, all at once: their paths follow from the specs."""
-        parts = {layer: shards.paths(self.stored, layer, shard, name) for layer, name in names.items()}
-        full = [path for paths, _ in parts.values() for path in paths]
-        limits = [limit for _, limits in parts.values() for limit in limits]
+        places = [self._places(part) for part in parts]
+        full = [path for paths, _ in places for path in paths]
+        limits = [limit for _, limits in places for limit in limits]
         data = iter(self.storage.get_many(full, limits, cached=cached))
-        values = {}
-        for layer, (paths, _) in parts.items():
-            commit = self._checked(layer, shard, names[layer], next(data))
+        values = []
+        for part, (paths, _) in zip(parts, places, strict=True):
+            commit = records.checked(self, part.layer, part.shard, next(data))
             found = [next(data) for _ in paths[1:]]
-            values[layer] = Stored(shards.decode_layer(self.stored, layer, shard, commit, found), commit)
+            values.append(Stored(shards.decode_layer(self.stored, commit, found, part.arrays), commit))
             self._keep(commit)
         return values
 
-    def _record(self, layer: str, shard: int) -> str:
-        """Returns the name of a shard's record."""
-        if layer not in self.layers:
-            raise LayerNotFoundError(
-                f"layer must be one of {list(self.layers)} in {self.url}, got layer={layer}; dump it first"
-            )
-        index = self.layers[layer].index
-        if (place := index.find(shard)) is None:
-            if shard not in range(n := self.spec.num_shards):
-                raise LayerNotFoundError(f"shard must be from 0 to {n - 1}, got shard={shard}; {self.url} has {n}")
-            raise LayerNotFoundError(
-                f"shard must be committed, got shard={shard} of layer {layer!r} in {self.url}, where "
-                f"{len(index)} of {self.spec.num_shards} are; run the dump again to finish it"
-            )
-        if shard in index.contested:
-            raise DamagedShardError(layer, shard, "several commit records")
-        return index.name(place)
-
-    def _checked(self, layer: str, shard: int, name: str, data: bytes | None) -> Commit:
-        """Parses a record, and checks that it belongs to the store's specs and to the layer below."""
-        if data is None:
-            raise LayerNotFoundError(
-                f"shard must be committed, got shard={shard} of layer {layer!r} in {self.url}, which was taken back "
-                "since the store was opened; open it again"
-            )
-        if len(data) > shards.MAX_COMMIT_BYTES:
-            raise DamagedShardError(layer, shard, "a commit record too long to be one")
-        commit = commits.parse(data, layer, shard, name)
-        shards.check_room(self.stored, commit)
-        way_out = {
-            "tokens": "dump into another store",
-            "target": "take the shard back with `logitstore verify --repair` and dump it again",
-        }.get(layer, "dump the losses again, which replaces those that are stale")
-        if commit.made_by != (now := self.layers[layer].made_by):
-            raise IdentityError(
-                f"shard {shard} of layer {layer!r} must be made by {now[:19]} as the layer's spec says, got "
-                f"{commit.made_by[:19]}: another job wrote it; {way_out}"
-            )
-        below = layout.below(layer)
-        if below is None:
-            if commit.computed_from is not None:
-                raise DamagedShardError(layer, shard, "tokens computed from something")
-            return commit
-        index = self.layers[below].index if below in self.layers else None
-        if index is None or (place := index.find(shard)) is None:
-            raise LayerNotFoundError(
-                f"shard must be committed in {below}, got shard={shard} of layer {layer!r} in {self.url} without what "
-                "it was computed from; run the dump again to finish it"
-            )
-        if shard in index.contested:
-            raise DamagedShardError(below, shard, "several commit records")
-        digest = index.digests[place]
-        if commits.identity(commit.computed_from).encode() != digest:
-            raise IdentityError(
-                f"shard {shard} of layer {layer!r} must be computed from {below} {digest.decode()}, got "
-                f"{commits.identity(commit.computed_from)}; these values are stale: {way_out}"
-            )
-        return commit
+    def _places(self, part: Part) -> tuple[list[str], list[int]]:
+        """Returns what to read for a part, and how long each may be: its record, then its objects."""
+        record = records.path(self, part.layer, part.shard)
+        paths, limits = shards.paths(self.stored, part)
+        return [record, *paths], [shards.MAX_COMMIT_BYTES, *limits]
 
     def _keep(self, commit: Commit) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -80,24 +80,38 @@ class Shard:
         )
 
 
+class Part(NamedTuple):
+    """A shard of a layer, or some of its arrays."""
+
+    layer: str
+    shard: int
+    arrays: frozenset[str] | None = None
+    """Names; None for all."""
+
+
 def entries_per_row(spec: StoreSpec, layer: str) -> int:
     """Returns the room of a row in the arrays of a layer that are numbered per entry; 1 where there are none."""
     return spec.target.room if layer == "target" and spec.target else 1
 
 
-def _with_objects(spec: StoreSpec, layer: str) -> list[layout.ArraySpec]:
-    """Returns the arrays that can have objects: a bucket need not be asked for draws that no scheme made."""
+def _chosen(layer: str, arrays: frozenset[str] | None) -> list[layout.ArraySpec]:
+    """Returns the arrays of a layer that are asked for: all, where no names are given."""
+    return [array for array in layout.layer_arrays(layer) if arrays is None or array.name in arrays]
+
+
+def _have_objects(spec: StoreSpec, arrays: list[layout.ArraySpec]) -> list[layout.ArraySpec]:
+    """Leaves out arrays that can have no objects: a bucket need not be asked for draws that no scheme made."""
     is_sampled = spec.target is not None and spec.target.scheme.name == "sample"
-    return [array for array in layout.layer_arrays(layer) if array.name != "draws" or is_sampled]
+    return [array for array in arrays if array.name != "draws" or is_sampled]
 
 
-def paths(spec: StoreSpec, layer: str, shard: int, name: str) -> tuple[list[str], list[int]]:
-    """Returns what to read for a shard of a layer, and how long each may be: its record, then its objects."""
-    arrays = _with_objects(spec, layer)
-    sizes = {"shard_rows": spec.shard_rows, "k": entries_per_row(spec, layer)}
+def paths(spec: StoreSpec, part: Part) -> tuple[list[str], list[int]]:
+    """Returns where the objects of a part of a store are, and how long each may be."""
+    found = _have_objects(spec, _chosen(part.layer, part.arrays))
+    sizes = {"shard_rows": spec.shard_rows, "k": entries_per_row(spec, part.layer)}
     return (
-        [f"{commits.folder(layer)}/{name}", *(layout.object_path(layer, array, shard) for array in arrays)],
-        [MAX_COMMIT_BYTES, *(objects.most_bytes(array, **sizes) for array in arrays)],
+        [layout.object_path(part.layer, array, part.shard) for array in found],
+        [objects.most_bytes(array, **sizes) for array in found],
     )
 
 
@@ -116,25 +130,25 @@ def check_room(spec: StoreSpec, commit: Commit) -> None:
 
 
 def decode_layer(
-    spec: StoreSpec, layer: str, shard: int, commit: Commit, data: list[bytes | None]
+    spec: StoreSpec, commit: Commit, data: list[bytes | None], arrays: frozenset[str] | None = None
 ) -> dict[str, NDArray[Any]]:
     """Turns the objects of a shard into its arrays, without padding, and checks them against its commit.
 
     Args:
         spec: Of the store.
-        layer: Which.
-        shard: Which.
-        commit: Its record.
+        commit: The shard's record.
         data: Its objects in the order of `paths`, None for those that are not there.
+        arrays: Which were read; all by default.
 
     Raises:
         DamagedShardError: What is stored is not what was committed.
     """
     check_room(spec, commit)
-    k = entries_per_row(spec, layer)
-    objects_of = dict(zip((array.name for array in _with_objects(spec, layer)), data, strict=True))
+    layer, shard = commit.layer, commit.shard
+    k, chosen = entries_per_row(spec, layer), _chosen(layer, arrays)
+    objects_of = dict(zip((array.name for array in _have_objects(spec, chosen)), data, strict=True))
     values = {}
-    for array in layout.layer_arrays(layer):
+    for array in chosen:
         num, found = commits.length(commit, array.per), objects_of.get(array.name)
         try:
             values[array.name] = objects.decode(found, num, array, shard_rows=spec.shard_rows, k=k)
@@ -148,18 +162,28 @@ def decode_layer(
     return values
 
 
+def check_lengths(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Checks that a shard of tokens is documents as far as their lengths tell.
+
+    Raises:
+        DamagedShardError: It is not.
+    """
+    lengths = arrays["lengths"].astype(np.int64)
+    if (num_rows := int(lengths.sum())) != commit.rows:
+        raise DamagedShardError("tokens", commit.shard, f"documents of {num_rows} rows in all, not {commit.rows}")
+    if lengths.min(initial=1) < 1 or lengths.max(initial=0) > spec.max_length:
+        raise DamagedShardError("tokens", commit.shard, f"a document that is not of 1 to {spec.max_length} tokens")
+
+
 def check_tokens(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Checks that tokens are documents: what was committed may have been wrong, or made to be.
 
     Raises:
         DamagedShardError: They are not.
     """
+    check_lengths(spec, commit, arrays)
     lengths = arrays["lengths"].astype(np.int64)
     mask = arrays["loss_mask"]
-    if int(lengths.sum()) != len(mask):
-        raise DamagedShardError("tokens", commit.shard, f"documents of {lengths.sum()} rows in all, not {len(mask)}")
-    if lengths.min(initial=1) < 1 or lengths.max(initial=0) > spec.max_length:
-        raise DamagedShardError("tokens", commit.shard, f"a document that is not of 1 to {spec.max_length} tokens")
     if arrays["ids"].max(initial=0) >= spec.tokenizer.vocab_size:
         raise DamagedShardError("tokens", commit.shard, "token ids beyond the vocabulary")
     counted = int(mask.sum(dtype=np.int64))

@@ -93,8 +93,13 @@ def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
         Logprobs of the kept entries [N, K] (0 beyond a row's entries), and log of the mass left for the tail [N].
     """
     kept = logprobs.gather(1, support.token_ids).where(support.used, 0.0)
+    return kept, log_tail(kept, support)
+
+
+def log_tail(kept: Tensor, support: Support) -> Tensor:
+    """Returns the log of the mass that a model leaves for the tail [N], from its logprobs of the kept entries [N, K]."""
     mass = kept.exp().where(support.used, 0.0).sum(-1)
-    return kept, (1.0 - mass).clamp_min(TAIL_FLOOR).log()
+    return (1.0 - mass).clamp_min(TAIL_FLOOR).log()
 
 
 def acceptance_estimate(support: Support, kept: Tensor, tail: Tensor) -> Tensor:

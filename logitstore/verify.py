@@ -9,6 +9,8 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from logitstore import commits, layout, shards
 from logitstore.appends import FOLDER, drop_claim, late_claim, pending_append
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
@@ -16,6 +18,7 @@ from logitstore.layers import runs, spans
 from logitstore.metadata import Problem, check_metadata, write_anew
 from logitstore.publish import STAGING, clean
 from logitstore.reader import Store
+from logitstore.tokens import document_digests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,7 +120,7 @@ def check_shard(store: Store, layer: str, shard: int) -> Problem | None:
         values = store.read_stored(shard, layers=(layer,))
         store.assemble(values)
         arrays, commit = values[layer]
-        _check_digest(commit, arrays)
+        _check_digests(commit, arrays)
     except DamagedShardError as error:
         if error.layer == layer:
             return Problem(layer=layer, shard=shard, reason=error.reason)
@@ -132,9 +135,8 @@ def _check_alone(store: Store, layer: str, shard: int) -> Problem | None:
     """Compares a shard with its own record only: what it was computed from is not there, or not as it should be."""
     try:
         commit = _record(store, layer, shard)
-        paths, limits = shards.paths(store.spec, layer, shard, commit.name)
-        data = store.storage.get_many(paths[1:], limits[1:])
-        _check_digest(commit, shards.decode_layer(store.spec, layer, shard, commit, data))
+        data = store.storage.get_many(*shards.paths(store.spec, shards.Part(layer, shard)))
+        _check_digests(commit, shards.decode_layer(store.spec, commit, data))
         if commit.made_by != (made_by := store.layers[layer].made_by):
             raise DamagedShardError(layer, shard, f"values made by {commit.made_by[:19]}, not by {made_by[:19]}")
     except DamagedShardError as error:
@@ -162,10 +164,16 @@ def _record(store: Store, layer: str, shard: int) -> Commit:
     return commits.parse(data, layer, shard, name)
 
 
-def _check_digest(commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
+def _check_digests(commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Checks what only `verify` computes: a shard's identity, and those of its documents."""
     if (digest := commits.digest(commit.layer, arrays)) != commit.digest:
         reason = f"values with digest {digest[:19]}, not {commit.digest[:19]}"
         raise DamagedShardError(commit.layer, commit.shard, reason)
+    if commit.layer == "tokens":
+        found = document_digests(arrays["ids"], arrays["loss_mask"], arrays["lengths"])
+        if len(wrong := np.flatnonzero(found != arrays["digests"])):
+            reason = f"{len(wrong)} documents that are not those of their digests, document {wrong[0]} the first"
+            raise DamagedShardError(commit.layer, commit.shard, reason)
 
 
 def _check_outside(store: Store) -> Iterator[Problem]:

@@ -133,6 +133,7 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
     from logitstore.schemes import Scheme
     from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec
     from logitstore.storage import Storage
+    from logitstore.tokens import encode_tokens
 
     shards, room = [[]], shard_rows
     for ids, mask in documents:
@@ -158,8 +159,7 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
         ids, mask = (np.concatenate([member[j] for member in members]) for j in (0, 1))
         started = time.monotonic()
         size = {"documents": len(members), "rows": len(ids), "counted": int(mask.sum()), "started": started}
-        tokens = {"ids": ids.astype(np.uint32), "loss_mask": mask.astype(np.uint8),
-                  "lengths": np.array([len(member[0]) for member in members], np.uint32)}  # fmt: skip
+        tokens = encode_tokens(ids, mask, np.array([len(member[0]) for member in members]))
         commit = writer.LayerWriter(storage, spec, "tokens").write(shard, tokens, computed_from=None, **size)
         rows = Rows.concatenate([topk_rows(dense_logprobs(model, i), i, m, k) for i, m in members])
         arrays = codec.encode(rows, target)

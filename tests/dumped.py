@@ -24,7 +24,7 @@ MAX_LENGTH = 64
 SHARD_ROWS = 128
 LAYERS = ("tokens", "target", "losses/reference")
 ARRAYS = [
-    *(f"tokens/{name}" for name in ("ids", "loss_mask", "lengths")),
+    *(f"tokens/{name}" for name in ("ids", "loss_mask", "lengths", "digests")),
     *(f"target/{name}" for name in ("counts", "gaps", "logprobs", "draws", "tail", "label_logprob", "entropy")),
     *(f"losses/reference/{name}" for name in ("ce", "label_logprob")),
 ]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shutil
+import struct
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from logitstore import Rows, appends, codec, commits, layout, objects, set_aside
 from logitstore.schemes import Scheme
 from logitstore.spec import Append, DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
+from logitstore.tokens import encode_tokens
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -145,6 +147,12 @@ def target_arrays(name, shard, sixteenths=SIXTEENTHS):
     return codec.encode(rows, target_spec(name))
 
 
+def document_digest(ids, mask):
+    """The identity of a document, by the words of docs/format.md."""
+    content = struct.pack(f"<{len(ids)}I", *ids) + bytes(mask)
+    return struct.unpack("<Q", hashlib.sha256(content).digest()[:8])[0]
+
+
 def cross_entropy(p, tail, weighed, q):
     """Soft cross entropy of one row with a model that says `q`; all of the kept ids, float64."""
     if weighed is not None:
@@ -206,11 +214,11 @@ def generate(name):
     """Makes the store of a scheme, and the file of expected values beside it, in the place of what is there."""
     store = folder(name)
     tokens = [
-        {
-            "ids": np.array([token for ids, _ in members for token in ids], "<u4"),
-            "loss_mask": np.array([counts for _, mask in members for counts in mask], "|u1"),
-            "lengths": np.array([len(ids) for ids, _ in members], "<u4"),
-        }
+        encode_tokens(
+            np.array([token for ids, _ in members for token in ids]),
+            np.array([counts for _, mask in members for counts in mask]),
+            np.array([len(ids) for ids, _ in members]),
+        )
         for members in SHARDS
     ]
 

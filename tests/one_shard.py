@@ -14,6 +14,7 @@ from logitstore.errors import LayerNotFoundError
 from logitstore.reader import Store
 from logitstore.spec import DataSpec, StoreSpec, TokenizerSpec, maker
 from logitstore.storage import Storage
+from logitstore.tokens import encode_tokens
 from logitstore.verify import verify
 
 SPEC = StoreSpec(
@@ -25,9 +26,7 @@ SPEC = StoreSpec(
 
 def attempt(ids, mask, lengths):
     """What one writer would commit as shard 0: its record and its objects."""
-    values = {
-        "ids": np.array(ids, np.uint32), "loss_mask": np.array(mask, np.uint8), "lengths": np.array(lengths, np.uint32)
-    }  # fmt: skip
+    values = encode_tokens(np.array(ids), np.array(mask), np.array(lengths))
     encoded = {array.name: objects.encode(values[array.name], array, shard_rows=8, k=1) for array in layout.TOKENS}
     sizes = {"documents": len(lengths), "rows": len(ids), "counted": sum(mask), "computed_from": None, "seconds": 0.0}
     return commits.describe("tokens", 0, values, made_by=maker(SPEC), **sizes), encoded

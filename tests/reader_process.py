@@ -95,6 +95,7 @@ def read_everything(url, steps=None):
     for command in ("info", "verify"):
         step(command, lambda command=command: command_line(cli, command, url))
     if store is not None:
+        step("documents", store.documents)
         for shard in range(min(store.num_shards, MOST_SHARDS)):
             step(f"shard {shard}", lambda shard=shard: use(store.read_shard(shard)))
         for name in list(store.spec.losses)[:2]:
@@ -102,9 +103,11 @@ def read_everything(url, steps=None):
         if len(store):
             for document in (0, len(store) // 2, len(store) - 1):
                 step(f"document {document}", lambda document=document: store[document])
-        step("dataset", lambda: use_dataset(DocumentDataset(store)))
-        if store.spec.losses:
-            step("dataset of losses", lambda: use_dataset(DocumentDataset(store, min(store.spec.losses))))
+            step("dataset", lambda: use_dataset(DocumentDataset([store])))
+            if store.spec.losses:
+                losses = {"reference_ce": min(store.spec.losses)}
+                columns = {"columns": ["reference_ce"], "losses": losses}
+                step("dataset of losses", lambda: use_dataset(DocumentDataset([store], **columns)))
     outcomes["seconds"] = time.process_time() - started
     return outcomes
 
@@ -137,10 +140,8 @@ def use(shard):
 
 
 def use_dataset(dataset):
-    from trainer.stream import collate
-
-    if len(dataset):
-        collate([dataset[0], dataset[len(dataset) - 1]])
+    epoch = dataset.order.epoch(0)
+    dataset.collator()([dataset[epoch[0]], dataset[epoch[len(epoch) - 1]]])
 
 
 def main():

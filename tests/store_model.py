@@ -12,6 +12,7 @@ from logitstore import appends, codec, commits, layout, writer
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.schemes import Scheme
 from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.tokens import encode_tokens
 
 VOCAB, K, SHARD_ROWS, MAX_LENGTH = 8, 2, 16, 5
 LAYERS = ("tokens", "target", "losses/a", "losses/b")
@@ -72,7 +73,7 @@ def tokens_attempt(shard, seed):
     mask = rng.random(lengths.sum()) < rng.choice([0.0, 0.6, 1.0])  # where none counts, most arrays have no object
     mask[np.cumsum(lengths) - 1] = False
     ids = rng.integers(0, VOCAB, len(mask), np.uint32)
-    arrays = {"ids": ids, "loss_mask": mask.astype(np.uint8), "lengths": lengths}
+    arrays = encode_tokens(ids, mask, lengths)
     return Attempt(key=("tokens", shard), arrays=arrays, lengths=lengths, mask=mask, computed_from=None, set_aside={})
 
 

@@ -17,6 +17,7 @@ from logitstore import Rows, codec, commits, layout, objects, writer
 from logitstore.schemes import Scheme
 from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
+from logitstore.tokens import document_digests, encode_tokens
 
 VOCAB = 16
 K = 4
@@ -68,7 +69,7 @@ def shard_values(rng, shard_rows=SHARD_ROWS, k=K, scheme=None):
     else:
         draws = likeliest(p, mask, k)
     values = {
-        "tokens": {"ids": ids.astype("<u4"), "loss_mask": mask.astype("|u1"), "lengths": np.array(lengths, "<u4")},
+        "tokens": encode_tokens(ids, mask, np.array(lengths)),
         "target": target_values(p, ids, draws, TargetSpec(model=MODEL, scheme=scheme)),
     }
     for name in ("ref", "draft"):
@@ -199,6 +200,9 @@ def change_values(url, layer, shard, **arrays):
     for name in (*arrays,):
         found = arrays[name]
         old[layer][0][name] = np.asarray(found(old[layer][0][name].copy()) if callable(found) else found)
+    tokens = old["tokens"][0]
+    if layer == "tokens" and "digests" not in arrays:
+        tokens["digests"] = document_digests(tokens["ids"], tokens["loss_mask"], tokens["lengths"])
     for name in LAYERS[LAYERS.index(layer) :]:
         values, commit = old[name]
         for record in commits.names_of(storage, name, shard):
@@ -220,9 +224,9 @@ def read(url, layer, shard):
     storage = Storage(url)
     commit = commits.find(storage, layer, shard)
     spec = logitstore.open(url).spec
-    paths, _ = shards.paths(spec, layer, shard, commit.name)
-    data = [Path(url, path).read_bytes() if Path(url, path).is_file() else None for path in paths[1:]]
-    return shards.decode_layer(spec, layer, shard, commit, data), commit
+    paths, _ = shards.paths(spec, shards.Part(layer, shard))
+    data = [Path(url, path).read_bytes() if Path(url, path).is_file() else None for path in paths]
+    return shards.decode_layer(spec, commit, data), commit
 
 
 def record(url, layer, shard):

@@ -74,6 +74,7 @@ def example(tmp_path_factory):
     from logitstore.schemes import Scheme
     from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
     from logitstore.storage import Storage
+    from logitstore.tokens import encode_tokens
 
     def model(name):
         return ModelSpec(name=name, revision="0", dtype="float32", padded_vocab_size=8)
@@ -97,8 +98,7 @@ def example(tmp_path_factory):
     def write(layer, values, computed_from):
         return writer.LayerWriter(storage, spec, layer).write(0, values, computed_from=computed_from, **size).digest
 
-    tokens = {"ids": np.array(IDS, "<u4"), "loss_mask": np.array(LOSS_MASK, "|u1"), "lengths": np.array(LENGTHS, "<u4")}
-    digest = write("tokens", tokens, None)
+    digest = write("tokens", encode_tokens(np.array(IDS), np.array(LOSS_MASK), np.array(LENGTHS)), None)
     arrays = codec.encode(example_rows(), target)
     digest = write("target", arrays, digest)
     rows = codec.decode(arrays, target)

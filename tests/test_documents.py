@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prepared import CHAT, TURNS, arrays_of, pairs, run
 
-from logitstore import commits, publish
+from logitstore import commits, layout, publish
 from logitstore.dump import documents
 from logitstore.dump.documents import assign_shards
 from logitstore.dump.encoding import response_spans, split
@@ -298,7 +298,7 @@ def test_an_interrupted_prepare_is_finished_identically(tokenizer, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             run(data, tokenizer, url)
     assert commits.read_index(Storage(url), "tokens").committed == set(range(survivors))
-    kept = [url / f"tokens/{name}/c/{shard}" for shard in range(survivors) for name in ("ids", "loss_mask", "lengths")]
+    kept = [url / f"tokens/{array.name}/c/{shard}" for shard in range(survivors) for array in layout.TOKENS]
     before = [file.stat().st_mtime_ns for file in kept]
     store = run(data, tokenizer, url)
     assert not store.layers["tokens"].missing

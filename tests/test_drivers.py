@@ -14,6 +14,7 @@ import logitstore
 from logitstore import storage as storage_module
 from logitstore.drivers import is_refusal, may_pass, without_credentials
 from logitstore.errors import StorageError
+from logitstore.tokens import encode_tokens
 
 
 class LateCopies(MemoryFileSystem):
@@ -68,7 +69,7 @@ def test_a_record_that_no_reader_would_take_is_not_written(tmp_path, num, reason
     spec = stores.spec_of(1, shard_rows=2 * num)
     storage = stores.create(tmp_path / "c.zarr", spec)
     lengths, mask = np.full(num, 2), np.tile([1, 0], num)
-    values = {"tokens": {"ids": np.zeros(2 * num), "loss_mask": mask, "lengths": lengths}}
+    values = {"tokens": encode_tokens(np.zeros(2 * num), mask, lengths)}
     stores.write_shard(storage, spec, 0, values)
     empty = {name: np.full(2 * num, np.nan) for name in ("tail", "label_logprob", "entropy")}
     none = {"counts": np.zeros(2 * num), "gaps": np.zeros(0), "logprobs": np.zeros(0), "draws": np.zeros(0), **empty}

@@ -84,6 +84,15 @@ def test_every_stored_value_is_read(store, expected):
     assert golden.all_values(store) == expected["values"]
 
 
+def test_documents_are_known_by_length_and_digest(store):
+    """Also the one that was set aside, and that of which there are only tokens."""
+    found = store.documents()
+    members = [document for shard in SHARDS for document in shard]
+    assert found.lengths.tolist() == [len(ids) for ids, _ in members]
+    assert found.digests.tolist() == [golden.document_digest(*document) for document in members]
+    assert found.first_document.tolist() == [0, 2, 4, 6, 7]
+
+
 def test_plain_zarr_reads_the_same_values(folder, expected):
     group = zarr.open_group(folder, mode="r")
     for place, arrays in expected["values"].items():

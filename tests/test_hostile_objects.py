@@ -13,6 +13,7 @@ from hostile import check, damaged, refused
 from numcodecs import blosc
 
 from logitstore import layout, objects
+from logitstore.tokens import encode_tokens
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def test_nothing_that_stands_for_millions_of_entries_is_read_in_bounded_memory(r
     floats = np.where(mask, -1, np.nan).astype(np.float32)
     lengths = np.full(rows // 8, 8, "<u4")
     values = {
-        "tokens": {"ids": np.zeros(rows, "<u4"), "loss_mask": mask.astype("|u1"), "lengths": lengths},
+        "tokens": encode_tokens(np.zeros(rows, "<u4"), mask, lengths),
         "target": {
             "counts": (k * mask).astype("<u2"), "gaps": np.zeros(k * mask.sum(), "<u4"),
             "draws": np.zeros(k * mask.sum(), "<u2"),

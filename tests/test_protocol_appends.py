@@ -27,6 +27,7 @@ from logitstore.errors import IdentityError
 from logitstore.reader import Store
 from logitstore.spec import DataSpec, StoreSpec, TokenizerSpec
 from logitstore.storage import Storage
+from logitstore.tokens import encode_tokens
 from logitstore.verify import repair, sweep, verify
 
 LONG = os.environ.get("LOGITSTORE_LONG") == "1"
@@ -49,7 +50,7 @@ class Documents:
     def shard(self, number):
         ids = self.ids[number]
         mask = np.arange(len(ids)) < len(ids) - 1
-        return {"ids": ids, "loss_mask": mask.astype(np.uint8), "lengths": np.array([len(ids)], np.uint32)}
+        return encode_tokens(ids, mask, np.array([len(ids)]))
 
 
 FIRST, SHORT, LONGER, THIRD = (Documents(seed, num) for seed, num in enumerate((1, 1, 2, 1)))

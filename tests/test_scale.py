@@ -26,6 +26,7 @@ from logitstore.commits import NOTHING, index_names
 from logitstore.schemes import Scheme
 from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
 from logitstore.storage import Storage
+from logitstore.tokens import encode_tokens
 
 NUM_SHARDS = 20_000
 LAYERS = ("tokens", "target", "losses/reference")
@@ -190,25 +191,13 @@ def test_a_copy_of_a_store_for_another_process_lists_nothing_again(tiny_store, t
     assert copied[20].ids.tolist() == store[20].ids.tolist()
 
 
-def test_a_training_set_counts_its_documents_without_reading_a_record(tmp_path):
-    from trainer.stream import DocumentDataset
-
-    make_store(Storage(tmp_path), 500)
-    digests = dict.fromkeys(LAYERS, "b" * 12)
-    for layer, origin in zip(LAYERS, (NOTHING, *digests.values()), strict=False):
-        touch(tmp_path / "commits" / layer, [name(s, 1 + s % 7, digests[layer], origin) for s in range(500)])
-    dataset = DocumentDataset(logitstore.open(tmp_path), "reference")
-    assert dataset.documents_per_shard == [1 + shard % 7 for shard in range(500)]
-    assert len(dataset) == sum(dataset.documents_per_shard)
-
-
 def test_a_bucket_is_asked_once_for_every_1000_records_and_a_few_times_besides():
     sizes = {"tokens": 1_001, "target": 1_000, "losses/reference": 3}
     with S3Server() as server, FaultyProxy(server.url) as proxy:
         server.make_bucket("bucket")
         storage = Storage("s3://bucket/cache.zarr", s3_options(proxy.url))
         writer_of_tokens = writer.LayerWriter(storage, make_store(storage, 3_000), "tokens")
-        tokens = {"ids": np.arange(9), "loss_mask": np.zeros(9), "lengths": np.array([9])}
+        tokens = encode_tokens(np.arange(9), np.zeros(9), np.array([9]))
         size = {"documents": 1, "rows": 9, "counted": 0, "computed_from": None, "started": time.monotonic()}
 
         def requests(action, *arguments, **options):
@@ -234,5 +223,5 @@ def test_a_bucket_is_asked_once_for_every_1000_records_and_a_few_times_besides()
 
         # Nor does it cost more to read or to commit a shard where there are many.
         assert requests(store.commit, "tokens", 0) == {"GET": 1}
-        assert requests(store.read_shard, 0, ("tokens",)) == {"GET": 4}
+        assert requests(store.read_shard, 0, ("tokens",)) == {"GET": 5}
         assert requests(writer_of_tokens.write, 2_999, tokens, **size) == in_an_empty_store

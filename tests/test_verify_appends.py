@@ -162,13 +162,13 @@ def test_what_a_late_append_left_behind_the_end_goes_with_one_repair(url, made, 
     whole = contents(url)
     shutil.copy(late / "appends/000001.json", url / "appends/000001.claim")
     shutil.copy(record(late, "tokens", 6), url / "commits/tokens")
-    for array in ("ids", "loss_mask", "lengths"):
+    for array in ("ids", "loss_mask", "lengths", "digests"):
         shutil.copy(late / f"tokens/{array}/c/6", url / f"tokens/{array}/c/6")
     verify(url, "--repair")
     assert f"repaired: append of {tmp_path / 'long.jsonl'}: given up" in capsys.readouterr().out
     assert found(url) == []
     assert {path for path in contents(url) if path not in whole} == {
-        f"tokens/{array}/c/6" for array in ("ids", "loss_mask", "lengths")
+        f"tokens/{array}/c/6" for array in ("ids", "loss_mask", "lengths", "digests")
     }
     prepare_tokens(url, made, other, append=True)
 

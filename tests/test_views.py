@@ -321,8 +321,8 @@ def test_losses_of_a_view_are_refused(tiny_store):
     with pytest.raises(IdentityError, match=expected):
         view.gap("reference", "reference")
     with pytest.raises(IdentityError, match=expected):
-        DocumentDataset(view, "reference")
-    assert DocumentDataset(view)[0].rows.counts.max() <= 16
+        DocumentDataset([view], columns=["reference_ce"], losses={"reference_ce": "reference"})
+    assert DocumentDataset([view]).document(0, 0).rows.counts.max() <= 16
 
 
 def test_flags_ask_for_a_view(tiny_store):

@@ -27,6 +27,7 @@ from logitstore.dump.parts import read_parts, write_part
 from logitstore.dump.sources import find_source, open_records
 from logitstore.reader import Store
 from logitstore.spec import ROW_CHUNK, DataSpec, StoreSpec, check_same
+from logitstore.tokens import encode_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,11 +84,8 @@ class Documents:
         """Returns one of them, from 0, as the arrays of a shard of `tokens`."""
         first, stop = self.bounds[number : number + 2].tolist()
         lengths = self.lengths[first:stop]
-        return {
-            "ids": self._values("ids", first, stop).view(np.uint32),
-            "loss_mask": self._values("mask", first, stop),
-            "lengths": lengths[lengths > 0].astype(np.uint32),
-        }
+        ids, mask = self._values("ids", first, stop).view(np.uint32), self._values("mask", first, stop)
+        return encode_tokens(ids, mask, lengths[lengths > 0])
 
     def _values(self, column: str, first: int, stop: int) -> NDArray[Any]:
         chunks = self.table.column(column).slice(first, stop - first).chunks

@@ -26,6 +26,7 @@ from logitstore.options import storage_options
 from logitstore.plan import Corpus, check_arguments, count_of, plan
 from logitstore.shards import Shard
 from logitstore.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, check_room
+from logitstore.tokens import encode_tokens
 from logitstore.weights import load_weights, loading_bars
 
 if TYPE_CHECKING:
@@ -279,9 +280,7 @@ def in_shards(documents: Sequence[Tokens], shard_rows: int) -> list[Shard]:
 
 def _token_bytes(shards: Sequence[Shard], shard_rows: int) -> float:
     num_bytes = sum(
-        encoded_bytes(
-            "tokens", {"ids": s.ids, "loss_mask": s.loss_mask.astype(np.uint8), "lengths": s.lengths}, shard_rows, 1
-        )
-        for s in shards
+        encoded_bytes("tokens", encode_tokens(shard.ids, shard.loss_mask, shard.lengths), shard_rows, 1)
+        for shard in shards
     )
     return num_bytes / sum(len(shard.ids) for shard in shards)
