@@ -6,6 +6,7 @@ model is finished, and run.yaml is its run.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import TrainerState
+
+from trainer import checkpoints
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -28,6 +31,9 @@ MAY_CHANGE = NOT_REPEATED | {
     *STEPS,
     "output_dir",  # the folder itself, by whatever path
     "cache_dir", "cache_bytes", "storage_options",  # of a machine: how the same bytes are reached
+    # of a machine too: the next step begins at the next document whatever their number
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "gradient_accumulation_steps", "per_device_train_batch_size",
     "disable_tqdm",
     "enable_jit_checkpoint",
     "include_num_input_tokens_seen",
@@ -63,7 +69,11 @@ def read_run(path: Path, known: set[str]) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"run file must be a file of `name: value` lines, got {path}, which holds something else")
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"run file must have the names of flags only, got {unknown[0]!r} in {path}; see --help")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(
+            f"run file must have the names of flags only, got {unknown[0]!r} in {path}{meant}; see --help"
+        )
     return {k: v if v is None or isinstance(v, list | dict) else str(v) for k, v in values.items()}
 
 
@@ -113,7 +123,7 @@ def find_finished(folder: Path, training: TrainingArguments) -> TrainerState | N
         reached = (state.epoch or 0.0) >= training.num_train_epochs - 1e-9
     if reached:
         return state
-    if not checkpoints(folder) and str(training.resume_from_checkpoint).lower() == "true":
+    if not checkpoints.finished(folder) and str(training.resume_from_checkpoint).lower() == "true":
         raise ValueError(
             f"{wanted.partition('=')[0]} must be what the finished run in {folder} has reached, step "
             f"{state.global_step}, where there is no checkpoint to go on from, got {wanted}; give another --output_dir"
@@ -132,12 +142,12 @@ def find_checkpoint(folder: Path, wanted: str) -> str | None:
         ValueError: The path is not that of a finished checkpoint.
     """
     if wanted.lower() == "true":
-        found = checkpoints(folder)
+        found = checkpoints.finished(folder)
         return str(found[-1]) if found else None
-    if not Path(wanted, STATE).is_file():
+    if reason := checkpoints.defect(Path(wanted)):
         raise ValueError(
             f"resume_from_checkpoint must be a finished checkpoint folder or true, got "
-            f"resume_from_checkpoint={wanted}; there is no {STATE} in it"
+            f"resume_from_checkpoint={wanted}; {reason}"
         )
     return wanted
 
@@ -149,13 +159,6 @@ def check_new(folder: Path) -> None:
             f"output_dir must be new or empty, got output_dir={folder}, which holds another run; give another "
             "--output_dir, or --resume_from_checkpoint true to go on with it"
         )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Lists the finished checkpoints of a folder by their step."""
-    # the trainer's state is written last: without it the folder is what a killed run left
-    finished = [p.parent for p in folder.glob(f"checkpoint-*/{STATE}")]
-    return sorted(finished, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def figures(state: TrainerState) -> dict[str, float]:

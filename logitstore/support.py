@@ -97,7 +97,7 @@ def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
 
 
 def log_tail(kept: Tensor, support: Support) -> Tensor:
-    """Returns the log of the mass that a model leaves for the tail [N], from its logprobs of the kept entries [N, K]."""
+    """Returns the log of the mass that a model leaves for the tail [N], from its logprobs of the entries [N, K]."""
     mass = kept.exp().where(support.used, 0.0).sum(-1)
     return (1.0 - mass).clamp_min(TAIL_FLOOR).log()
 

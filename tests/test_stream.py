@@ -1,173 +1,341 @@
-"""Store -> batches: what is in a batch, and which documents come when, on which rank."""
+"""Stores -> batches: what is in a batch, who reads it and when, and which stores are refused."""
 
-import dataclasses
-import itertools
+import pickle
 import shutil
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stores
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader
-from transformers import TrainerState
 
 import logitstore
-from logitstore.errors import IdentityError, LayerNotFoundError
-from trainer.draft_trainer import _TellEpoch
-from trainer.stream import DocumentDataset, WindowShuffleSampler, collate
+from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
+from logitstore.reader import Store
+from trainer.deal import Deal
+from trainer.stream import DocumentDataset, RankBatches, make_loader
 
-COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=12)
-
-
-@given(COUNTS, st.integers(1, 4), st.integers(0, 2**32 - 1), st.integers(0, 50))
-@settings(max_examples=80, deadline=None)
-def test_an_epoch_holds_every_document_once_and_is_repeatable(counts, window, seed, epoch):
-    sampler = WindowShuffleSampler(counts, window, seed)
-    sampler.set_epoch(epoch)
-    order = list(sampler)
-    again = WindowShuffleSampler(counts, window, seed)
-    again.set_epoch(epoch)
-    assert sorted(order) == list(range(sum(counts)))
-    assert len(sampler) == sum(counts)
-    assert list(again) == order
+ALL_COLUMNS = ("reference_ce", "initial_ce", "target_entropy", "random")
+LOSSES = {"reference_ce": "ref", "initial_ce": "draft"}
 
 
-@given(COUNTS, st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
-def test_documents_stay_within_a_window_of_shards(counts, window, seed):
-    shard_of = np.repeat(np.arange(len(counts)), counts)
-    # maximal runs of shards: at no time are more than `window` shards begun and not finished
-    left, opened = dict(enumerate(counts)), set()
-    for document in WindowShuffleSampler(counts, window, seed):
-        shard = int(shard_of[document])
-        opened.add(shard)
-        left[shard] -= 1
-        assert len(opened) <= window
-        if all(left[other] == 0 for other in opened):
-            opened.clear()
+@pytest.fixture(scope="module")
+def large_store(tmp_path_factory):
+    """Twelve shards of random numbers."""
+    return stores.make(tmp_path_factory.mktemp("large") / "cache.zarr", num_shards=12, seed=1)
 
 
-def test_epochs_and_seeds_give_other_orders():
-    sampler = WindowShuffleSampler([20] * 6, 4, 7)
-    orders = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    orders.append(list(WindowShuffleSampler([20] * 6, 4, 8)))
-    assert all(a != b for a, b in itertools.combinations(orders, 2))
+@pytest.fixture(scope="module")
+def drawn_store(tmp_path_factory):
+    return stores.make(tmp_path_factory.mktemp("drawn") / "cache.zarr", scheme=stores.SAMPLE)
 
 
-@pytest.mark.parametrize("window", [0, 5])
-def test_a_window_that_does_not_fit_the_cache_is_refused(window):
-    with pytest.raises(ValueError, match=f"shuffle_window must be between 1 and 4, .* got shuffle_window={window}"):
-        WindowShuffleSampler([3], window)
+def dataset(*urls, **options):
+    return DocumentDataset([logitstore.open(url) for url in urls], **options)
 
 
-def documents_by_rank(num_documents, ranks, *, epoch=0, skip=0):
-    """What accelerate hands to each rank, by its own sharding of batches."""
-    orders = []
-    for rank in range(ranks):
-        sampler = WindowShuffleSampler([num_documents // 4] * 4, 2, 3)
-        loader = DataLoader(range(num_documents), batch_size=2, sampler=sampler, collate_fn=list)
-        loader = prepare_data_loader(loader, num_processes=ranks, process_index=rank)
-        if skip:  # resumed in mid-epoch
-            loader = skip_first_batches(loader, skip)
-            _TellEpoch(sampler).on_epoch_begin(None, TrainerState(epoch=epoch + 0.5), None)
-        loader.set_epoch(epoch)
-        orders.append([document for batch in loader for document in batch])
-    return orders
+def loader(data, batch=4, *, epoch=0, packs=0, rank=0, ranks=1, **options):
+    batches = RankBatches(data.order, Deal(per_device_batch=batch, ranks=ranks), rank)
+    batches.begin(epoch, packs)
+    return make_loader(data, batches, **options)
 
 
-def test_two_ranks_get_disjoint_documents_that_make_up_the_epoch():
-    first, second = documents_by_rank(32, 2)
-    assert not set(first) & set(second)
-    assert sorted(first + second) == list(range(32))
+def flat(batch):
+    """The tensors of a batch by name, columns too."""
+    return {name: value for name, value in batch.items() if name != "columns"} | batch.get("columns", {})
 
 
-def test_the_epoch_reaches_the_sampler_through_accelerate():
-    assert documents_by_rank(32, 1, epoch=0) != documents_by_rank(32, 1, epoch=1)
-    assert documents_by_rank(32, 2, epoch=0) != documents_by_rank(32, 2, epoch=1)
+def equal(one, other):
+    one, other = flat(one), flat(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_resumed_in_mid_epoch_go_on_with_that_epoch(ranks):
-    whole, resumed = documents_by_rank(32, ranks, epoch=1), documents_by_rank(32, ranks, epoch=1, skip=3)
-    assert resumed == [documents[6:] for documents in whole]
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_holds_what_the_stores_hold(small_store, large_store, packing):
+    options = {"columns": ALL_COLUMNS, "losses": LOSSES, "packing": packing, "pack_length": 30, "seed": 5}
+    data = dataset(small_store, large_store, **options)
+    opened = [logitstore.open(url) for url in (small_store, large_store)]
+    epoch = data.order.epoch(3)
+    seen = Counter()
+    for places in Deal(per_device_batch=3).batches(len(epoch), 0):
+        packs = [epoch[place] for place in places]
+        batch = data.collator()([data[pack] for pack in packs])
+        width = max(sum(len(opened[p.store][d].ids) for d in p.documents) for p in packs)
+        assert batch["input_ids"].shape == (len(packs), width)
+        assert ("position_ids" in batch) == packing
+        row = number = 0
+        for line, pack in enumerate(packs):
+            start = 0
+            for place in pack.documents:
+                seen[pack.store, place] += 1
+                store = opened[pack.store]
+                document = store[place]
+                ids = document.ids.tolist()
+                assert batch["input_ids"][line, start : start + len(ids)].tolist() == ids
+                if packing:
+                    assert batch["position_ids"][line, start : start + len(ids)].tolist() == list(range(len(ids)))
+                random = np.random.default_rng([5, 4, 3, pack.store, place]).random(len(ids), dtype=np.float32)
+                for t in np.flatnonzero(document.loss_mask):
+                    entries = document.rows.slice(t, t + 1)
+                    n = len(entries.token_ids)
+                    assert int(batch["rows"][row]) == line * width + start + t
+                    assert int(batch["documents"][row]) == number
+                    assert int(batch["labels"][row]) == ids[t + 1]
+                    assert batch["token_ids"][row, :n].tolist() == entries.token_ids.tolist()
+                    np.testing.assert_array_equal(batch["probs"][row, :n], np.exp(entries.logprobs))
+                    assert not batch["probs"][row, n:].any()
+                    assert float(batch["tail"][row]) == document.rows.tail_mass[t]
+                    columns = {name: float(values[row]) for name, values in batch["columns"].items()}
+                    assert columns == {
+                        "reference_ce": store.loss("ref")[place][t], "initial_ce": store.loss("draft")[place][t],
+                        "target_entropy": document.rows.entropy[t], "random": random[t],
+                    }  # fmt: skip
+                    row += 1
+                start += len(ids)
+                number += 1
+            assert not batch["input_ids"][line, start:].any()
+            if packing:  # what is left of a pack sees no document
+                assert batch["position_ids"][line, start:].tolist() == list(range(width - start))
+        assert len(batch["rows"]) == row
+    assert seen == Counter({(s, d): 1 for s, store in enumerate(opened) for d in range(len(store))})
 
 
-def dataset(url, reference="reference"):
-    return DocumentDataset(logitstore.open(url), reference)
-
-
-def test_a_batch_holds_what_the_store_holds(tiny_store):
-    store = logitstore.open(tiny_store)
-    chosen = [5, 0, 17]
-    data = dataset(tiny_store)
-    batch = collate([data[i] for i in chosen])
-    width = max(len(store[i].ids) for i in chosen)
-    assert batch["input_ids"].shape == (3, width)
-    row = 0
-    for b, number in enumerate(chosen):
-        document, ce = store[number], store.loss("reference")[number]
-        assert batch["input_ids"][b, : len(document.ids)].tolist() == document.ids.tolist()
-        assert not batch["input_ids"][b, len(document.ids) :].any()
-        for t in np.flatnonzero(document.loss_mask):
-            entries = document.rows.slice(t, t + 1)
-            n = len(entries.token_ids)
-            assert int(batch["rows"][row]) == b * width + t
-            assert batch["token_ids"][row, :n].tolist() == entries.token_ids.tolist()
-            np.testing.assert_array_equal(batch["probs"][row, :n], np.exp(entries.logprobs))
-            assert not batch["probs"][row, n:].any()
-            assert float(batch["tail"][row]) == document.rows.tail_mass[t]
-            assert int(batch["labels"][row]) == document.ids[t + 1]
-            assert float(batch["reference_ce"][row]) == ce[t]
-            row += 1
-    assert len(batch["rows"]) == row
-    assert {name: value.dtype for name, value in batch.items()} == {
-        "input_ids": torch.int64, "rows": torch.int64, "token_ids": torch.int64, "probs": torch.float32,
-        "tail": torch.float32, "labels": torch.int64, "reference_ce": torch.float32,
+def test_types_of_a_batch(small_store):
+    batch = next(iter(loader(dataset(small_store, columns=ALL_COLUMNS, losses=LOSSES, packing=True))))
+    assert {name: value.dtype for name, value in flat(batch).items()} == {
+        "input_ids": torch.int64, "position_ids": torch.int64, "rows": torch.int64, "documents": torch.int64,
+        "labels": torch.int64, "token_ids": torch.int64, "probs": torch.float32, "tail": torch.float32,
+        "reference_ce": torch.float32, "initial_ce": torch.float32, "target_entropy": torch.float32,
+        "random": torch.float32,
     }  # fmt: skip
 
 
-def test_without_a_reference_a_batch_has_no_losses_of_one(tiny_store):
-    assert "reference_ce" not in collate([dataset(tiny_store, None)[0]])
+def test_draws_come_with_their_weights_and_the_entropy(drawn_store):
+    data = dataset(drawn_store)
+    sample = data.document(0, 4)
+    batch = data.collator()([[sample]])
+    (counted,) = np.nonzero(sample.loss_mask)
+    expected = sample.rows.padded(counted)
+    for name in ("token_ids", "probs", "tail", "weights", "entropy"):
+        np.testing.assert_array_equal(batch[name], getattr(expected, name))
 
 
-def test_a_batch_without_any_masked_row_is_empty_of_rows(tiny_store):
-    sample = dataset(tiny_store)[0]
-    batch = collate([dataclasses.replace(sample, loss_mask=np.zeros_like(sample.loss_mask))])
+def test_only_what_is_asked_for_is_there(small_store, tmp_path):
+    names = {"input_ids", "rows", "documents", "labels"}
+    assert set(next(iter(loader(dataset(small_store))))) == names | {"token_ids", "probs", "tail"}
+    assert set(next(iter(loader(dataset(small_store, reads_target=False))))) == names
+    url = Path(stores.copy(small_store, tmp_path / "tokens.zarr"))
+    for layer in ("target", "losses"):
+        shutil.rmtree(url / layer)
+    data = dataset(url, reads_target=False, columns=["random"])
+    batches = list(loader(data))
+    assert set(flat(batches[0])) == names | {"random"}
+    assert sum(len(batch["rows"]) for batch in batches) == logitstore.open(small_store).num_counted
+
+
+@pytest.mark.parametrize("scheme", ["small_store", "drawn_store"])
+def test_an_empty_batch_has_one_token_no_rows_and_everything_else(scheme, request):
+    data = dataset(request.getfixturevalue(scheme), columns=ALL_COLUMNS, losses=LOSSES, packing=True)
+    full, empty = (flat(data.collator()([data[pack] for pack in packs])) for packs in ([data.order.epoch(0)[0]], []))
+    assert {name: value.dtype for name, value in empty.items()} == {name: value.dtype for name, value in full.items()}
+    assert empty["input_ids"].shape == empty["position_ids"].shape == (1, 1)
+    assert {name for name, value in empty.items() if len(value) == 0} == {*full} - {"input_ids", "position_ids"}
+    assert empty["token_ids"].shape == empty["probs"].shape == (0, 1)
+
+
+def test_a_batch_of_documents_without_counted_rows_has_no_rows(small_store):
+    data = dataset(small_store)
+    store = data.stores[0]
+    # the second document of shard 1 was set aside
+    aside = next(number for number in range(len(store)) if store.locate(number) == (1, 1))
+    batch = data.collator()([[data.document(0, aside)]])
     assert batch["rows"].shape == (0,)
-    assert batch["probs"].shape == (0, 1)
+    assert batch["input_ids"].shape[1] == len(store[aside].ids)
 
 
-def test_documents_come_in_the_same_order_with_and_without_workers(tiny_store):
-    data = dataset(tiny_store)
-    batches = []
-    for workers in (0, 2):
-        sampler = WindowShuffleSampler(data.documents_per_shard, 2, 11)
-        loader = DataLoader(data, batch_size=5, sampler=sampler, collate_fn=collate, num_workers=workers)
-        batches.append(list(loader))
-    for alone, helped in zip(*batches, strict=True):
-        assert alone.keys() == helped.keys()
-        assert all(torch.equal(alone[name], helped[name]) for name in alone)
+def test_random_numbers_of_a_row_are_of_its_document_and_epoch_alone(small_store, large_store):
+    def numbers(epoch, **options):
+        data = dataset(small_store, large_store, columns=["random"], **options)
+        found = {}
+        for pack in data.order.epoch(epoch):
+            for document, sample in zip(pack.documents, data[pack], strict=True):
+                found[pack.store, document] = sample.columns["random"].tolist()
+        return found
+
+    plain = numbers(0)
+    assert numbers(0, packing=True, pack_length=50, shuffle_window=1) == plain
+    assert all(0 <= number < 1 for values in plain.values() for number in values)
+    for other in (numbers(1), numbers(0, seed=1)):
+        assert other.keys() == plain.keys()
+        assert all(other[key] != plain[key] for key in plain)
 
 
-def test_an_unknown_reference_is_refused_with_those_there_are(tiny_store):
-    with pytest.raises(LayerNotFoundError, match=r"reference must be one of \['reference'\] .* got reference=other"):
-        dataset(tiny_store, "other")
+def test_documents_come_in_the_same_order_with_and_without_workers_on_every_rank(large_store):
+    data = dataset(large_store, packing=True, pack_length=40)
+    whole = list(loader(data, epoch=1))
+    assert len(whole) == len(loader(data, epoch=1))
+    for workers in (1, 2):
+        helped = list(loader(data, epoch=1, num_workers=workers))
+        assert all(equal(one, other) for one, other in zip(whole, helped, strict=True))
+    last = list(loader(data, epoch=1, packs=4 * (len(whole) - 2)))
+    assert all(equal(one, other) for one, other in zip(whole[-2:], last, strict=True))
+    ranks = [list(loader(data, batch=2, epoch=1, rank=rank, ranks=2)) for rank in range(2)]
+    for one, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+        rows = [line[line > 0].tolist() for batch in (one, *parts) for line in batch["input_ids"]]
+        assert sorted(rows[: len(one["input_ids"])]) == sorted(row for row in rows[len(one["input_ids"]) :] if row)
 
 
-@pytest.mark.parametrize("layer", ["target", "losses/reference"])
-def test_stale_shards_are_refused_before_any_is_read(tiny_store, tmp_path, layer):
-    url = shutil.copytree(tiny_store, tmp_path / "cache.zarr")
+def test_a_loader_leaves_the_runs_random_numbers_alone(small_store):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(loader(dataset(small_store)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Shards that are read, and by which thread, in order."""
+    found = []
+
+    def read_shard(store, shard, layers=None, plain=Store.read_shard):
+        found.append((shard, threading.current_thread().name))
+        return plain(store, shard, layers)
+
+    monkeypatch.setattr(Store, "read_shard", read_shard)
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_a_thread_reads_every_shard_once_an_epoch_and_two_windows_are_kept(large_store, reads, window):
+    data = dataset(large_store, shuffle_window=window)
+    order = list(dict.fromkeys(pack.shard for pack in data.order.epoch(0)))
+    for pack in data.order.epoch(0):
+        data[pack]
+        assert len(data._reader._shards) <= 2 * window
+        assert {shard for _, shard in data._reader._shards} >= {shard for _, shard in pack.soon}
+    assert all(name.startswith("shards") for _, name in reads)
+    assert Counter(shard for shard, _ in reads) == Counter(range(12))
+    windows = [set(order[i : i + window]) for i in range(0, 12, window)]
+    assert [{shard for shard, _ in reads[i : i + window]} for i in range(0, 12, window)] == windows
+
+
+def test_the_next_window_is_read_before_it_is_asked_for(large_store, reads):
+    data = dataset(large_store, shuffle_window=2)
+    first = data.order.epoch(0)[0]
+    data[first]
+    for key in first.soon:
+        data._reader._shards[key].result()
+    assert [shard for shard, _ in reads] == [first.shard, *(shard for _, shard in first.soon if shard != first.shard)]
+    assert len(reads) == 4
+
+
+def test_shards_of_a_small_store_are_read_once_for_all_epochs(small_store, reads):
+    data = dataset(small_store)
+    for epoch in range(3):
+        list(loader(data, epoch=epoch))
+    assert Counter(shard for shard, _ in reads) == Counter(range(3))
+    data.close()
+    list(loader(data))
+    assert len(reads) == 6
+
+
+def test_what_is_closed_reads_nothing_but_what_is_under_way(large_store, monkeypatch):
+    found, closed = [], threading.Event()
+
+    def read_shard(store, shard, layers=None, plain=Store.read_shard):
+        found.append(shard)
+        if len(found) == 2:
+            closed.wait()
+        return plain(store, shard, layers)
+
+    monkeypatch.setattr(Store, "read_shard", read_shard)
+    data = dataset(large_store)
+    data[data.order.epoch(0)[0]]
+    reader = data._reader
+    while len(found) < 2:
+        time.sleep(0.001)
+    data.close()
+    closed.set()
+    reader._thread.shutdown(wait=True)
+    assert len(found) == 2
+
+
+def test_a_damaged_shard_that_was_read_ahead_is_named_where_it_is_needed(large_store, tmp_path):
+    url = stores.copy(large_store, tmp_path / "cache.zarr")
+    data = dataset(url, shuffle_window=1)
+    order = list(dict.fromkeys(pack.shard for pack in data.order.epoch(0)))
+    path = Path(url, "target/logprobs/c", str(order[2]))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    stores.replace(path, bytes(content))
+    good = []
+    with pytest.raises(DamagedShardError, match=f"shard {order[2]} of layer 'target' must be as committed"):  # noqa: PT012
+        for pack in data.order.epoch(0):
+            data[pack]
+            good.append(pack.shard)
+    assert list(dict.fromkeys(good)) == order[:2]
+    with pytest.raises(RuntimeError, match=f"shard {order[2]} of layer 'target' must be as committed"):
+        list(loader(dataset(url, shuffle_window=1), num_workers=1))
+
+
+def test_a_dataset_travels_to_another_process(small_store):
+    data = dataset(small_store)
+    pack = data.order.epoch(0)[0]
+    here = data.collator()([data[pack]])
+    there = pickle.loads(pickle.dumps(data))
+    assert equal(there.collator()([there[pack]]), here)
+
+
+def test_held_out_documents_are_read_by_number_and_never_trained_on(large_store):
+    data = dataset(large_store, eval_fraction=0.3)
+    aside = data.order.held_out()
+    trained = {(pack.store, document) for pack in data.order.epoch(0) for document in pack.documents}
+    assert len(aside) + len(trained) == len(data.stores[0])
+    store, document = aside[3]
+    assert (store, document) not in trained
+    assert data.document(store, document).ids.tolist() == data.stores[0][document].ids.tolist()
+
+
+def test_an_unknown_reference_is_refused_with_those_there_are(small_store):
+    expected = r"reference must be one of \['draft', 'ref'\] .* got reference=other"
+    with pytest.raises(LayerNotFoundError, match=expected):
+        dataset(small_store, columns=["reference_ce"], losses={"reference_ce": "other"})
+
+
+@pytest.mark.parametrize("column", ["reference_ce", "initial_ce"])
+def test_losses_that_are_asked_for_must_be_named(small_store, column):
+    with pytest.raises(ValueError, match=rf"losses must name the stores' losses that {column} is, got losses=\{{\}}"):
+        dataset(small_store, columns=[column])
+
+
+@pytest.mark.parametrize("layer", ["target", "losses/ref"])
+def test_stale_shards_are_refused_before_any_is_read(small_store, tmp_path, layer):
+    url = stores.copy(small_store, tmp_path / "cache.zarr")
     for shard in (2, 1):
-        (record,) = Path(url, "commits", layer).glob(f"{shard:06d}-*")
+        record = stores.record(url, layer, shard)
         record.rename(record.with_name(f"{record.stem.rpartition('-')[0]}-{'a' * 12}.json"))
     message = (
         rf"layer '{layer}' must be computed from .*, got 2 stale shards in .* \(shard 1 is the first\); run the dump"
     )
     with pytest.raises(IdentityError, match=message):
-        dataset(url)
+        dataset(url, columns=["reference_ce"], losses=LOSSES)
+
+
+def test_stores_that_do_not_go_together_are_refused(small_store, drawn_store, tmp_path):
+    with pytest.raises(ValueError, match="stores must be at least one, got none; add --store"):
+        DocumentDataset([])
+    expected = f"got kind of entries=truncated in {small_store} and kind of entries=drawn in {drawn_store}; leave one"
+    with pytest.raises(ValueError, match=expected):
+        dataset(small_store, drawn_store)
+    assert len(dataset(small_store, drawn_store, reads_target=False)) > 0
+    other = stores.spec_of(1)
+    other_url = tmp_path / "other.zarr"
+    storage = stores.create(other_url, other)
+    stores.write_shard(storage, other, 0, stores.shard_values(np.random.default_rng(0)))
+    stores.change_spec(other_url, "", lambda spec: spec["tokenizer"].update(fingerprint="sha256:other"))
+    expected = rf"got tokenizer=none \(sha256:none\) in .* and tokenizer=none \(sha256:other\) in {other_url}; leave"
+    with pytest.raises(ValueError, match=expected):
+        dataset(small_store, other_url, reads_target=False)

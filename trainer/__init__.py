@@ -4,7 +4,7 @@ from trainer.draft_trainer import DraftTrainer
 from trainer.module import DraftModule
 from trainer.objectives import OBJECTIVES
 from trainer.selection import SELECTIONS
-from trainer.stream import DocumentDataset, WindowShuffleSampler, collate
+from trainer.stream import DocumentDataset
 
 __all__ = [
     "OBJECTIVES",
@@ -12,6 +12,4 @@ __all__ = [
     "DocumentDataset",
     "DraftModule",
     "DraftTrainer",
-    "WindowShuffleSampler",
-    "collate",
 ]

@@ -1,98 +1,140 @@
-"""DraftModule: a draft whose forward pass is the loss of a micro-batch: what data-parallel wrappers wrap."""
+"""DraftModule: a draft whose forward pass is the loss of a micro-batch: what data-parallel wrappers wrap.
+
+N rows, K entries per row at most, B packs, T tokens of the longest.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from logitstore.causal_lm import SplitLM
 from logitstore.support import Support
-from trainer.head import selected_losses
+from trainer.head import RowLosses, look_at_rows, train_rows
+from trainer.selection import Candidates, Chosen, choose
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from trainer.objectives import Objective
-    from trainer.selection import Selection
+    from trainer.selection import Rule
 
 
 class DraftModule(nn.Module):
-    """A draft whose forward pass is the whole loss, so that DistributedDataParallel wraps what is differentiated.
+    """A draft with what it is trained on.
 
     Attributes:
         draft: The Hugging Face model; its vocabulary keeps its padding.
-        reads_reference: Whether batches must hold the reference's losses.
+        split: It, as a backbone and a head.
+        objective: What is minimised at each row that counts.
+        rule: Which rows those are.
     """
 
-    def __init__(
-        self,
-        draft: PreTrainedModel,
-        *,
-        vocab_size: int,
-        objective: Objective,
-        selection: Selection,
-        keep: float,
-        denominator: Literal["kept", "masked"],
-    ) -> None:
+    def __init__(self, draft: PreTrainedModel, *, vocab_size: int, objective: Objective, rule: Rule) -> None:
         super().__init__()
         self.draft = draft
         self.split = SplitLM(draft, vocab_size)
-        self.reads_reference = selection.needs_losses
-        self._objective = objective
-        self._selection = selection
-        self._keep = keep
-        self._denominator = denominator
+        self.objective = objective
+        self.rule = rule
 
     def forward(
         self,
         input_ids: Tensor,
         rows: Tensor,
-        token_ids: Tensor,
-        probs: Tensor,
-        tail: Tensor,
         labels: Tensor,
+        documents: Tensor,
+        position_ids: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        probs: Tensor | None = None,
+        tail: Tensor | None = None,
         weights: Tensor | None = None,
-        drawn_entropy: Tensor | None = None,
-        reference_ce: Tensor | None = None,
+        entropy: Tensor | None = None,
+        columns: dict[str, Tensor] | None = None,
+        scores: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Computes the loss of one micro-batch, laid out by `trainer.stream.collate`.
 
+        Args:
+            input_ids: Int64 [B, T].
+            rows: Int64 [N], where each row whose loss mask is 1 is in the flattened [B * T].
+            labels: Int64 [N], the token that follows each.
+            documents: Int64 [N], the number of each row's document, from 0 and rising.
+            position_ids: Int64 [B, T], where packs hold several documents.
+            token_ids: Int64 [N, K], entries of the target; None without a target, as are the next four.
+            probs: Float32 [N, K].
+            tail: Float32 [N].
+            weights: Float32 [N, K], only where entries were drawn, as is `entropy`.
+            entropy: Float32 [N].
+            columns: Float32 [N] each: what the selection reads of the store.
+            scores: Float32 [N], where they are known already.
+            others: Float32: scores of other rows that these compete with.
+
         Returns:
-            loss: Scalar, with gradient: the sum over the kept rows divided by their number or by that of all rows.
-            The rest are scalars without gradient, to be summed over micro-batches: kept and known rows, the sums of
-            KL(p‖draft) and of the label's negative logprob over the known rows, and the selection's threshold.
+            loss: Scalar, with gradient: the weighted sum over the rows that count. All else is without gradient.
+            scores: Float32 [N], of rows that were scored here; empty otherwise.
+            And float32 scalars to be summed over micro-batches: see `_statistics` and `_of_known`.
         """
-        hidden = self.split.hidden(input_ids).flatten(0, 1).index_select(0, rows)
-        support = Support(
-            token_ids=token_ids, probs=probs, tail=tail, weights=weights, drawn_entropy=drawn_entropy
-        )
-        result = selected_losses(
-            self.split,
-            hidden,
-            support,
-            labels,
-            reference_ce,
-            objective=self._objective,
-            selection=self._selection,
-            keep=self._keep,
-            generator=torch.default_generator,  # Trainer saves its state in checkpoints and restores it
-        )
-        losses, known = result.objective, result.known
-        divisor = len(losses) if self._denominator == "kept" else len(support)
-        kl = known.ce - result.known_support.entropy()
+        hidden = self.split.hidden(input_ids, position_ids).flatten(0, 1).index_select(0, rows)
+        support = _support(token_ids, probs, tail, weights, entropy)
+        seen, is_known = None, scores is not None and bool(self.rule.selection.looks)
+        if scores is None and self.rule.selection.score is not None:
+            scores, seen = self._score(hidden.detach(), support, labels, columns or {})
+        if scores is None:
+            every = torch.ones(len(labels), device=hidden.device)
+            chosen = Chosen(weights=every, kept=every > 0, threshold=every.new_tensor(torch.nan))
+        else:
+            chosen = choose(self.rule, scores, documents, others)
+        (places,) = chosen.weights.nonzero(as_tuple=True)
+        if len(places) < len(labels):
+            hidden, labels = hidden.index_select(0, places), labels[places]
+            support = None if support is None else support[places]
+        trained = chosen.weights[places]
+        loss, losses = train_rows(self.split, hidden, support, labels, trained, self.objective)
+        nothing = torch.zeros(0, device=hidden.device)
         return {
-            "loss": losses.sum() / max(1, divisor),
-            "kept": losses.new_tensor(len(losses)),
-            "known": losses.new_tensor(len(kl)),
-            "kl": kl.sum(),
-            "label_nll": known.label_nll.sum(),
-            "threshold": result.selected.threshold.nan_to_num(),
-            "thresholds": result.selected.threshold.isfinite().float(),
-            "denominator": losses.new_tensor(divisor),
+            "loss": loss,
+            "scores": nothing if scores is None else scores,
+            **_statistics(chosen, scores, losses, trained),
+            **({} if is_known else _of_known(losses if seen is None else seen)),
         }
+
+    @torch.no_grad()
+    def scores(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        **batch: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the scores of a micro-batch, float32 [N], from the arguments of `forward`.
+
+        Returns:
+            The scores; and what `forward` says of rows that it looks at, which it will not say again when it is given
+            these scores.
+        """
+        support = _support(*(batch.get(name) for name in ("token_ids", "probs", "tail", "weights", "entropy")))
+        hidden = input_ids.new_zeros(0)
+        if self.rule.selection.looks:
+            hidden = self.split.hidden(input_ids, batch.get("position_ids")).flatten(0, 1).index_select(0, rows)
+        scores, seen = self._score(hidden, support, labels, batch.get("columns") or {})
+        return scores, {} if seen is None else _of_known(seen)
+
+    def _score(
+        self, hidden: Tensor, support: Support | None, labels: Tensor, columns: dict[str, Tensor]
+    ) -> tuple[Tensor, RowLosses | None]:
+        """Returns the scores of N rows, and their losses where the draft was looked at."""
+        selection = self.rule.selection
+        if selection.score is None:
+            raise ValueError("selection must score rows to be asked for scores, got one that keeps all")
+        values, seen = dict(columns), None
+        if selection.looks:
+            found, seen = look_at_rows(self.split, hidden, support, labels, selection.looks)
+            values |= found
+        return selection.score(Candidates(support=support, values=values)).float(), seen
 
     def activation_checkpointing_enable(
         self,
@@ -106,3 +148,51 @@ class DraftModule(nn.Module):
             every_n_layers=every_n_layers,
             offload=offload,
         )
+
+
+def _support(
+    token_ids: Tensor | None, probs: Tensor | None, tail: Tensor | None, weights: Tensor | None, entropy: Tensor | None
+) -> Support | None:
+    if token_ids is None or probs is None or tail is None:
+        return None
+    return Support(token_ids=token_ids, probs=probs, tail=tail, weights=weights, drawn_entropy=entropy)
+
+
+def _of_known(known: RowLosses) -> dict[str, Tensor]:
+    """Returns the number of rows whose losses are known, and sums over them: of the text's nats, KL(p‖draft), alpha.
+
+    They are all rows, where the selection looked at the draft, else those trained on.
+    """
+    found = {"known": known.label_nll.new_tensor(len(known.label_nll)), "label_nll": known.label_nll.sum()}
+    if known.kl is not None and known.alpha is not None:
+        found |= {"kl": known.kl.sum(), "alpha": known.alpha.sum()}
+    return found
+
+
+def _statistics(chosen: Chosen, scores: Tensor | None, trained: RowLosses, weights: Tensor) -> dict[str, Tensor]:
+    """Returns what is logged, as float32 scalars that may be summed over micro-batches and ranks.
+
+    rows, kept, weight, objective: numbers of rows, of those kept, the sum of the weights, that of the losses.
+    kept_kl, trained: the sum of KL(p‖draft) over the rows trained on, and their number.
+    scored, score, score_squared, score_kept: the number of scores, their sum, that of their squares, and of the kept.
+    threshold, thresholds: the sum of thresholds that there are, and their number.
+    """
+    found = {
+        "rows": chosen.weights.new_tensor(len(chosen.weights)),
+        "kept": chosen.kept.sum().float(),
+        "weight": chosen.weights.sum(),
+        "objective": (trained.objective * weights).sum(),
+        "trained": chosen.weights.new_tensor(len(trained.label_nll)),
+    }
+    if trained.kl is not None:
+        found["kept_kl"] = trained.kl.sum()
+    if scores is not None:
+        found |= {
+            "scored": chosen.weights.new_tensor(len(scores)),
+            "score": scores.sum(),
+            "score_squared": scores.square().sum(),
+            "score_kept": scores[chosen.kept].sum(),
+            "threshold": chosen.threshold.nan_to_num(),
+            "thresholds": chosen.threshold.isfinite().float(),
+        }
+    return found

@@ -1,0 +1,351 @@
+"""What training from the cache costs: against fine-tuning on the text, and against AdaSPEC with all models in one loop.
+
+    python -m benchmarks.bench_train step [--vocab_size 131072 --hidden 256 ...] [--rounds 3] [--record]
+    python -m benchmarks.bench_train adaspec [--drafts 5] [--steps 300] [--record]
+
+`step`: the same draft, optimizer and batches by transformers' Trainer, whose model computes its own cross entropy with
+all logits, and by DraftTrainer: all rows, AdaSPEC (0.4 of the rows), and a static gap that needs no look at the draft.
+Rows of a store of random models with a vocabulary of any size; every row counts. Runs are processes of their own, one
+after another in rounds; a rate is that of a run's median step, and of a run's kind the best round's, as machines are
+shared. Memory is the peak of the process while it trains less what it held before any model was loaded; on a GPU that of its tensors.
+
+`adaspec`: real text and a trained target (benchmarks/_distributions.py, `demo`). As published: a reference is distilled
+with the target in the loop, then the draft with target and reference in the loop, each step on whole vocabularies. From
+the cache: one dump, then for each draft a reference, its losses, and the draft. Both from the same initial weights, on
+the same documents in the same order. Acceptance is that of held-out documents whose rows keep every token. The selected set is compared on
+all training documents for the same draft and reference: gaps of whole distributions against those of the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import _distributions
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ADDRESS", "local")
+
+import demo_models
+import dump_logits
+import numpy as np
+import torch
+import transformers
+from demo_corpus import write_jsonl
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import logitstore
+from benchmarks._train_worker import LEFT_OUT
+from trainer.acceptance import cached_acceptance
+
+RESULTS = Path(__file__).parent / "results"
+KEEP = 0.4
+MIB = 2**20
+DOCUMENTS = shlex.split("--max_length 256 --shard_rows 16384 --no_progress")
+BATCH = 8
+
+
+def job(folder, argv):
+    """Dumps, in this process; returns seconds."""
+    began = time.perf_counter()
+    with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        dump_logits.main([str(part) for part in argv])
+    return time.perf_counter() - began
+
+
+def work(**spec):
+    """Runs a worker to its end; returns what it found."""
+    command = [sys.executable, "-m", "benchmarks._train_worker", json.dumps(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the worker of {spec} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- a step ----
+
+
+def make_words(folder, vocab_size):
+    words = {f"w{i}": i for i in range(vocab_size)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(folder, tokenizer, args, *, hidden, layers, seed):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64), max_position_embeddings=args.length, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_store(folder, args):
+    """Dumps random text by a random target, with the losses of two random models."""
+    tokenizer = make_words(folder / "draft", args.vocab_size)
+    make_model(folder / "draft", tokenizer, args, hidden=args.hidden, layers=args.layers, seed=0)
+    for seed, name in enumerate(("target", "reference", "initial"), start=1):
+        make_model(folder / name, tokenizer, args, hidden=64, layers=1, seed=seed)
+    rng = np.random.default_rng(0)
+    with (folder / "data.jsonl").open("w") as file:
+        for _ in range(args.batch * (args.steps + 1)):
+            file.write(json.dumps({"input_ids": (rng.zipf(1.3, args.length) % args.vocab_size).tolist()}) + "\n")
+    argv = ["--store", folder / "store", "--target", folder / "target", "--data", folder / "data.jsonl"]
+    argv += ["--max_length", args.length, "--shard_rows", 2**15, "--no_progress", "--scheme", "hybrid"]
+    for name in ("reference", "initial"):
+        argv += ["--reference", f"{name}={folder / name}"]
+    job(folder, argv)
+    return folder / "store"
+
+
+KINDS = {
+    "cross entropy of the text": {"kind": "ce"},
+    "cache, all rows": {"kind": "cache"},
+    "cache, adaspec": {"kind": "cache", "selection": "adaspec", "reference": "reference"},
+    "cache, random": {"kind": "cache", "selection": "random"},
+}
+
+
+def bench_step(args):
+    folder = _distributions.FOLDER / "train_step"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    store = make_store(folder, args)
+    common = {
+        "store": str(store), "draft": str(folder / "draft"), "steps": args.steps, "batch": args.batch, "seed": 0,
+        "output_dir": str(folder / "out"), "learning_rate": 1e-4, "bf16": args.bf16, "keep": KEEP,
+        "threads": args.threads,
+    }  # fmt: skip
+    found = {kind: [] for kind in KINDS}
+    for number in range(args.rounds):
+        for kind, spec in KINDS.items():
+            found[kind].append(work(**common, **spec))
+        print("\n".join(["", f"after round {number + 1}:", *step_table(found)]), flush=True)
+    tokens = args.batch * args.length
+    head = 6 * tokens * args.vocab_size * args.hidden
+    body = 6 * tokens * sum(
+        p.numel() for n, p in AutoModelForCausalLM.from_pretrained(folder / "draft").named_parameters() if "embed" not in n
+    )
+    yield f"## V = {args.vocab_size:,}, H = {args.hidden}, {args.layers} layers, {args.batch} x {args.length} tokens"
+    yield ""
+    yield from step_table(found)
+    yield ""
+    yield (
+        f"{args.rounds} rounds of {args.steps} steps, the first {LEFT_OUT} of each not timed. Of the {(head + body) / 1e9:,.0f} "
+        f"GFLOP of a step of fine-tuning {head / (head + body):.0%} are the head's. At keep {KEEP} and a look at all rows the head "
+        f"takes (2 + 6 x {KEEP}) / 6 = {(2 + 6 * KEEP) / 6:.2f} of that: at best {(head + body) / (head * (2 + 6 * KEEP) / 6 + body):.2f} "
+        f"times the rate; without a look {(head + body) / (head * KEEP + body):.2f}. Logits of all rows are "
+        f"{tokens * args.vocab_size * 4 / MIB:,.0f} MiB in float32."
+    )
+
+
+def step_table(found):
+    (first, plain), *_ = found.items()
+    seconds = {kind: [statistics.median(run["steps_s"]) for run in runs] for kind, runs in found.items()}
+    memory = {kind: min(run["peak_bytes"] - run["libraries_bytes"] for run in runs) for kind, runs in found.items()}
+    yield f"| | ms a step, best round | all rounds | rate of {first} | peak memory, MiB | of {first} |"
+    yield "|---|---|---|---|---|---|"
+    for kind in found:
+        yield (
+            f"| {kind} | {1e3 * min(seconds[kind]):,.0f} | {', '.join(f'{1e3 * s:,.0f}' for s in seconds[kind])} "
+            f"| {min(seconds[first]) / min(seconds[kind]):.2f} | {memory[kind] / MIB:,.0f} "
+            f"| {memory[kind] / memory[first]:.2f} |"
+        )
+
+
+# ---- AdaSPEC ----
+
+
+class Adaspec:
+    """What both ways share: target, text, initial drafts, held-out rows."""
+
+    def __init__(self, args):
+        self.args = args
+        self.folder = _distributions.FOLDER / "train_adaspec"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        _distributions.make("demo", _distributions.RECIPES["demo"])
+        self.target = _distributions.FOLDER / "demo" / "target"
+        tokenizer = AutoTokenizer.from_pretrained(self.target)
+        self.vocab_size = len(tokenizer)
+        for name, held_out in (("train", False), ("held_out", True)):
+            write_jsonl(self.folder / f"{name}.jsonl", _distributions.functions(held_out=held_out))
+        for seed in range(args.drafts):
+            demo_models.save_new_model(demo_models.DRAFTS[0], tokenizer, self.folder / f"new-{seed}", seed=seed + 1)
+        self.check, _ = self.dump("held_out", f"topk --k {self.vocab_size}")
+        self.store, self.dump_s = self.dump("train", args.scheme)
+
+    def dump(self, data, scheme):
+        url = self.folder / f"{data}.zarr"
+        argv = ["--store", url, "--target", self.target, "--data", self.folder / f"{data}.jsonl", *DOCUMENTS]
+        return url, job(self.folder, [*argv, "--scheme", *scheme.split()])
+
+    def add_losses(self, **models_):
+        argv = ["--store", self.store, "--no_progress"]
+        for name, model in models_.items():
+            argv += ["--reference", f"{name}={model}"]
+        return job(self.folder, argv)
+
+    def train(self, name, seed, **spec):
+        out = self.folder / f"{name}-{seed}"
+        common = {"store": str(self.store), "draft": str(self.folder / f"new-{seed}"), "seed": seed, "save": True}
+        found = work(
+            **common, **spec, steps=self.args.steps, batch=BATCH, output_dir=str(out), keep=KEEP,
+            threads=self.args.threads,
+        )  # fmt: skip
+        return out, found
+
+    def alpha(self, draft):
+        found = cached_acceptance(AutoModelForCausalLM.from_pretrained(draft), logitstore.open(self.check))
+        return {"sampled": found.alpha_estimate, "greedy": found.argmax_agreement}
+
+
+def exact_gaps(bench, draft, reference, batch=16):
+    """Gaps of whole distributions at all training rows that count, in the store's order."""
+    store = logitstore.open(bench.store)
+    three = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (bench.target, draft, reference)]
+    gaps = []
+    for number in range(len(store)):
+        document = store[number]
+        ids = torch.from_numpy(document.ids.astype(np.int64))[None]
+        with torch.no_grad():
+            log_p, log_q, log_r = (
+                model(input_ids=ids).logits[0, document.loss_mask, : bench.vocab_size].log_softmax(-1) for model in three
+            )
+        gaps.append((log_p.exp() * (log_r - log_q)).sum(-1).numpy())
+    return gaps
+
+
+def overlap(exact, cached):
+    """Share of rows that both select, of micro-batches of BATCH documents in the store's order, as published."""
+    same = kept = 0
+    for start in range(0, len(exact), BATCH):
+        chosen = []
+        for gaps in (exact, cached):
+            scores = np.concatenate(gaps[start : start + BATCH])
+            if not len(scores):
+                break
+            chosen.append(scores >= np.quantile(scores, 1 - KEEP))
+        if len(chosen) == 2:
+            same, kept = same + int((chosen[0] & chosen[1]).sum()), kept + int(chosen[0].sum())
+    return same / kept
+
+
+def bench_adaspec(args):
+    bench = Adaspec(args)
+    ways = {"in one loop": [], "from the cache": []}
+    overlaps = []
+    for seed in range(args.drafts):
+        reference, of_reference = bench.train("loop-ref", seed, kind="published", target=str(bench.target))
+        draft, of_draft = bench.train(
+            "loop", seed, kind="published", target=str(bench.target), reference_model=str(reference)
+        )
+        ways["in one loop"].append((of_reference, of_draft, 0.0, bench.alpha(draft)))
+        cached_reference, of_reference = bench.train("cache-ref", seed, kind="cache")
+        scored_s = bench.add_losses(**{f"ref{seed}": cached_reference})
+        cached, of_draft = bench.train(
+            "cache", seed, kind="cache", selection="adaspec", reference=f"ref{seed}"
+        )
+        ways["from the cache"].append((of_reference, of_draft, scored_s, bench.alpha(cached)))
+        # the selected set, of a draft in the middle of its training: one distilled, against another's reference
+        bench.add_losses(**{f"same{seed}": reference, f"draft{seed}": draft})
+        gap = logitstore.open(bench.store).gap(f"draft{seed}", f"same{seed}")
+        stored = [gap[i][np.isfinite(gap[i])] for i in range(len(gap))]
+        overlaps.append(overlap(exact_gaps(bench, draft, reference), stored))
+        print("\n".join(["", *adaspec_lines(bench, ways, overlaps)]), flush=True)
+    yield from adaspec_lines(bench, ways, overlaps)
+
+
+def adaspec_lines(bench, ways, overlaps):
+    def mean(values):
+        values = list(values)
+        spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        return f"{statistics.mean(values):.2f} ± {spread:.2f}"
+
+    drafts = len(ways["in one loop"])
+    yield f"## AdaSPEC, {drafts} drafts, {bench.args.steps} steps each for reference and draft, scheme {bench.args.scheme}"
+    yield ""
+    yield "| | alpha, sampled, % | greedy, % | ms a step, reference | draft | peak MiB, draft | s a draft |"
+    yield "|---|---|---|---|---|---|---|"
+    total = {}
+    for way, runs in ways.items():
+        ours = way != "in one loop"
+        step = [statistics.median(s for run in runs for s in run[part]["steps_s"]) for part in (0, 1)]
+        peak = max(run[1]["peak_bytes"] - run[1]["libraries_bytes"] for run in runs)
+        total[way] = [run[0]["train_s"] + run[1]["train_s"] + run[2] for run in runs]
+        yield (
+            f"| {way} | {mean(100 * run[3]['sampled'] for run in runs)} | {mean(100 * run[3]['greedy'] for run in runs)} "
+            f"| {1e3 * step[0]:.0f} | {1e3 * step[1]:.0f} | {peak / MIB:,.0f} "
+            f"| {mean(total[way])}{' with scoring, and the dump once' if ours else ''} |"
+        )
+    loop, cache = ways["in one loop"], ways["from the cache"]
+    differences = [100 * (b[3]["sampled"] - a[3]["sampled"]) for a, b in zip(loop, cache, strict=True)]
+    steps = [statistics.median(s for run in runs for s in run[1]["steps_s"]) for runs in (loop, cache)]
+    memory = [max(run[1]["peak_bytes"] - run[1]["libraries_bytes"] for run in runs) for runs in (loop, cache)]
+    yield ""
+    yield f"- alpha from the cache less that in one loop, draft by draft, points: {mean(differences)}"
+    yield f"- rows that both select, for the same draft and reference: {', '.join(f'{100 * o:.1f} %' for o in overlaps)}"
+    yield f"- a step of the draft in one loop takes {steps[0] / steps[1]:.2f} times that from the cache, and {memory[0] / memory[1]:.2f} times its memory"
+    yield f"- the dump took {bench.dump_s:.0f} s, once"
+    for number in sorted({1, drafts}):
+        spent = sum(total["in one loop"][:number]), bench.dump_s + sum(total["from the cache"][:number])
+        yield (
+            f"- {number} draft{'s' * (number > 1)}, references and all: {spent[0]:.0f} s in one loop, {spent[1]:.0f} s with the dump, "
+            f"{spent[0] / spent[1]:.2f} times"
+        )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    step = commands.add_parser("step", help="against fine-tuning on the text")
+    step.set_defaults(bench=bench_step, name="train_step")
+    step.add_argument("--vocab_size", type=int, default=131072)
+    step.add_argument("--hidden", type=int, default=256)
+    step.add_argument("--layers", type=int, default=4)
+    step.add_argument("--length", type=int, default=256, help="tokens of a document (default %(default)s)")
+    step.add_argument("--batch", type=int, default=8, help="documents of a step (default %(default)s)")
+    step.add_argument("--steps", type=int, default=9)
+    step.add_argument("--rounds", type=int, default=3)
+    step.add_argument("--bf16", action="store_true", help="mixed precision")
+    adaspec = commands.add_parser("adaspec", help="against all models in one loop")
+    adaspec.set_defaults(bench=bench_adaspec, name="train_adaspec")
+    adaspec.add_argument("--drafts", type=int, default=5, help="seeds (default %(default)s)")
+    adaspec.add_argument("--steps", type=int, default=300)
+    adaspec.add_argument("--scheme", default="hybrid --num_draws 50")
+    for command in (step, adaspec):
+        command.add_argument("--threads", type=int, default=os.cpu_count())
+        command.add_argument("--record", action="store_true", help="write the table to benchmarks/results")
+    args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
+    began = time.monotonic()
+    lines = list(args.bench(args))
+    print("\n".join(lines))
+    if args.record:
+        day = datetime.datetime.now(datetime.UTC).date()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}-cores"
+        name = f"{args.name}{'_v' + str(args.vocab_size) if args.name == 'train_step' else ''}"
+        path = RESULTS / f"{name}_{device.replace(' ', '-').lower()}_{day}.md"
+        path.write_text(
+            f"# Training from the cache, {device}, {day}\n\nPython {platform.python_version()}, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}; shared machine, {time.monotonic() - began:,.0f} s.\n\n"
+            f"    python -m benchmarks.bench_train {shlex.join(sys.argv[1:])}\n\n" + "\n".join(lines) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

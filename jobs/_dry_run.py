@@ -1,0 +1,100 @@
+"""What a run would be: documents, steps, and the memory of a step, measured on one micro-batch that is not learnt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.draft_trainer import make_deal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import TrainingArguments
+
+    from trainer.drafts import DraftPlan
+    from trainer.module import DraftModule
+    from trainer.stream import DocumentDataset
+
+MIB = 2**20
+STATES_PER_PARAMETER = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "rmsprop": 1, "adagrad": 1}
+"""Numbers of a parameter's size that optimizers keep, by how their names begin; those in 8 bits not counted."""
+
+
+def describe(dataset: DocumentDataset, module: DraftModule, plan: DraftPlan, training: TrainingArguments) -> str:
+    """Runs the longest micro-batch of the first steps forward and backward, and says what it took.
+
+    Args:
+        dataset: What would be read.
+        module: On the CPU; goes to the run's device for the while.
+        plan: What the draft is made of.
+        training: How it would be trained.
+    """
+    order, deal = dataset.order, make_deal(training, dataset.order)
+    steps = deal.num_steps(order.packs_per_epoch)
+    total = training.max_steps if training.max_steps > 0 else round(steps * training.num_train_epochs)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    epoch = order.epoch(0)
+    packs = [epoch[place] for place in range(min(len(epoch), deal.packs_per_step * 8))]
+    longest = sorted(packs, key=lambda pack: -order.tokens(pack))[: deal.per_device_batch]
+    batch = dataset.collator()([dataset[pack] for pack in longest])
+    dataset.close()
+    memory = _memory(module, batch, training)
+    lines = [
+        f"documents  {order.num_documents:,} to train on, {order.num_held_out:,} held out",
+        f"packs      {order.packs_per_epoch:,} in an epoch, {order.waste:.1%} of their room is padding"
+        if order.packing
+        else f"batches    one document a row of them; {order.packs_per_epoch:,} in an epoch",
+        f"steps      {total:,} of {deal.packs_per_step} packs ({deal.per_device_batch} x {deal.ranks} ranks x "
+        f"{deal.accumulation} micro-batches); {steps:,} are an epoch",
+        f"draft      {plan.num_parameters:,} parameters, {trained:,} trained, vocabulary {plan.vocab_size:,}",
+        f"micro-batch of the longest of {len(packs):,} packs: {batch['input_ids'].numel():,} tokens, "
+        f"{len(batch['labels']):,} rows that count",
+        *(f"  {name:<26}{size / MIB:>12,.1f} MiB" for name, size in memory.items()),
+        f"  {'about, in all':<26}{sum(memory.values()) / MIB:>12,.1f} MiB, and what the framework takes itself",
+        *plan.notes,
+        "dry run: nothing was trained or written",
+    ]
+    return "\n".join(lines)
+
+
+def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: _on(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()
+    }
+
+
+def _memory(module: DraftModule, batch: dict[str, Any], training: TrainingArguments) -> dict[str, float]:
+    """Returns bytes by what they are for."""
+    module.to(training.device).train()
+    weights = {p.data_ptr(): p for p in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    half = torch.bfloat16 if training.bf16 else torch.float16
+    mixed = torch.autocast(training.device.type, dtype=half, enabled=training.bf16 or training.fp16)
+    with mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = module(**_on(batch, training.device))["loss"]
+    loss.backward()
+    size = sum(p.numel() * p.element_size() for p in weights.values())
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    of_gradients = sum(grad.numel() * grad.element_size() for grad in gradients)
+    name = str(getattr(training.optim, "value", training.optim))
+    states = next((number for kind, number in STATES_PER_PARAMETER.items() if name.startswith(kind)), 2)
+    states_bytes = of_gradients * states * (0.25 if "8bit" in name else 1.0)
+    rows = min(len(batch["labels"]), module.split.rows_per_chunk)
+    head = module.draft.get_output_embeddings().weight
+    chunk = rows * module.split.vocab_size * 4 + head.numel() * 4
+    module.zero_grad(set_to_none=True)
+    return {
+        "weights": size,
+        "gradients": of_gradients,
+        f"optimizer ({name})": states_bytes,
+        "activations, measured": sum(saved.values()),
+        "a chunk of the head": chunk,
+    }

@@ -1,0 +1,275 @@
+"""The fused head against dense float64 autograd: every objective, kind of rows and head; what it keeps in memory."""
+
+import dataclasses
+
+import pytest
+import rows
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from logitstore.causal_lm import SplitLM
+from trainer.head import look_at_rows, train_rows
+from trainer.objectives import OBJECTIVES, make_objective
+from trainer.selection import LOOKS
+
+V, PADDED, H = 37, 40, 8
+SIZES = {
+    "vocab_size": PADDED, "hidden_size": H, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+HEADS = {
+    "untied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "a bias": (PhiForCausalLM, PhiConfig(**SIZES)),
+    "soft-capping": (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=4, final_logit_softcapping=3.0)),
+    "a factor": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25)),
+    "a divisor": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "another name": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES)),
+}
+
+
+class FewRows(SplitLM):
+    """Makes its logits for 7 rows at a time."""
+
+    rows_per_chunk = 7
+
+
+class OtherHead(nn.Linear):
+    """No plain linear layer as far as types go: what LoRA or quantisation makes of one."""
+
+
+def split_lm(head, *, other=False, dtype=torch.float32):
+    kind, config = HEADS[head]
+    torch.manual_seed(3)
+    model = kind(config)
+    plain = model.get_output_embeddings()
+    if plain.bias is not None:
+        nn.init.normal_(plain.bias, std=0.5)
+    nn.init.normal_(plain.weight)
+    if other:
+        plain.__class__ = OtherHead
+    return FewRows(model.to(dtype), V)
+
+
+def inputs(kind, num_rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, H, generator=generator)
+    labels = torch.randint(V, (num_rows,), generator=generator)
+    weights = torch.rand(num_rows, generator=generator)
+    return hidden, rows.random_rows(kind, num_rows, V, seed), labels, weights
+
+
+def dense_logits(split, hidden, weight, bias):
+    """By the words of the papers, in float64."""
+    logits = (hidden @ weight.T)[:, :V]
+    if bias is not None:
+        logits = logits + bias[:V]
+    config = split.model.config
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def dense(split, name, hidden, support, labels, weights, label_weight=0.0):
+    """The weighted sum of losses, they, and the gradients by the hidden states, the head's weight and its bias."""
+    head = split.model.get_output_embeddings()
+    leaves = [hidden.double(), head.weight.detach().double()] + ([] if head.bias is None else [head.bias.double()])
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    logits = dense_logits(split, leaves[0], leaves[1], leaves[2] if len(leaves) == 3 else None)
+    losses = rows.losses(name, support, logits, labels, label_weight)
+    total = (losses * weights.double()).sum()
+    total.backward()
+    return total.detach(), losses.detach(), [leaf.grad for leaf in leaves]
+
+
+def fused(split, name, hidden, support, labels, weights, label_weight=0.0):
+    head = split.model.get_output_embeddings()
+    split.model.zero_grad()
+    leaf = hidden.clone().requires_grad_()
+    objective = make_objective(name, beta=rows.BETA, label_weight=label_weight)
+    total, parts = train_rows(split, leaf, support, labels, weights, objective)
+    (total * 0.5).backward()  # what comes from above is heeded
+    grads = [leaf.grad, head.weight.grad] + ([] if head.bias is None else [head.bias.grad])
+    return total.detach(), parts, [2 * grad.double() for grad in grads]
+
+
+def compare(split, name, batch, label_weight=0.0):
+    """Values to 2e-4, gradients to 2e-4 and 5e-5 of float64's."""
+    total, losses, grads = dense(split, name, *batch, label_weight)
+    found, parts, found_grads = fused(split, name, *batch, label_weight)
+    torch.testing.assert_close(found.double(), total, rtol=2e-4, atol=5e-5)
+    torch.testing.assert_close(parts.objective.double(), losses, rtol=2e-4, atol=5e-5)
+    torch.testing.assert_close(found_grads, grads, rtol=2e-4, atol=1e-4)
+    return parts, found_grads
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["fused", "again"])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_has_the_dense_value_and_gradient(head, other):
+    _, grads = compare(split_lm(head, other=other), "forward_kl", inputs("a tail", 20))
+    assert not grads[1][V:].any()  # padding of the vocabulary learns nothing
+
+
+@pytest.mark.parametrize("kind", rows.KINDS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_the_dense_value_and_gradient(name, kind):
+    if name == "renormalised_kl" and kind in ("drawn", "hybrid"):
+        kind = "ragged"
+    compare(split_lm("soft-capping"), name, inputs(kind, 16))
+
+
+@given(
+    st.sampled_from([name for name in OBJECTIVES if name != "renormalised_kl"]), st.sampled_from(rows.KINDS),
+    st.integers(0, 24), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 2**31), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_number_of_rows_and_share_of_the_label(name, kind, num_rows, label_weight, seed, other):
+    split = split_lm("a bias", other=other)
+    compare(split, "label_nll" if label_weight == 1.0 else name, inputs(kind, num_rows, seed), label_weight)
+
+
+def test_what_is_known_of_rows_besides_their_loss():
+    split = split_lm("untied")
+    hidden, support, labels, weights = inputs("a tail", 20)
+    _, parts, _ = fused(split, "reverse_kl", hidden, support, labels, weights)
+    for name, found in (("label_nll", parts.label_nll), ("forward_kl", parts.kl), ("total_variation", 1 - parts.alpha)):
+        expected = dense(split, name, hidden, support, labels, weights)[1]
+        torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=5e-5)
+
+
+def test_labels_alone_need_no_target():
+    split = split_lm("untied")
+    hidden, support, labels, weights = inputs("a tail", 20)
+    _, parts, grads = fused(split, "label_nll", hidden, None, labels, weights)
+    expected = dense(split, "label_nll", hidden, support, labels, weights)
+    torch.testing.assert_close(parts.label_nll.double(), expected[1], rtol=2e-4, atol=5e-5)
+    torch.testing.assert_close(grads, expected[2], rtol=2e-4, atol=1e-4)
+    assert parts.kl is None
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["fused", "again"])
+def test_no_rows_have_loss_zero_and_gradients_of_zero(other):
+    split = split_lm("a bias", other=other)
+    total, parts, grads = fused(split, "forward_kl", *inputs("a tail", 0))
+    assert total == 0
+    assert len(parts.objective) == 0
+    assert [float(grad.abs().sum()) for grad in grads] == [0.0] * 3
+
+
+def test_a_head_that_is_frozen_gets_no_gradient():
+    split = split_lm("untied")
+    split.model.get_output_embeddings().weight.requires_grad_(False)
+    hidden, support, labels, weights = inputs("a tail", 20)
+    leaf = hidden.clone().requires_grad_()
+    train_rows(split, leaf, support, labels, weights, make_objective("forward_kl"))[0].backward()
+    assert split.model.get_output_embeddings().weight.grad is None
+    torch.testing.assert_close(
+        leaf.grad.double(), dense(split, "forward_kl", hidden, support, labels, weights)[2][0], rtol=2e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights in bfloat16", "autocast"])
+def test_in_bfloat16_sums_are_of_float32(autocast):
+    """Against float64 of the same rounded weights: products err by 2**-8 of their largest; nothing adds up to more."""
+    split = split_lm("untied", dtype=torch.float32 if autocast else torch.bfloat16)
+    head = split.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.copy_(head.weight.bfloat16())
+    hidden, support, labels, weights = inputs("a tail", 300)
+    hidden = hidden.bfloat16().to(head.weight.dtype)
+    expected_total, _, expected = dense(split, "forward_kl", hidden, support, labels, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        total, _, grads = fused(split, "forward_kl", hidden, support, labels, weights)
+    assert total.dtype == torch.float32
+    assert float(total) == pytest.approx(float(expected_total), rel=5e-3)
+    for found, wanted in zip(grads, expected, strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("kind", rows.KINDS)
+def test_looking_at_rows_says_what_the_draft_does(kind):
+    split = split_lm("soft-capping")
+    hidden, support, labels, _ = inputs(kind, 20)
+    head = split.model.get_output_embeddings()
+    logprobs = dense_logits(split, hidden.double(), head.weight.double(), None).log_softmax(-1)
+    found, parts = look_at_rows(split, hidden, support, labels, LOOKS)
+    entropy = support.entropy().double()
+    expected = {
+        "draft_ce": rows.losses("forward_kl", support, logprobs, labels) + entropy,
+        "draft_label_nll": -logprobs.gather(1, labels[:, None])[:, 0],
+        "draft_entropy": -(logprobs.exp() * logprobs).sum(-1),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value.detach(), rtol=2e-4, atol=5e-5)
+    assert torch.equal(found["draft_likeliest"], logprobs.argmax(-1))
+    torch.testing.assert_close(parts.kl.double(), expected["draft_ce"].detach() - entropy, rtol=2e-4, atol=1e-4)
+    assert not any(value.requires_grad for value in found.values())
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the largest number of rows of any tensor as wide as the vocabulary that an operation returns."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] in (V, PADDED):
+                if len(tensor) != H:  # the head itself, seen from the other side
+                    self.rows = max(self.rows, len(tensor))
+        return out
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["fused", "again"])
+def test_logits_and_their_gradient_never_exist_for_more_than_a_chunk(other):
+    split = split_lm("untied", other=other)
+    hidden, support, labels, weights = inputs("a tail", 300)
+    with Watch() as watch:
+        look_at_rows(split, hidden, support, labels, LOOKS)
+        fused(split, "forward_kl", hidden, support, labels, weights)
+    assert watch.rows == split.rows_per_chunk
+
+
+def test_what_the_backward_pass_holds_does_not_grow_with_the_vocabulary():
+    """Between the passes there are gradients of the hidden states and of the head, and no tensor of rows by tokens."""
+    split = split_lm("untied")
+    hidden, support, labels, weights = inputs("a tail", 300)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        leaf = hidden.clone().requires_grad_()
+        total, _ = train_rows(split, leaf, support, labels, weights, make_objective("forward_kl"))
+    assert not [shape for shape in saved if V in shape or PADDED in shape]
+    gradients = total.grad_fn.gradients
+    assert [None if gradient is None else tuple(gradient.shape) for gradient in gradients] == [
+        (300, H), (PADDED, H), None
+    ]  # fmt: skip
+
+
+def test_rows_of_weight_zero_change_nothing():
+    split = split_lm("tied")
+    hidden, support, labels, weights = inputs("ragged", 20)
+    weights[10:] = 0.0
+    half = dataclasses.replace(
+        support, token_ids=support.token_ids[:10], probs=support.probs[:10], tail=support.tail[:10]
+    )
+    total, _, grads = fused(split, "kl_tv", hidden, support, labels, weights)
+    alone, _, few = fused(split, "kl_tv", hidden[:10], half, labels[:10], weights[:10])
+    torch.testing.assert_close(total, alone)
+    torch.testing.assert_close(grads[1], few[1])
+    assert not grads[0][10:].any()

@@ -1,0 +1,206 @@
+"""Resume: from every step of a run, the same documents, the same weights and the same log as if it had not stopped."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import logged, on_ranks, same_weights, train, trained, with_dropout
+
+import logitstore
+from trainer import checkpoints
+
+CASES = {
+    "plain": {"per_device_train_batch_size": 6},
+    "short last step": {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2},
+    "packed, accumulated, two stores": {
+        "packing": True, "pack_length": 200, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+        "weights": [1.0, 0.5],
+    },
+    "workers": {"dataloader_num_workers": 2, "per_device_train_batch_size": 6, "num_train_epochs": 1.75},
+    "workers, packed": {
+        "dataloader_num_workers": 2, "packing": True, "pack_length": 400, "dataloader_persistent_workers": True,
+    },
+    "scores of recent steps": {"selection": "label_nll", "scope": "queue", "per_device_train_batch_size": 8},
+    "low-rank updates": {"lora_rank": 2, "per_device_train_batch_size": 12, "selection": "random"},
+    "dropped last step": {"dataloader_drop_last": True, "per_device_train_batch_size": 9, "eval_fraction": 0.1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def draft(tiny, tmp_path_factory):
+    return with_dropout(tmp_path_factory.mktemp("draft") / "draft", tiny.draft)
+
+
+def folders(output):
+    return checkpoints.finished(Path(output))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_at_every_step_equals_the_run_that_never_stopped(case, draft, tiny_store, tmp_path):
+    options = dict(CASES[case])
+    if "weights" in options:
+        options["stores"] = [tiny_store]
+    whole = tmp_path / "whole"
+    state = train(tiny_store, draft, whole, **options).state
+    saved = folders(whole)
+    assert [path.name for path in saved] == [f"checkpoint-{step + 1}" for step in range(state.max_steps)]
+    for step, checkpoint in enumerate(saved[:-1], start=1):
+        again = tmp_path / str(step)
+        found = train(tiny_store, draft, again, resume=checkpoint, save_strategy="no", **options)
+        assert trained(again) == trained(whole, after=step)
+        assert (found.state.global_step, found.state.epoch) == (state.global_step, state.epoch)
+        found.save_model(str(again / "final"))
+        assert same_weights(again / "final", saved[-1])
+        found.state.save_to_json(str(again / "final" / "trainer_state.json"))
+        assert logged(again / "final")[:-1] == logged(saved[-1])  # the last entry is the summary
+
+
+def test_every_document_is_trained_on_once_an_epoch(draft, tiny_store, tmp_path):
+    state = train(tiny_store, draft, tmp_path / "out", packing=True, pack_length=250, save_strategy="no").state
+    store = logitstore.open(tiny_store)
+    texts = Counter(" ".join(map(str, store[i].ids.tolist())) for i in range(len(store)))
+    found = trained(tmp_path / "out")
+    assert Counter(text for _, text in found) == Counter({text: 2 * number for text, number in texts.items()})
+    half = state.global_step // 2
+    assert Counter(text for step, text in found if step <= half) == texts
+    assert state.epoch == 2.0
+
+
+@pytest.fixture(scope="module")
+def two_ranks(draft, tiny_store, tmp_path_factory):
+    """A run of two ranks with a checkpoint at every step, and runs of two ranks that go on from some of them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    common = {"store": tiny_store, "draft": draft, "per_device_train_batch_size": 3, "dataloader_num_workers": 1}
+    specs = [common | {"output": folder / "whole"}]
+    for step in (1, 4, 6):
+        resume = folder / "whole" / f"checkpoint-{step}"
+        specs.append(common | {"output": folder / f"{step}", "resume": resume})
+    alone = {"store": tiny_store, "draft": draft, "per_device_train_batch_size": 6, "save_steps": 3}
+    train(**alone, output=folder / "alone")
+    specs.append(
+        common | {"output": folder / "from one", "resume": folder / "alone" / "checkpoint-3", "save_strategy": "no"}
+    )
+    digests = np.sort(logitstore.open(tiny_store).documents().digests)
+    one_less = {"eval_fraction": (int(digests[0]) + 1) / 2**64, "save_strategy": "no", "dataloader_num_workers": 0}
+    specs.append(common | one_less | {"output": folder / "odd", "per_device_train_batch_size": 11})
+    on_ranks(2, specs, folder)
+    return folder
+
+
+def test_two_ranks_resume_as_if_they_had_not_stopped(two_ranks):
+    whole = folders(two_ranks / "whole")
+    assert len(whole) == 8
+    assert Path(whole[-1], "rng_state_1.pth").is_file()
+    for step in (1, 4, 6):
+        again = folders(two_ranks / f"{step}")
+        assert [path.name for path in again] == [path.name for path in whole[step:]]
+        assert trained(two_ranks / f"{step}") == trained(two_ranks / "whole", after=step)
+        assert all(same_weights(one, other) for one, other in zip(again, whole[step:], strict=True))
+        assert logged(again[-1]) == logged(whole[-1])
+
+
+def test_two_ranks_read_what_one_reads_in_each_step(two_ranks):
+    assert trained(two_ranks / "whole") == trained(two_ranks / "alone")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 7])
+def test_one_rank_goes_on_where_two_stopped(step, two_ranks, draft, tiny_store, tmp_path):
+    checkpoint = two_ranks / "whole" / f"checkpoint-{step}"
+    state = train(
+        tiny_store, draft, tmp_path / "out", resume=checkpoint, per_device_train_batch_size=6, save_strategy="no"
+    ).state
+    assert trained(tmp_path / "out") == trained(two_ranks / "alone", after=step)
+    assert (state.global_step, state.epoch) == (8, 2.0)
+
+
+def test_a_rank_without_documents_goes_along_with_a_step(two_ranks):
+    sizes = []
+    for rank in range(2):
+        lines = map(json.loads, (two_ranks / "odd" / f"trained_{rank}.jsonl").read_text().splitlines())
+        sizes.append([len(texts) for _, texts in lines])
+    assert sizes == [[11, 1, 11, 1], [11, 0, 11, 0]]
+    texts = Counter(text for _, text in trained(two_ranks / "odd"))
+    assert set(texts.values()) == {2}
+    assert len(texts) == 23
+
+
+def test_two_ranks_go_on_where_one_stopped(two_ranks):
+    assert trained(two_ranks / "from one") == trained(two_ranks / "alone", after=3)
+
+
+def test_steps_of_another_size_go_on_at_the_next_document(draft, tiny_store, tmp_path):
+    options = {"per_device_train_batch_size": 5, "num_train_epochs": 3, "lr_scheduler_type": "constant"}
+    train(tiny_store, draft, tmp_path / "whole", **options)
+    expected = [text for _, text in in_order(tmp_path / "whole")]
+    resume = tmp_path / "whole" / "checkpoint-7"  # 5 steps of 5, 5, 5, 5, 4; then 10 documents of the second epoch
+    state = train(
+        tiny_store, draft, tmp_path / "more", resume=resume, **options | {"per_device_train_batch_size": 4}
+    ).state
+    steps = in_order(tmp_path / "more")
+    assert [text for _, text in steps] == expected[34:]
+    assert Counter(step for step, _ in steps) == {8: 4, 9: 4, 10: 4, 11: 2} | dict.fromkeys(range(12, 18), 4)
+    assert (state.max_steps, state.global_step, state.epoch) == (17, 17, 3.0)
+    epochs = [entry["epoch"] for entry in state.log_history if "loss" in entry]
+    assert epochs[3] == pytest.approx(1 + 14 / 24)
+
+
+def in_order(output):
+    """Documents of each step of one rank, in the order in which they were trained on."""
+    lines = map(json.loads, Path(output, "trained_0.jsonl").read_text().splitlines())
+    return [(step, text) for step, texts in lines for text in texts]
+
+
+def test_max_steps_is_the_number_of_all_steps(draft, tiny_store, tmp_path):
+    options = {"per_device_train_batch_size": 5, "max_steps": 7}
+    whole = train(tiny_store, draft, tmp_path / "whole", **options).state
+    assert (whole.global_step, whole.epoch) == (7, pytest.approx(1 + 10 / 24))
+    again = train(
+        tiny_store, draft, tmp_path / "more", resume=tmp_path / "whole" / "checkpoint-6", **options | {"max_steps": 9}
+    ).state
+    assert (again.global_step, again.epoch) == (9, pytest.approx(1 + 20 / 24))
+    nothing = train(tiny_store, draft, tmp_path / "none", resume=tmp_path / "whole" / "checkpoint-7", **options).state
+    assert nothing.global_step == 7
+    assert not (tmp_path / "none" / "trained_0.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 8}, {"shuffle_window": 2}, {"packing": True}, {"eval_fraction": 0.2}, {"weights": [2.0]}]
+)
+def test_a_run_does_not_go_on_in_another_order(other, draft, tiny_store, tmp_path):
+    train(tiny_store, draft, tmp_path / "whole", max_steps=1)
+    with pytest.raises(ValueError, match=r"order of documents must be as in the run to go on with, got \d+ packs"):
+        train(tiny_store, draft, tmp_path / "more", resume=tmp_path / "whole" / "checkpoint-1", **other)
+
+
+def test_how_often_is_saved_and_logged_may_change(draft, tiny_store, tmp_path):
+    train(tiny_store, draft, tmp_path / "whole", max_steps=2)
+    options = {"save_steps": 3, "logging_steps": 4, "max_steps": 8}
+    resumed = train(tiny_store, draft, tmp_path / "out", resume=tmp_path / "whole" / "checkpoint-2", **options)
+    assert [path.name for path in folders(tmp_path / "out")] == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [2, 4, 8]
+
+
+def test_callbacks_may_be_restored(draft, tiny_store, tmp_path):
+    options = {"restore_callback_states_from_checkpoint": True}
+    train(tiny_store, draft, tmp_path / "whole", **options)
+    resume = tmp_path / "whole" / "checkpoint-4"
+    train(tiny_store, draft, tmp_path / "more", resume=resume, **options)
+    assert trained(tmp_path / "more") == trained(tmp_path / "whole", after=4)
+    assert json.loads(Path(folders(tmp_path / "more")[-1], "trainer_state.json").read_text())["epoch"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 25}, "dataloader_drop_last must be False where"),
+        ({"ignore_data_skip": True}, "ignore_data_skip must be False, got ignore_data_skip=True"),
+        ({"dataloader_in_order": False}, "dataloader_in_order must be True, got dataloader_in_order=False"),
+    ],
+)
+def test_arguments_that_would_lose_documents_are_refused(options, message, draft, tiny_store, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(tiny_store, draft, tmp_path / "out", **options)
+    shutil.rmtree(tmp_path / "out")

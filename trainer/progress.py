@@ -1,0 +1,87 @@
+"""How far a training run is in the order of its documents: kept in trainer_state.json, read when a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from trainer.deal import Position
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainingArguments
+
+    from trainer.deal import Deal
+    from trainer.order import PackOrder
+
+STATE = "trainer_state.json"
+
+
+class Progress(TrainerCallback, ExportableState):
+    """Counts the packs of optimizer steps, so that a checkpoint says which comes next and `epoch` in logs is true.
+
+    Trainer itself counts the steps of an epoch, which differ with the number of ranks and the size of a step.
+    """
+
+    def __init__(self, epoch: int = 0, packs: int = 0, packs_per_epoch: int = 0, order: str = "") -> None:
+        """Takes what `state` returned.
+
+        Args:
+            epoch: The epoch of the next step.
+            packs: Packs of it that are done.
+            packs_per_epoch: Of the order.
+            order: Its fingerprint.
+        """
+        self._epoch = epoch
+        self._packs = packs
+        self._packs_per_epoch = packs_per_epoch
+        self._order = order
+        self._per_step = self._steps = 0
+
+    def begin(self, order: PackOrder, deal: Deal, epoch: int, packs: int) -> None:
+        """Begins an epoch, some packs of which may be done."""
+        self._epoch, self._packs = epoch, packs
+        self._packs_per_epoch, self._order = order.packs_per_epoch, order.fingerprint
+        self._per_step, self._steps = deal.packs_per_step, deal.num_steps(order.packs_per_epoch - packs)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Runs before the step is logged and saved."""
+        self._packs += self._per_step
+        self._steps -= 1
+        if not self._steps:  # what is left, if anything, is dropped
+            self._epoch, self._packs = self._epoch + 1, 0
+        state.epoch = self._epoch + self._packs / self._packs_per_epoch
+
+    def state(self) -> dict[str, Any]:
+        """Returns what goes into trainer_state.json."""
+        return {
+            "args": {
+                "epoch": self._epoch,
+                "packs": self._packs,
+                "packs_per_epoch": self._packs_per_epoch,
+                "order": self._order,
+            },
+            "attributes": {},
+        }
+
+
+def read_position(checkpoint: str | Path, order: PackOrder) -> Position:
+    """Reads where the run of a checkpoint goes on.
+
+    Raises:
+        ValueError: It was trained on other documents, or in another order.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
+    found = state.stateful_callbacks.get(Progress.__name__, {}).get("args", {})
+    if found.get("order") != order.fingerprint:
+        raise ValueError(
+            f"order of documents must be as in the run to go on with, got {order.packs_per_epoch} packs in an epoch, "
+            f"and {found.get('packs_per_epoch')} of other documents, or in another order, in {checkpoint}; read the "
+            "same stores as they were, with the same --seed, --data_seed, --shuffle_window, --store_weights, "
+            "--packing, --pack_length and --eval_fraction, or begin a run in another --output_dir"
+        )
+    return Position(epoch=found["epoch"], packs=found["packs"], steps=state.global_step)
