@@ -1,4 +1,4 @@
-"""One training run in a process of its own: from the cache, as plain fine-tuning, or AdaSPEC with all models in one loop.
+"""One training run, in a process of its own: from the cache, on the text alone, or AdaSPEC with all models in a loop.
 
     python -m benchmarks._train_worker '{"kind": "ce", "store": ..., "draft": ..., "steps": 20, ...}'
 

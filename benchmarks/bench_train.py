@@ -7,13 +7,15 @@
 all logits, and by DraftTrainer: all rows, AdaSPEC (0.4 of the rows), and a static gap that needs no look at the draft.
 Rows of a store of random models with a vocabulary of any size; every row counts. Runs are processes of their own, one
 after another in rounds; a rate is that of a run's median step, and of a run's kind the best round's, as machines are
-shared. Memory is the peak of the process while it trains less what it held before any model was loaded; on a GPU that of its tensors.
+shared. Memory is the peak of the process while it trains less what it held before any model was loaded; on a GPU that
+of its tensors.
 
 `adaspec`: real text and a trained target (benchmarks/_distributions.py, `demo`). As published: a reference is distilled
 with the target in the loop, then the draft with target and reference in the loop, each step on whole vocabularies. From
 the cache: one dump, then for each draft a reference, its losses, and the draft. Both from the same initial weights, on
-the same documents in the same order. Acceptance is that of held-out documents whose rows keep every token. The selected set is compared on
-all training documents for the same draft and reference: gaps of whole distributions against those of the cache.
+the same documents in the same order. Acceptance is that of held-out documents whose rows keep every token. The
+selected set is compared on all training documents for the same draft and reference: gaps of whole distributions
+against those of the cache.
 """
 
 from __future__ import annotations
@@ -137,27 +139,27 @@ def bench_step(args):
         print("\n".join(["", f"after round {number + 1}:", *step_table(found)]), flush=True)
     tokens = args.batch * args.length
     head = 6 * tokens * args.vocab_size * args.hidden
-    body = 6 * tokens * sum(
-        p.numel() for n, p in AutoModelForCausalLM.from_pretrained(folder / "draft").named_parameters() if "embed" not in n
-    )
+    draft = AutoModelForCausalLM.from_pretrained(folder / "draft")
+    body = 6 * tokens * sum(p.numel() for name, p in draft.named_parameters() if "embed" not in name)
+    whole, looked, chosen = head + body, head * (2 + 6 * KEEP) / 6 + body, head * KEEP + body
     yield f"## V = {args.vocab_size:,}, H = {args.hidden}, {args.layers} layers, {args.batch} x {args.length} tokens"
     yield ""
     yield from step_table(found)
     yield ""
     yield (
-        f"{args.rounds} rounds of {args.steps} steps, the first {LEFT_OUT} of each not timed. Of the {(head + body) / 1e9:,.0f} "
-        f"GFLOP of a step of fine-tuning {head / (head + body):.0%} are the head's. At keep {KEEP} and a look at all rows the head "
-        f"takes (2 + 6 x {KEEP}) / 6 = {(2 + 6 * KEEP) / 6:.2f} of that: at best {(head + body) / (head * (2 + 6 * KEEP) / 6 + body):.2f} "
-        f"times the rate; without a look {(head + body) / (head * KEEP + body):.2f}. Logits of all rows are "
+        f"{args.rounds} rounds of {args.steps} steps, the first {LEFT_OUT} of each not timed. Of {whole / 1e9:,.0f} "
+        f"GFLOP of a step of fine-tuning {head / whole:.0%} are the head's. At keep {KEEP} with a look at all rows it "
+        f"takes (2 + 6 x {KEEP}) / 6 = {(2 + 6 * KEEP) / 6:.2f} of that: {whole / looked:.2f} times the rate if flops "
+        f"were all; without a look {whole / chosen:.2f}. Logits of all rows are "
         f"{tokens * args.vocab_size * 4 / MIB:,.0f} MiB in float32."
     )
 
 
 def step_table(found):
-    (first, plain), *_ = found.items()
+    first = next(iter(found))
     seconds = {kind: [statistics.median(run["steps_s"]) for run in runs] for kind, runs in found.items()}
     memory = {kind: min(run["peak_bytes"] - run["libraries_bytes"] for run in runs) for kind, runs in found.items()}
-    yield f"| | ms a step, best round | all rounds | rate of {first} | peak memory, MiB | of {first} |"
+    yield "| | ms a step, best round | all rounds | rate, of the first | peak memory, MiB | of the first |"
     yield "|---|---|---|---|---|---|"
     for kind in found:
         yield (
@@ -190,17 +192,20 @@ class Adaspec:
         self.store, self.dump_s = self.dump("train", args.scheme)
 
     def dump(self, data, scheme):
+        """Dumps a file of documents; returns the store and seconds."""
         url = self.folder / f"{data}.zarr"
         argv = ["--store", url, "--target", self.target, "--data", self.folder / f"{data}.jsonl", *DOCUMENTS]
         return url, job(self.folder, [*argv, "--scheme", *scheme.split()])
 
     def add_losses(self, **models_):
+        """Scores models on the training rows; returns seconds."""
         argv = ["--store", self.store, "--no_progress"]
         for name, model in models_.items():
             argv += ["--reference", f"{name}={model}"]
         return job(self.folder, argv)
 
     def train(self, name, seed, **spec):
+        """Trains one model; returns its folder and what the worker found."""
         out = self.folder / f"{name}-{seed}"
         common = {"store": str(self.store), "draft": str(self.folder / f"new-{seed}"), "seed": seed, "save": True}
         found = work(
@@ -210,11 +215,12 @@ class Adaspec:
         return out, found
 
     def alpha(self, draft):
+        """Measures a draft on the held-out rows."""
         found = cached_acceptance(AutoModelForCausalLM.from_pretrained(draft), logitstore.open(self.check))
         return {"sampled": found.alpha_estimate, "greedy": found.argmax_agreement}
 
 
-def exact_gaps(bench, draft, reference, batch=16):
+def exact_gaps(bench, draft, reference):
     """Gaps of whole distributions at all training rows that count, in the store's order."""
     store = logitstore.open(bench.store)
     three = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (bench.target, draft, reference)]
@@ -223,9 +229,8 @@ def exact_gaps(bench, draft, reference, batch=16):
         document = store[number]
         ids = torch.from_numpy(document.ids.astype(np.int64))[None]
         with torch.no_grad():
-            log_p, log_q, log_r = (
-                model(input_ids=ids).logits[0, document.loss_mask, : bench.vocab_size].log_softmax(-1) for model in three
-            )
+            logits = [model(input_ids=ids).logits[0, document.loss_mask, : bench.vocab_size] for model in three]
+            log_p, log_q, log_r = (each.log_softmax(-1) for each in logits)
         gaps.append((log_p.exp() * (log_r - log_q)).sum(-1).numpy())
     return gaps
 
@@ -277,7 +282,8 @@ def adaspec_lines(bench, ways, overlaps):
         return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
     drafts = len(ways["in one loop"])
-    yield f"## AdaSPEC, {drafts} drafts, {bench.args.steps} steps each for reference and draft, scheme {bench.args.scheme}"
+    num_steps = bench.args.steps
+    yield f"## AdaSPEC, {drafts} drafts, {num_steps} steps each for reference and draft, scheme {bench.args.scheme}"
     yield ""
     yield "| | alpha, sampled, % | greedy, % | ms a step, reference | draft | peak MiB, draft | s a draft |"
     yield "|---|---|---|---|---|---|---|"
@@ -287,9 +293,9 @@ def adaspec_lines(bench, ways, overlaps):
         step = [statistics.median(s for run in runs for s in run[part]["steps_s"]) for part in (0, 1)]
         peak = max(run[1]["peak_bytes"] - run[1]["libraries_bytes"] for run in runs)
         total[way] = [run[0]["train_s"] + run[1]["train_s"] + run[2] for run in runs]
+        alphas = [mean(100 * run[3][mode] for run in runs) for mode in ("sampled", "greedy")]
         yield (
-            f"| {way} | {mean(100 * run[3]['sampled'] for run in runs)} | {mean(100 * run[3]['greedy'] for run in runs)} "
-            f"| {1e3 * step[0]:.0f} | {1e3 * step[1]:.0f} | {peak / MIB:,.0f} "
+            f"| {way} | {alphas[0]} | {alphas[1]} | {1e3 * step[0]:.0f} | {1e3 * step[1]:.0f} | {peak / MIB:,.0f} "
             f"| {mean(total[way])}{' with scoring, and the dump once' if ours else ''} |"
         )
     loop, cache = ways["in one loop"], ways["from the cache"]
@@ -298,14 +304,18 @@ def adaspec_lines(bench, ways, overlaps):
     memory = [max(run[1]["peak_bytes"] - run[1]["libraries_bytes"] for run in runs) for runs in (loop, cache)]
     yield ""
     yield f"- alpha from the cache less that in one loop, draft by draft, points: {mean(differences)}"
-    yield f"- rows that both select, for the same draft and reference: {', '.join(f'{100 * o:.1f} %' for o in overlaps)}"
-    yield f"- a step of the draft in one loop takes {steps[0] / steps[1]:.2f} times that from the cache, and {memory[0] / memory[1]:.2f} times its memory"
+    same = ", ".join(f"{100 * share:.1f} %" for share in overlaps)
+    yield f"- rows that both select, for the same draft and reference: {same}"
+    yield (
+        f"- a step of the draft in one loop takes {steps[0] / steps[1]:.2f} times that from the cache, and "
+        f"{memory[0] / memory[1]:.2f} times its memory"
+    )
     yield f"- the dump took {bench.dump_s:.0f} s, once"
     for number in sorted({1, drafts}):
         spent = sum(total["in one loop"][:number]), bench.dump_s + sum(total["from the cache"][:number])
         yield (
-            f"- {number} draft{'s' * (number > 1)}, references and all: {spent[0]:.0f} s in one loop, {spent[1]:.0f} s with the dump, "
-            f"{spent[0] / spent[1]:.2f} times"
+            f"- {number} draft{'s' * (number > 1)} with references: {spent[0]:.0f} s in one loop, {spent[1]:.0f} s "
+            f"from the cache with its dump, {spent[0] / spent[1]:.2f} times"
         )
 
 
@@ -341,8 +351,9 @@ def main(argv=None):
         name = f"{args.name}{'_v' + str(args.vocab_size) if args.name == 'train_step' else ''}"
         path = RESULTS / f"{name}_{device.replace(' ', '-').lower()}_{day}.md"
         path.write_text(
-            f"# Training from the cache, {device}, {day}\n\nPython {platform.python_version()}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}; shared machine, {time.monotonic() - began:,.0f} s.\n\n"
+            f"# Training from the cache, {device}, {day}\n\nPython {platform.python_version()}, torch "
+            f"{torch.__version__}, transformers {transformers.__version__}; shared machine, "
+            f"{time.monotonic() - began:,.0f} s.\n\n"
             f"    python -m benchmarks.bench_train {shlex.join(sys.argv[1:])}\n\n" + "\n".join(lines) + "\n"
         )
 
