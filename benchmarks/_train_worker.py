@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 import logitstore
 from trainer import DocumentDataset, DraftModule, DraftTrainer
-from trainer.draft_trainer import make_deal
+from trainer.deal import make_deal
 from trainer.objectives import make_objective
 from trainer.selection import make_rule
 from trainer.stream import RankBatches, make_loader

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.draft_trainer import make_deal
+from trainer.deal import make_deal
+from trainer.head import rows_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +23,14 @@ STATES_PER_PARAMETER = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "rmsprop": 1
 """Numbers of a parameter's size that optimizers keep, by how their names begin; those in 8 bits not counted."""
 
 
-def describe(dataset: DocumentDataset, module: DraftModule, plan: DraftPlan, training: TrainingArguments) -> str:
+def describe(
+    dataset: DocumentDataset,
+    module: DraftModule,
+    plan: DraftPlan,
+    training: TrainingArguments,
+    *,
+    ranks: int | None = None,
+) -> str:
     """Runs the longest micro-batch of the first steps forward and backward, and says what it took.
 
     Args:
@@ -29,8 +38,10 @@ def describe(dataset: DocumentDataset, module: DraftModule, plan: DraftPlan, tra
         module: On the CPU; goes to the run's device for the while.
         plan: What the draft is made of.
         training: How it would be trained.
+        ranks: How many would train, if not as many as there are here.
     """
     order, deal = dataset.order, make_deal(training, dataset.order)
+    deal = dataclasses.replace(deal, ranks=deal.ranks if ranks is None else ranks)
     steps = deal.num_steps(order.packs_per_epoch)
     total = training.max_steps if training.max_steps > 0 else round(steps * training.num_train_epochs)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -87,8 +98,8 @@ def _memory(module: DraftModule, batch: dict[str, Any], training: TrainingArgume
     name = str(getattr(training.optim, "value", training.optim))
     states = next((number for kind, number in STATES_PER_PARAMETER.items() if name.startswith(kind)), 2)
     states_bytes = of_gradients * states * (0.25 if "8bit" in name else 1.0)
-    rows = min(len(batch["labels"]), module.split.rows_per_chunk)
     head = module.draft.get_output_embeddings().weight
+    rows = min(len(batch["labels"]), rows_at_once(module.split, head))
     chunk = rows * module.split.vocab_size * 4 + head.numel() * 4
     module.zero_grad(set_to_none=True)
     return {

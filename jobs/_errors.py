@@ -11,7 +11,7 @@ from logitstore.drivers import is_refusal
 from logitstore.errors import LogitStoreError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -29,14 +29,23 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turns a disk or a service that fails while something is written into one line and exit status 1."""
+def refusals(more: Callable[[], str] = str) -> Iterator[None]:
+    """Turns a disk or a service that fails while something is written into one line and exit status 1.
+
+    Args:
+        more: Called then; returns the end of the line.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
-        if isinstance(error, StorageError) or (isinstance(error, OSError) and is_refusal(error)) or _no_space(error):
-            end(error, 1)
+        if is_of_storage(error):
+            end(f"{error}{more()}", 1)
         raise
+
+
+def is_of_storage(error: Exception) -> bool:
+    """Tells whether an error is of a disk or a service that fails or says no."""
+    return isinstance(error, StorageError) or (isinstance(error, OSError) and is_refusal(error)) or _no_space(error)
 
 
 def _no_space(error: BaseException | None) -> bool:
@@ -46,7 +55,12 @@ def _no_space(error: BaseException | None) -> bool:
     return (isinstance(error, OSError) and error.errno in NO_SPACE) or _no_space(error.__cause__ or error.__context__)
 
 
-def end(error: Exception, status: int) -> NoReturn:
+def end(error: Exception | str, status: int) -> NoReturn:
     """Ends the job with an error in one line."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     raise SystemExit(status) from None
+
+
+def one_line(error: Exception | str) -> str:
+    """Returns what an error says, without breaks."""
+    return " ".join(str(error).split())

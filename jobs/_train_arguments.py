@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from _output import local_folder
 from _runs import NOT_REPEATED, read_run
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -22,13 +23,14 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 from logitstore.arguments import RaisingErrors
 from logitstore.drivers import without_credentials
 from logitstore.reader import CACHE_BYTES
-from trainer.draft_trainer import check_training_arguments
 from trainer.drafts import DraftSource
+from trainer.evaluating import greater_is_better
 from trainer.lora import ALL_LINEAR, Lora
 from trainer.objectives import OBJECTIVES, Objective, make_objective
 from trainer.order import MAX_WINDOW, check_eval_fraction, check_window
 from trainer.selection import SCOPES, SELECTIONS, Rule, make_rule
 from trainer.steps import DENOMINATORS, QUEUE_ROWS, Denominator
+from trainer.unsupported import check_awaited, check_supported, check_training_arguments
 
 HELP_WIDTH = 118
 COLUMN = 29
@@ -39,6 +41,8 @@ TRAINING_DEFAULTS: dict[str, object] = {
     "logging_steps": 10,
     "save_total_limit": 2,
     "metric_for_best_model": "alpha_estimate",
+    # how often evaluations were no better, for early stopping
+    "restore_callback_states_from_checkpoint": True,
     "remove_unused_columns": False,
     # the loss hangs on every parameter, whatever rows a rank keeps
     "ddp_find_unused_parameters": False,
@@ -46,6 +50,9 @@ TRAINING_DEFAULTS: dict[str, object] = {
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 """Where this job's defaults are not those of TrainingArguments; rates, schedules and sizes are transformers' own."""
+
+DEVICE_OF_WORKERS: dict[str, object] = {"use_cpu": True, "tf32": None}
+"""What this process leaves to workers: it may have no GPU where they have one."""
 
 
 def said(metavar: str, text: str) -> dict[str, str]:
@@ -334,6 +341,11 @@ def parse(argv: list[str]) -> tuple[RunArguments, TrainingArguments, dict[str, A
         ValueError: Unknown keys or flags, or values that do not fit.
     """
     values = read_values(argv)
+    return (*check(values), values)
+
+
+def check(values: dict[str, Any]) -> tuple[RunArguments, TrainingArguments]:
+    """Makes the arguments from their values, as `parse` does; chooses what is left open among them."""
     made: dict[str, Any] = {
         group._argument_group_name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)})
         for group in GROUPS
@@ -341,17 +353,22 @@ def parse(argv: list[str]) -> tuple[RunArguments, TrainingArguments, dict[str, A
     run = RunArguments(**made)
     if not values["output_dir"]:
         raise ValueError("output_dir must be given, got none; add --output_dir")
-    _check_precision(values)
+    given = {name: values[name] for name in THEIRS} | {"output_dir": str(local_folder(values["output_dir"]))}
+    if run.batches.num_workers is None:
+        _check_precision(values)
+    else:
+        given |= DEVICE_OF_WORKERS
     run.source(values["seed"])
+    check_supported(values)
+    _check_evaluation(run, values)
     if values["greater_is_better"] is None:
-        values["greater_is_better"] = str(values["metric_for_best_model"]).removeprefix("eval_").startswith("a")
-    training = TrainingArguments(**{name: values[name] for name in THEIRS})
+        values["greater_is_better"] = greater_is_better(str(values["metric_for_best_model"]))
+    training = TrainingArguments(**given | {"greater_is_better": values["greater_is_better"]})
     check_training_arguments(training)
-    _check_evaluation(run, training)
     for name in training.report_to or []:
         if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to must be installed here, got report_to={name}; pip install it, or leave it out")
-    return run, training, values
+    return run, training
 
 
 def _check_precision(values: dict[str, Any]) -> None:
@@ -366,17 +383,13 @@ def _check_precision(values: dict[str, Any]) -> None:
             )
 
 
-def _check_evaluation(run: RunArguments, training: TrainingArguments) -> None:
+def _check_evaluation(run: RunArguments, values: dict[str, Any]) -> None:
     """Raises ValueError where something is to be evaluated of nothing, or waited for that never comes."""
-    strategy = str(training.eval_strategy).rpartition(".")[2].lower()
-    evaluates = strategy != "no"
-    if evaluates and not run.store.eval_fraction:
-        raise ValueError(
-            f"eval_fraction must be above 0 to evaluate, got eval_fraction=0 with eval_strategy={strategy}; "
-            "add --eval_fraction 0.01"
-        )
-    if run.batches.early_stopping is not None and not evaluates:
-        raise ValueError(
-            f"eval_strategy must be steps or epoch to stop early, got eval_strategy=no with early_stopping="
-            f"{run.batches.early_stopping}; add --eval_strategy steps --eval_steps N"
-        )
+    strategy = getattr(values["eval_strategy"], "value", values["eval_strategy"])
+    for name, value in {"eval_strategy": strategy, "eval_on_start": values["eval_on_start"]}.items():
+        if value not in ("no", False) and not run.store.eval_fraction:
+            raise ValueError(
+                f"eval_fraction must be above 0 to evaluate, got eval_fraction=0 with {name}={value}; "
+                "add --eval_fraction 0.01"
+            )
+    check_awaited({**values, "early_stopping": run.batches.early_stopping})

@@ -3,8 +3,9 @@
   python jobs/train_draft.py --store URL --draft MODEL --output_dir DIR [--selection adaspec --reference NAME]
   python jobs/train_draft.py run.yaml [--output_dir OTHER ...]     # keys are the flags' names; flags win
   torchrun --nproc_per_node 8 jobs/train_draft.py ...              # one process for each GPU
+  ray job submit --working-dir . -- python jobs/train_draft.py ... --num_workers 8      # the same on a Ray cluster
 
-DIR becomes an ordinary Hugging Face model with its tokenizer; DIR/run.yaml repeats the run.
+DIR, a folder or a URL, becomes an ordinary Hugging Face model with its tokenizer; DIR/run.yaml repeats the run.
 Every flag of transformers.TrainingArguments works too: --help_all shows them.
 """
 
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _card import write_card
 from _dry_run import describe
-from _errors import user_errors
+from _errors import refusals, user_errors
+from _output import open_output
 from _runs import (
     RUN,
     STATE,
@@ -27,23 +30,30 @@ from _runs import (
     find_finished,
     result_line,
     write_run,
+    write_state,
 )
 from _train_arguments import full_help, help_text, parse, read_values, repeated
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerState
 
 import logitstore
 from logitstore.drivers import without_credentials
 from logitstore.options import storage_options
 from logitstore.views import smaller
 from logitstore.weights import loading_bars
-from trainer.draft_trainer import DraftTrainer, make_deal
+from trainer.deal import make_deal
+from trainer.draft_trainer import DraftTrainer
 from trainer.drafts import make_draft, plan_draft
+from trainer.evaluating import HeldOut
 from trainer.module import DraftModule
+from trainer.progress import is_stopped_early, read_position
+from trainer.reshaping import settle_padding
 from trainer.stream import DocumentDataset
 
 if TYPE_CHECKING:
+    from _output import Output
+    from _runs import Held
     from _train_arguments import RunArguments
-    from transformers import TrainerState, TrainingArguments
+    from transformers import TrainingArguments
 
     from logitstore import Store
     from trainer.drafts import DraftPlan
@@ -56,27 +66,28 @@ class Prepared:
     run: RunArguments
     stores: list[Store]
     dataset: DocumentDataset
+    held_out: HeldOut | None
     plan: DraftPlan
 
 
-def find_start(training: TrainingArguments, values: dict[str, Any]) -> TrainerState | str | None:
-    """Decides where to begin, and refuses an output directory that holds another run.
+def find_start(held: Held, training: TrainingArguments, values: dict[str, Any]) -> TrainerState | str | None:
+    """Decides where to begin, and refuses an output that holds another run.
 
     Returns:
-        The state of a finished run, with nothing left to do; or a checkpoint folder; or None to start from the draft.
+        The state of a finished run, with nothing left to do; or a checkpoint's folder, or its URL in an output at a
+        URL; or None to start from the draft.
 
     Raises:
-        ValueError: The output directory is taken, or what is to go on is another run, or no checkpoint.
+        ValueError: The output is taken, or what is to go on is another run, or no checkpoint.
     """
-    folder = Path(str(training.output_dir))
     wanted = training.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
-        check_new(folder)
+        check_new(held)
         return None
-    if (folder / RUN).exists():
-        before = read_values([str(folder / RUN)])
-        check_same_run(folder, before, values | {"store": [without_credentials(url) for url in values["store"]]})
-    return find_finished(folder, training) or find_checkpoint(folder, wanted)
+    if RUN in held.names:
+        before = read_values([str(held.folder / RUN)])
+        check_same_run(held, before, values | {"store": [without_credentials(url) for url in values["store"]]})
+    return find_finished(held, training) or find_checkpoint(held, wanted)
 
 
 def prepare(run: RunArguments, training: TrainingArguments) -> Prepared:
@@ -111,8 +122,14 @@ def prepare(run: RunArguments, training: TrainingArguments) -> Prepared:
         seed=training.seed if training.data_seed is None else training.data_seed,
     )
     make_deal(training, dataset.order)
+    held_out = None
+    if asked.eval_fraction:
+        held_out = HeldOut(dataset, at_most=asked.eval_documents, batch_size=training.eval_batch_size)
+        if training.eval_strategy != "no":
+            held_out.check_metric(str(training.metric_for_best_model))
     longest = max(stores, key=lambda store: store.spec.max_length)
-    return Prepared(run=run, stores=stores, dataset=dataset, plan=plan_draft(run.source(training.seed), longest.spec))
+    plan = plan_draft(run.source(training.seed), longest.spec)
+    return Prepared(run=run, stores=stores, dataset=dataset, held_out=held_out, plan=plan)
 
 
 def make_module(prepared: Prepared) -> DraftModule:
@@ -134,7 +151,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Runs the job.
 
     Returns:
-        steps, loss, train_runtime (seconds) and rows_per_second of the run; nothing of one that only asked.
+        steps, loss, train_runtime (seconds) and rows_per_second of the run, and eval_NAME of held-out documents;
+        nothing of one that only asked.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help", "--help_all"} & {*argv}:
@@ -142,51 +160,78 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return {}
     with user_errors():
         run, training, values = parse(argv)
-        start = find_start(training, values)
-    folder = Path(str(training.output_dir))
+        output = open_output(values["output_dir"], storage_options(run.store.storage_options))
+        with output.look() as held:
+            start = find_start(held, training, values)
+    workers = run.batches.num_workers
     if run.batches.dry_run:
         with user_errors(), loading_bars(wanted=False):
             prepared = prepare(run, training)
-            print(describe(prepared.dataset, make_module(prepared), prepared.plan, training))
+            print(describe(prepared.dataset, make_module(prepared), prepared.plan, training, ranks=workers))
         return {}
-    if start is None or isinstance(start, str):
-        with loading_bars(not training.disable_tqdm):
-            state = train(run, training, repeated(values), start)
-    else:
+    if isinstance(start, TrainerState):
         state = start
+    elif workers is not None:
+        from _ray_train import check_ray, train_on_ray  # Ray takes seconds, and need not be installed
+
+        with user_errors():
+            check_ray(workers)
+            prepare(run, training)
+        state = train_on_ray(output, values, repeated(values), start)
+    else:
+        with loading_bars(not training.disable_tqdm):
+            with user_errors():
+                prepared = prepare(run, training)
+                module = make_module(prepared)
+            with refusals(output.kept):
+                state = train(prepared, module, training, output, repeated(values), start)
     found = figures(state)
     if training.process_index == 0:
         if state is start:
-            print(f"{folder} holds this run, finished after {state.global_step} steps: nothing is left to train")
-        print(result_line(folder, found))
+            print(f"{output.where} holds this run, finished after {state.global_step} steps: nothing is left to train")
+        print(result_line(output.where, found))
     return found
 
 
 def train(
-    run: RunArguments, training: TrainingArguments, values: dict[str, Any], checkpoint: str | None
+    prepared: Prepared,
+    module: DraftModule,
+    training: TrainingArguments,
+    output: Output,
+    values: dict[str, Any],
+    start: str | None,
 ) -> TrainerState:
     """Trains and saves.
 
     Args:
-        run: What to train, from what.
+        prepared: What to train, from what.
+        module: The draft.
         training: How.
+        output: Where the files go.
         values: What run.yaml is to hold.
-        checkpoint: Folder to go on from; None starts from the draft.
+        start: The checkpoint to go on from, as `find_start` says; None starts from the draft.
     """
-    with user_errors():
-        prepared = prepare(run, training)
-        module = make_module(prepared)
+    run = prepared.run
+    checkpoint = output.begin(training, start)
+    if checkpoint is not None:
+        with user_errors():
+            read_position(checkpoint, prepared.dataset.order)
+        reached = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
+        if is_stopped_early(reached):  # and killed before its model was saved
+            training.max_steps = reached.global_step
     trainer = DraftTrainer(
         module,
         training,
         prepared.dataset,
         prepared.plan.tokenizer,
+        held_out=prepared.held_out,
         denominator=run.denominator(),
         queue_rows=run.loss.queue_rows,
+        remote=output.remote,
     )
     if run.batches.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(run.batches.early_stopping))
-    folder = Path(str(training.output_dir))
+    folder = output.folder
     writes = trainer.is_world_process_zero()
     if writes:
         for note in prepared.plan.notes:
@@ -195,13 +240,18 @@ def train(
     if writes and not (folder / STATE).exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_run(folder, values)
+        output.put_run()
     trainer.train(resume_from_checkpoint=checkpoint)
+    settle_padding(module.draft, prepared.plan.vocab_size)
     if writes:
         (folder / STATE).unlink(missing_ok=True)
+        write_card(run, training, prepared.stores[0].spec, trainer.state, output.where)
     trainer.save_model()
     if writes:
         write_run(folder, values)
-    trainer.save_state()
+        write_state(folder, trainer.state)
+        output.put_model()
+    output.end(training)
     return trainer.state
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from faults import S3Server, s3_options
-from training import logged, same_weights, train, trained, with_dropout
+from training import history, logged, same_weights, train, trained, with_dropout
 
 from logitstore.errors import StorageError
 from trainer import checkpoints
@@ -67,7 +67,7 @@ def test_a_run_goes_on_from_the_last_good_checkpoint(copied, whole, draft, tiny_
     train(tiny_store, draft, copied, max_steps=4, resume=last, save_total_limit=1)
     assert names(checkpoints.finished(copied)) == names(copied.glob("checkpoint-*")) == ["checkpoint-4"]
     assert same_weights(copied / "checkpoint-4", whole / "checkpoint-4")
-    assert logged(copied / "checkpoint-4") == logged(whole / "checkpoint-4")
+    assert logged(history(copied / "checkpoint-4")) == logged(history(whole / "checkpoint-4"))
     assert trained(copied) == trained(whole, after=3)
 
 

@@ -176,11 +176,16 @@ def test_the_steps_that_are_left_lead_to_the_end_from_every_position(packs, deal
     for done in range(total + 1):
         assert position.num_steps(packs, deal, epochs=epochs) == total
         last = position.num_epochs(packs, deal, max_steps=total)
-        assert last == (position.epoch if done == total else math.ceil(epochs))
+        assert last == (position.epoch + position.is_open if done == total else math.ceil(epochs))
         taken = min(position.packs + deal.packs_per_step, packs)
         if deal.num_steps(packs - taken):
-            position = Position(epoch=position.epoch, packs=taken, steps=done + 1)
+            position = Position(epoch=position.epoch, packs=taken, steps=done + 1, is_open=True)
+        elif data.draw(st.booleans()):  # before or after the end of the epoch was told
+            position = Position(epoch=position.epoch, packs=packs, steps=done + 1, is_open=True)
         else:
+            position = Position(epoch=position.epoch + 1, steps=done + 1)
+        if not deal.num_steps(packs - position.packs) and done + 1 < total:
+            assert position.num_epochs(packs, deal, max_steps=total) == math.ceil(epochs)
             position = Position(epoch=position.epoch + 1, steps=done + 1)
 
 

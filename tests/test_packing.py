@@ -113,7 +113,7 @@ def test_packed_documents_lose_what_they_lose_one_at_a_time(tiny, tiny_store):
         for batch in make_loader(data, RankBatches(data.order, Deal(per_device_batch=batch_size))):
             one = module(**batch)["loss"]
             one.backward()
-            loss += float(one)
+            loss += float(one.detach())
             sizes.append(len(batch["documents"].unique()))
         found.append((loss, [parameter.grad.clone() for parameter in module.parameters()]))
     assert max(sizes) > 3

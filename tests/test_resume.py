@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import train_draft
 import yaml
+from conftest import write_store
 from test_trainer import arguments, logged, refuse_models, same_weights, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import DraftTrainer
 
@@ -111,7 +113,7 @@ def test_a_finished_run_is_prolonged_from_its_checkpoint(tiny, tiny_store, tmp_p
     ],
 )
 def test_another_run_does_not_go_on_with_a_runs_checkpoints(folder, tiny_store, capsys, monkeypatch, extra, message):
-    monkeypatch.setattr(train_draft, "load_weights", refuse_models)
+    monkeypatch.setattr("trainer.drafts.load_weights", refuse_models)
     before = contents(folder)
     for wanted in ("true", str(folder / "checkpoint-6")):
         with pytest.raises(SystemExit) as exit_:
@@ -124,7 +126,7 @@ def test_another_run_does_not_go_on_with_a_runs_checkpoints(folder, tiny_store, 
 def test_a_finished_model_without_checkpoints_is_not_overwritten(tiny, tiny_store, tmp_path, capsys, monkeypatch):
     argv = arguments(tiny, tiny_store, tmp_path / "out", "--save_strategy", "no", *RESUME)
     train_draft.main([*argv, "--max_steps", "2"])
-    monkeypatch.setattr(train_draft, "load_weights", refuse_models)
+    monkeypatch.setattr("trainer.drafts.load_weights", refuse_models)
     before = contents(tmp_path)
     cases = {
         "learning_rate must be 0.01 as in": ["--max_steps", "2", "--learning_rate", "0.5"],
@@ -153,7 +155,7 @@ def test_run_yaml_is_never_half_written_nor_of_another_run_than_the_model(tiny, 
         train_draft.main([*argv, "--max_steps", "4"])
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     monkeypatch.undo()
-    monkeypatch.setattr(DraftTrainer, "save_state", stopped)
+    monkeypatch.setattr(train_draft, "write_state", stopped)
     with pytest.raises(KeyboardInterrupt):
         train_draft.main([*argv, "--max_steps", "4"])
     assert not (tmp_path / "out" / "trainer_state.json").exists()  # what says that the model is that of run.yaml
@@ -164,3 +166,23 @@ def test_run_yaml_is_never_half_written_nor_of_another_run_than_the_model(tiny, 
     with pytest.raises(KeyboardInterrupt):
         train_draft.main(arguments(tiny, tiny_store, tmp_path / "new"))
     assert not (tmp_path / "new" / "run.yaml").exists()
+
+
+def test_a_run_of_other_documents_does_not_go_on(tiny, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    target = AutoModelForCausalLM.from_pretrained(tiny.target).eval()
+    store = str(tmp_path / "cache.zarr")
+    argv = arguments(tiny, store, tmp_path / "out", "--save_steps", "2", *RESUME)
+    for first in (3, 4):
+        shutil.rmtree(store, ignore_errors=True)
+        documents = [([i, *range(first, 40)], [1] * (40 - first) + [0]) for i in range(20)]
+        write_store(store, documents, target, tokenizer)
+        if first == 3:
+            train_draft.main([*argv, "--max_steps", "2"])
+    before = contents(tmp_path / "out")
+    with pytest.raises(SystemExit) as exit_:
+        train_draft.main([*argv, "--max_steps", "4"])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert "order of documents must be as in the run to go on with, got 20 packs in an epoch, and 20 of other" in err
+    assert contents(tmp_path / "out") == before

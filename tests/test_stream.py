@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import stores
 import torch
+from faults import S3Server, s3_options
 
 import logitstore
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
@@ -186,6 +188,19 @@ def test_documents_come_in_the_same_order_with_and_without_workers_on_every_rank
     for one, parts in zip(whole, zip(*ranks, strict=True), strict=True):
         rows = [line[line > 0].tolist() for batch in (one, *parts) for line in batch["input_ids"]]
         assert sorted(rows[: len(one["input_ids"])]) == sorted(row for row in rows[len(one["input_ids"]) :] if row)
+
+
+def test_forked_workers_read_a_bucket_that_their_parent_has_read(small_store):
+    with S3Server() as server:
+        server.make_bucket("bucket")
+        options = s3_options(server.url)
+        fsspec.filesystem("s3", **options).put(f"{small_store}/", "bucket/cache.zarr", recursive=True)
+        data = DocumentDataset([logitstore.open("s3://bucket/cache.zarr", options)])
+        here = list(loader(data))
+        helped = list(loader(data, num_workers=2, persistent_workers=True))
+        data.close()
+    assert all(equal(one, other) for one, other in zip(here, helped, strict=True))
+    assert all(equal(one, other) for one, other in zip(here, loader(dataset(small_store)), strict=True))
 
 
 def test_a_loader_leaves_the_runs_random_numbers_alone(small_store):

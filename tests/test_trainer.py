@@ -217,7 +217,7 @@ BAD = {
     ),
     "flag": (["--keeep", "0.4"], "unrecognized arguments: --keeep 0.4 (did you mean --keep?)"),
     "value": (["--keep", "some"], "argument --keep: invalid float value: 'some'"),
-    "evaluation": (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_strategy must be no, got eval_strategy="),
+    "evaluation": (["--eval_strategy", "steps", "--eval_steps", "5"], "eval_fraction must be above 0 to evaluate"),
     "liger": (["--use_liger_kernel", "true"], "use_liger_kernel must be False, got use_liger_kernel=True"),
     "bf16": (
         ["--use_cpu", "false", "--bf16", "true"],

@@ -106,10 +106,15 @@ def trained(output, after=0):
     return sorted(found)
 
 
-def logged(checkpoint):
-    """What was logged until a checkpoint but for how fast."""
-    history = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
-    return [{k: v for k, v in entry.items() if not any(part in k for part in RATES)} for entry in history]
+def history(checkpoint):
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
+
+
+def logged(entries, left_out=()):
+    """What was logged of steps but for how fast, from a history."""
+    names = (*RATES, *left_out)
+    steps = [entry for entry in entries if "loss" in entry]
+    return [{k: v for k, v in entry.items() if not any(part in k for part in names)} for entry in steps]
 
 
 def weights(checkpoint):

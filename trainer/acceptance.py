@@ -7,7 +7,9 @@ that it wrote itself is measured by `trainer.speculative`. N rows, K entries per
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +19,19 @@ from logitstore import views
 from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM, check_vocabulary, model_spec
 from logitstore.errors import LayerNotFoundError
+from logitstore.rows import Rows
 from logitstore.support import Support, acceptance_estimate, normalised, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from logitstore import Store
     from logitstore.batches import Batch
+    from logitstore.shards import Shard
 
 BOUND_SLACK = 1e-5
 """Both bounds are moved outwards by this: more than float32 arithmetic, of the dump and here, errs by."""
@@ -67,6 +72,9 @@ class RowAcceptance:
     argmax_agreement: Tensor
     argmax_known: Tensor
     forward_kl: Tensor
+
+
+COMPARED = tuple(field.name for field in fields(RowAcceptance))
 
 
 def expected_tokens_per_call(alpha: float, gamma: int) -> float:
@@ -146,6 +154,101 @@ def _alpha_bounds(least: Support, most: Support, q: Tensor, q_tail: Tensor) -> t
     return (lower - BOUND_SLACK).clamp(0.0, 1.0), (upper + BOUND_SLACK).clamp(0.0, 1.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredDocuments:
+    """Documents of a shard, and all that is stored of the target at their rows."""
+
+    shard: Shard
+    """These documents alone."""
+    bounds: tuple[Rows, Rows] | None
+    """Their rows at the least and at the most that their codes allow; None where the target was not read."""
+    kept_from: float
+    """The probability from which on tokens are kept without being drawn."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        parts = [part for part in (self.shard.rows, *(self.bounds or ())) if part is not None]
+        values = [self.shard.ids, self.shard.loss_mask, *(value for part in parts for value in vars(part).values())]
+        return sum(value.nbytes for value in values if value is not None)
+
+    def chosen(self, places: NDArray[np.intp]) -> StoredDocuments:
+        """Returns a copy of some of the documents, at least one, by their places among these."""
+        shard = self.shard
+        spans = [(int(shard.starts[place]), int(shard.starts[place + 1])) for place in places]
+        kept = np.concatenate([np.arange(*span) for span in spans])
+        return StoredDocuments(
+            shard=replace(
+                shard,
+                ids=shard.ids[kept],
+                loss_mask=shard.loss_mask[kept],
+                lengths=shard.lengths[places],
+                rows=None if shard.rows is None else _spans(shard.rows, spans),
+            ),
+            bounds=None if self.bounds is None else (_spans(self.bounds[0], spans), _spans(self.bounds[1], spans)),
+            kept_from=self.kept_from,
+        )
+
+
+def _spans(rows: Rows, spans: list[tuple[int, int]]) -> Rows:
+    return Rows.concatenate([rows.slice(*span) for span in spans])
+
+
+def read_documents(store: Store, index: int, *, reads_target: bool = True) -> StoredDocuments:
+    """Reads the documents of a shard, to be compared with a draft.
+
+    Args:
+        store: Read by any scheme.
+        index: Of the shard.
+        reads_target: Whether the target's rows are read.
+
+    Raises:
+        LogitStoreError: A layer is missing, unfinished or damaged.
+    """
+    stored = store.read_stored(index, layers=("target",) if reads_target else ())
+    target, kept_from = store.spec.target, math.inf
+    if target is not None and target.scheme.name == "hybrid":
+        kept_from = float(np.float32(target.step)) * (1 - 1e-6)
+    return StoredDocuments(
+        shard=store.assemble(stored),
+        bounds=views.decode_bounds(store, stored["target"].arrays) if reads_target else None,
+        kept_from=kept_from,
+    )
+
+
+@torch.no_grad()
+def batch_sums(lm: SplitLM, documents: StoredDocuments, batch: Batch) -> dict[str, float]:
+    """Compares a draft with the rows of a batch that count, a chunk of them at a time.
+
+    Args:
+        lm: The draft, in the mode that it should run in.
+        documents: What is stored of them.
+        batch: Some of these, laid out.
+
+    Returns:
+        The number of `rows`; over them the sums of label_nll, minus the draft's logprob of the token that follows, and
+        where the target was read those of RowAcceptance. Float64 sums of float32 values.
+    """
+    device = lm.device
+    hidden = lm.hidden(torch.from_numpy(batch.ids).to(device)).flatten(0, 1)
+    hidden = hidden[torch.from_numpy(batch.places).to(device)]
+    labels = torch.from_numpy(batch.labels).to(device)
+    sums: Counter[str] = Counter()
+    for start in range(0, len(hidden), lm.rows_per_chunk):
+        chunk = slice(start, start + lm.rows_per_chunk)
+        logprobs = normalised(lm.logits(hidden[chunk]))
+        values = {"label_nll": -logprobs.gather(1, labels[chunk, None])[:, 0]}
+        if documents.shard.rows is not None and documents.bounds is not None:
+            rows = batch.rows[chunk]
+            parts = (Support.of(part.padded(rows), device) for part in (documents.shard.rows, *documents.bounds))
+            stored, least, most = parts
+            compared = row_acceptance(logprobs, stored, least, most, documents.kept_from)
+            values |= {name: getattr(compared, name) for name in COMPARED}
+        totals = torch.stack(list(values.values())).cpu().double().sum(-1)
+        sums.update(dict(zip(values, totals.tolist(), strict=True)))
+    return {"rows": float(len(hidden)), **sums}
+
+
 def cached_acceptance(
     draft: PreTrainedModel,
     store: Store,
@@ -175,59 +278,34 @@ def cached_acceptance(
         raise LayerNotFoundError(f"store must have a target layer, got store={store.url}; dump the target first")
     check_vocabulary(model_spec(str(draft.name_or_path), draft.config, "auto"), store.spec.tokenizer, "draft")
     lm = SplitLM(draft, store.spec.tokenizer.vocab_size)
-    training = draft.training
-    draft.eval()
-    sums = dict.fromkeys((f.name for f in fields(RowAcceptance)), 0.0)
-    num_documents = num_rows = 0
-    try:
+    wanted = store.num_documents if max_documents is None else min(max_documents, store.num_documents)
+    last, place = store.locate(wanted - 1) if wanted else (-1, -1)
+    sums: Counter[str] = Counter()
+    with evaluating(draft):
         lm.check()
-        for index in range(store.num_shards):
-            left = None if max_documents is None else max_documents - num_documents
-            if left == 0:
-                break
-            scored = _ShardScorer(lm, store, index)
-            num_documents += len(scored.shard.lengths[:left])
-            for batch in batches(scored.shard, batch_tokens, left):
-                for part in scored.score(batch):
-                    num_rows += len(part.alpha_lower)
-                    totals = torch.stack([getattr(part, name) for name in sums]).sum(-1).tolist()
-                    sums = {name: old + new for (name, old), new in zip(sums.items(), totals, strict=True)}
+        for index in range(last + 1):
+            documents = read_documents(store, index)
+            if index == last and max_documents is not None:
+                documents = documents.chosen(np.arange(place + 1))
+            for batch in batches(documents.shard, batch_tokens):
+                sums.update(batch_sums(lm, documents, batch))
                 if progress is not None:
                     progress(len(batch.ids))
-    finally:
-        draft.train(training)
-    if not num_rows:
+    if not sums["rows"]:
         raise ValueError(
-            f"store must have rows with loss mask 1, got store={store.url} with none in {num_documents} documents; "
+            f"store must have rows with loss mask 1, got store={store.url} with none in {wanted} documents; "
             "give a larger max_documents or another store"
         )
-    means = {name: total / num_rows for name, total in sums.items()}
-    return CachedAcceptance(documents=num_documents, rows=num_rows, **means)
+    means = {name: sums[name] / sums["rows"] for name in COMPARED}
+    return CachedAcceptance(documents=wanted, rows=int(sums["rows"]), **means)
 
 
-class _ShardScorer:
-    """One shard and a draft."""
-
-    def __init__(self, lm: SplitLM, store: Store, index: int) -> None:
-        self._lm = lm
-        stored = store.read_stored(index, layers=("target",))
-        self.shard = store.assemble(stored)
-        arrays = stored["target"].arrays
-        target = store.spec.target
-        self._kept_from = math.inf
-        if target is not None and target.scheme.name == "hybrid":
-            self._kept_from = float(np.float32(target.step)) * (1 - 1e-6)
-        self._rows = (views.decode(store, arrays), *views.decode_bounds(store, arrays))
-
-    @torch.no_grad()
-    def score(self, batch: Batch) -> Iterator[RowAcceptance]:
-        """Scores the rows of a batch that count, a chunk of rows at a time."""
-        device = self._lm.device
-        hidden = self._lm.hidden(torch.from_numpy(batch.ids).to(device)).flatten(0, 1)
-        hidden = hidden[torch.from_numpy(batch.places).to(device)]
-        for start in range(0, len(hidden), self._lm.rows_per_chunk):
-            chunk = slice(start, start + self._lm.rows_per_chunk)
-            logprobs = normalised(self._lm.logits(hidden[chunk]))
-            rows = batch.rows[chunk]
-            stored, least, most = (Support.of(part.padded(rows), device) for part in self._rows)
-            yield row_acceptance(logprobs, stored, least, most, self._kept_from)
+@contextmanager
+def evaluating(draft: PreTrainedModel) -> Iterator[None]:
+    """Has a draft run without dropout for the while, and in its own mode afterwards."""
+    training = draft.training
+    draft.eval()
+    try:
+        yield
+    finally:
+        draft.train(training)

@@ -23,12 +23,20 @@ WORDS = {
     "steps": "optimizer steps",
     "rows": "rows trained on, again in each epoch",
     "train_runtime": "seconds of training",
+    "loss": "mean loss of a step",
+    "rows_per_second": "rows trained on per second",
+    "alpha": "sampling acceptance of a drafted token in the last steps, estimate",
     "kl": "KL(target‖draft) of the last steps, nats per row",
     "label_nll": "negative logprob of the text itself, nats per row",
     "eval_alpha_lower": "sampling acceptance of a drafted token on held-out text, lower bound",
-    "eval_alpha": "the same, estimate",
     "eval_alpha_upper": "the same, upper bound",
-    "eval_greedy": "greedy agreement on held-out text",
+    "eval_alpha_estimate": "the same, estimate",
+    "eval_argmax_agreement": "greedy acceptance on held-out text: the likeliest tokens agree",
+    "eval_argmax_known": "share of rows whose likeliest token is sure to be stored",
+    "eval_forward_kl": "KL(target‖draft) on held-out text, nats per row",
+    "eval_label_nll": "negative logprob of held-out text itself, nats per row",
+    "eval_documents": "documents held out and evaluated on",
+    "eval_rows": "rows of them",
 }
 """What figures are called; those without a word go by their own name."""
 

@@ -6,23 +6,31 @@ sizes, and digests of the small ones. Without it, or where a file does not fit i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from logitstore.drivers import open_fs, without_credentials
-from logitstore.errors import StorageError
+from fsspec.implementations.local import LocalFileSystem
+from torch import distributed
+
+from logitstore.drivers import is_refusal, open_fs, without_credentials
+from logitstore.errors import LogitStoreError, StorageError, StorageRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
 RECORD = "checkpoint.json"
 PREFIX = "checkpoint-"
 DIGESTED_BYTES = 2**20
 """Files up to this size are told by their content: reading all of the weights again would stop the training."""
+
+
+class DamagedCheckpointError(StorageError):
+    """What came of a checkpoint is not what its record says."""
 
 
 def write_record(folder: Path) -> None:
@@ -81,8 +89,31 @@ def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
             remove(path)
 
 
+def gather(folder: Path, rank: int) -> None:
+    """Brings what each rank wrote for itself, in files `NAME_RANK.pth`, to the first rank's copy of a checkpoint.
+
+    For ranks on several machines, each with a folder of its own. All ranks call it.
+
+    Args:
+        folder: The checkpoint's on this machine.
+        rank: Of this process.
+    """
+    if not distributed.is_initialized():
+        return
+    own = {path.name: path.read_bytes() for path in folder.glob(f"*_{rank}.pth")}
+    found: list[Any] | None = [None] * distributed.get_world_size() if rank == 0 else None
+    distributed.gather_object(own, found)
+    for files in found or []:
+        for name, content in files.items():
+            if not (folder / name).exists():
+                (folder / name).write_bytes(content)
+
+
 class Remote:
-    """Copies of a run's finished checkpoints at an fsspec URL."""
+    """Copies of a run's finished checkpoints, and of other files of it, at an fsspec URL.
+
+    All methods raise StorageError where the URL cannot be reached, StorageRefusedError where it says no.
+    """
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
         """Opens the URL, and asks nothing of it.
@@ -100,17 +131,36 @@ class Remote:
 
     def upload(self, folder: Path) -> None:
         """Copies a finished checkpoint, its record last."""
-        target = f"{self._root}/{folder.name}"
         self.remove(folder.name)
-        files = _recorded(folder / RECORD) or {}
-        for parent in sorted({f"{target}/{name}".rpartition("/")[0] for name in files}):
-            self._fs.makedirs(parent, exist_ok=True)
-        self._fs.put([str(folder / name) for name in files], [f"{target}/{name}" for name in files])
-        self._fs.put_file(str(folder / RECORD), f"{target}/{RECORD}")
+        self.put({f"{folder.name}/{name}": folder / name for name in _recorded(folder / RECORD) or {}})
+        self.put({f"{folder.name}/{RECORD}": folder / RECORD})
+
+    def put(self, files: Mapping[str, Path]) -> None:
+        """Copies files to names below the URL, in no order, in the place of what is there."""
+        targets = {f"{self._root}/{name}": str(path) for name, path in files.items()}
+        with self._reached():
+            if isinstance(self._fs, LocalFileSystem):  # others make folders themselves; S3 would make a new bucket
+                for parent in {target.rpartition("/")[0] for target in targets}:
+                    self._fs.makedirs(parent, exist_ok=True)
+            self._fs.put(list(targets.values()), list(targets))
 
     def finished(self) -> list[str]:
         """Lists the names of the finished checkpoints by their step."""
-        return [name for name in self._there() if self._is_finished(name)]
+        with self._reached():
+            return [name for name in self._there() if self._is_finished(name)]
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except LogitStoreError:
+            raise
+        except Exception as error:  # drivers raise whatever their services' libraries do
+            kind = StorageRefusedError if is_refusal(error) else StorageError
+            raise kind(
+                f"url must be one that can be read and written, got url={self.url} ({type(error).__name__}: "
+                f"{' '.join(str(error).split()):.300}); check the bucket, the credentials and --storage_options"
+            ) from error
 
     def _there(self) -> list[str]:
         self._fs.invalidate_cache()
@@ -132,41 +182,46 @@ class Remote:
         """Copies a finished checkpoint into a run's local folder, and returns it there.
 
         Raises:
-            StorageError: What came is not what its record says.
+            DamagedCheckpointError: What came is not what its record says.
         """
         local, partial = folder / name, folder / f"{name}.partial"
         for stale in (local, partial):
             remove(stale)
         source = f"{self._root}/{name}"
-        files = _parsed(self._fs.cat_file(f"{source}/{RECORD}")) or {}
+        with self._reached():
+            files = _parsed(self._fs.cat_file(f"{source}/{RECORD}")) or {}
         for path in (RECORD, *files):
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        self._fs.get([f"{source}/{path}" for path in files], [str(partial / path) for path in files])
-        self._fs.get_file(f"{source}/{RECORD}", str(partial / RECORD))
+        with self._reached():
+            self._fs.get([f"{source}/{path}" for path in files], [str(partial / path) for path in files])
+            self._fs.get_file(f"{source}/{RECORD}", str(partial / RECORD))
         if reason := defect(partial):
-            raise StorageError(
+            raise DamagedCheckpointError(
                 f"checkpoint must be as it was finished, got {self.url}/{name}: {reason}; go on from another one"
             )
         partial.replace(local)
         return local
 
     def remove(self, name: str) -> None:
-        """Deletes a checkpoint, its record first; does nothing where there is none."""
+        """Deletes a checkpoint, its record first, or a file; does nothing where there is none."""
         folder = f"{self._root}/{name}"
-        self._fs.invalidate_cache()
-        if not self._fs.exists(folder):
-            return
-        if self._fs.exists(f"{folder}/{RECORD}"):
-            self._fs.rm_file(f"{folder}/{RECORD}")
-        if self._fs.exists(folder):  # a bucket has no folders: none is left without files
-            self._fs.rm(folder, recursive=True)
+        with self._reached():
+            self._fs.invalidate_cache()
+            if not self._fs.exists(folder):
+                return
+            if self._fs.exists(f"{folder}/{RECORD}"):
+                self._fs.rm_file(f"{folder}/{RECORD}")
+            if self._fs.exists(folder):  # a bucket has no folders: none is left without files
+                self._fs.rm(folder, recursive=True)
 
     def rotate(self, limit: int | None, keep: Collection[str]) -> None:
         """Deletes the oldest checkpoints beyond a number, and what is left of unfinished ones; as `rotate` does."""
         if limit is None or limit <= 0:
             return
         good = self.finished()
-        for name in self._there():
+        with self._reached():
+            there = self._there()
+        for name in there:
             if name not in good or name in _beyond(good, limit, keep):
                 self.remove(name)
 

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import TrainingArguments
+
+    from trainer.order import PackOrder
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deal:
@@ -60,6 +64,8 @@ class Position:
     epoch: int = 0
     packs: int = 0
     """Packs of the epoch that are done."""
+    is_open: bool = False
+    """Whether callbacks have not heard of the end of this epoch, or of the run in it, since the last step."""
     steps: int = 0
     """Optimizer steps made."""
 
@@ -68,7 +74,7 @@ class Position:
         left = max_steps - self.steps
         here = deal.num_steps(packs_per_epoch - self.packs)
         if left <= 0:
-            return self.epoch
+            return self.epoch + self.is_open
         if left <= here:
             return self.epoch + 1
         return self.epoch + 1 + -(-(left - here) // deal.num_steps(packs_per_epoch))
@@ -85,3 +91,29 @@ class Position:
             steps += max(0, min(wanted, deal.num_steps(packs_per_epoch - packs)))
             packs = 0
         return steps
+
+
+def make_deal(args: TrainingArguments, order: PackOrder, batch_size: int | None = None) -> Deal:
+    """Returns how packs are dealt to the ranks of this run.
+
+    Args:
+        args: Of the run.
+        order: What is read.
+        batch_size: Packs of a micro-batch on a rank; that of the arguments by default.
+
+    Raises:
+        ValueError: An epoch does not have as many packs as one step.
+    """
+    deal = Deal(
+        per_device_batch=args.train_batch_size if batch_size is None else batch_size,
+        ranks=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        drop_last=args.dataloader_drop_last,
+    )
+    if not deal.num_steps(order.packs_per_epoch):
+        raise ValueError(
+            f"dataloader_drop_last must be False where an epoch has fewer packs than a step, got True with "
+            f"{order.packs_per_epoch} packs and steps of {deal.packs_per_step}; leave it out, or give a smaller "
+            "--per_device_train_batch_size"
+        )
+    return deal

@@ -1,7 +1,7 @@
 """DraftTrainer: transformers' Trainer on the documents of a store, without the target.
 
 Ranks, mixed precision, accumulation, schedules, checkpoints and logging are Trainer's own. Here are the loss, the order
-of the documents, what is logged beside the loss, and that what is saved is an ordinary Hugging Face model.
+of the documents, what is logged beside the loss, what is evaluated, and that an ordinary Hugging Face model is saved.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, Trainer
+from accelerate.utils import broadcast
+from transformers import GenerationConfig, SchedulerType, Trainer
 
 from trainer import checkpoints
-from trainer.deal import Deal, Position
-from trainer.lora import has_lora, load_lora
-from trainer.progress import Progress, read_position
+from trainer.deal import Position, make_deal
+from trainer.lora import has_lora, load_lora, merge_lora
+from trainer.progress import AtTheEnd, Progress, note_callbacks, read_position
 from trainer.steps import QUEUE_ROWS, Steps, num_rows
 from trainer.stream import RankBatches, make_loader
+from trainer.unsupported import check_training_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,61 +30,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from trainer.checkpoints import Remote
+    from trainer.deal import Deal
+    from trainer.evaluating import HeldOut
     from trainer.module import DraftModule
-    from trainer.order import PackOrder
     from trainer.steps import Denominator
     from trainer.stream import DocumentDataset
-
-UNSUPPORTED: dict[str, object] = {
-    "eval_strategy": "no",
-    "label_smoothing_factor": 0.0,
-    "neftune_noise_alpha": None,
-    "use_liger_kernel": False,
-    "train_sampling_strategy": "random",
-    "dataloader_in_order": True,
-    "ignore_data_skip": False,
-}
-"""Training arguments that would go unheeded or fail late, and the value that they must have."""
-
-
-def check_training_arguments(args: TrainingArguments) -> None:
-    """Raises ValueError if the arguments ask for something that DraftTrainer does not do."""
-    for name, value in UNSUPPORTED.items():
-        if getattr(args, name) != value:
-            raise ValueError(
-                f"{name} must be {value}, got {name}={getattr(args, name)}; training from a store does without it"
-            )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"processes must be one for each GPU, got one for {args.n_gpu}; start the job with "
-            f"torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
-        )
-
-
-def make_deal(args: TrainingArguments, order: PackOrder, batch_size: int | None = None) -> Deal:
-    """Returns how packs are dealt to the ranks of this run.
-
-    Args:
-        args: Of the run.
-        order: What is read.
-        batch_size: Packs of a micro-batch on a rank; that of the arguments by default.
-
-    Raises:
-        ValueError: An epoch does not have as many packs as one step.
-    """
-    deal = Deal(
-        per_device_batch=args.train_batch_size if batch_size is None else batch_size,
-        ranks=args.world_size,
-        accumulation=args.gradient_accumulation_steps,
-        drop_last=args.dataloader_drop_last,
-    )
-    if not deal.num_steps(order.packs_per_epoch):
-        raise ValueError(
-            f"dataloader_drop_last must be False where an epoch has fewer packs than a step, got True with "
-            f"{order.packs_per_epoch} packs and steps of {deal.packs_per_step}; leave it out, or give a smaller "
-            "--per_device_train_batch_size"
-        )
-    return deal
 
 
 class DraftTrainer(Trainer):
@@ -97,6 +49,7 @@ class DraftTrainer(Trainer):
         dataset: DocumentDataset,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        held_out: HeldOut | None = None,
         denominator: Denominator = "kept",
         queue_rows: int = QUEUE_ROWS,
         remote: Remote | None = None,
@@ -108,6 +61,7 @@ class DraftTrainer(Trainer):
             args: Of transformers.
             dataset: What is read, and in which order.
             tokenizer: Saved with the draft.
+            held_out: What the draft is evaluated on as the arguments say, and at the end.
             denominator: What a step's sum is divided by.
             queue_rows: Recent rows whose scores the scope `queue` compares with.
             remote: Where finished checkpoints are copied to.
@@ -121,14 +75,18 @@ class DraftTrainer(Trainer):
             model=module,
             args=args,
             train_dataset=dataset,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=[Progress()],
         )
+        self.callback_handler.callbacks.insert(0, AtTheEnd(self._end))
         self._module = module
         self._tokenizer = tokenizer
         self._dataset = dataset
         self._remote = remote
         self._begin = Position()
+        self._held_out = held_out
+        self._evaluated: int | None = None
         self._steps = Steps(module.rule, denominator, self.accelerator, queue_rows)
 
     @property
@@ -221,6 +179,15 @@ class DraftTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Progress):
                 callback.begin(order, deal, epoch, packs)
+        if epoch == self._begin.epoch:
+            logged = [int(entry["step"]) for entry in self.state.log_history if "loss" in entry]
+            self._globalstep_last_logged = max(logged, default=0)
+        if not len(self._batches) or self.state.global_step >= self.state.max_steps:
+            # the checkpoint was made at the last step: what is left is that callbacks hear of the end
+            self._load_rng_state(resume_from_checkpoint)
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
+            return
         super()._run_epoch(  # type: ignore[no-untyped-call]
             model=model,
             epoch=epoch,
@@ -248,6 +215,8 @@ class DraftTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
+        if self._remote is not None:
+            checkpoints.gather(folder, self.args.process_index)  # each machine has a folder of its own
         if not self.args.should_save:
             return
         checkpoints.write_record(folder)
@@ -267,12 +236,13 @@ class DraftTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        saved = len(list(Path(checkpoint).glob("steps_*.pth")))
-        is_same = saved == self.args.world_size
-        if saved:
-            rank = self.args.process_index if is_same else 0
-            state = torch.load(Path(checkpoint, f"steps_{rank}.pth"), map_location="cpu", weights_only=True)
-            self._steps.restore(state, window=is_same)
+        saved, rank, ranks = Path(checkpoint), self.args.process_index, self.args.world_size
+        is_there = (saved / f"steps_{rank}.pth").is_file() and not (saved / f"steps_{ranks}.pth").exists()
+        fits = self.accelerator.reduce(torch.tensor(float(is_there), device=self.args.device), "sum")
+        path = saved / f"steps_{rank if is_there else 0}.pth"
+        if path.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._steps.restore(state, window=int(fits) == ranks)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -324,6 +294,57 @@ class DraftTrainer(Trainer):
             logs.update(self._steps.totals(logs["train_runtime"]))
         super().log(logs, start_time)
 
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: HeldOut | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluates the draft as it is now, on all ranks; logs the figures and has callbacks act on them.
+
+        Args:
+            eval_dataset: What the draft is evaluated on; by default what the trainer was given.
+            ignore_keys: Of no use here, where no outputs are gathered.
+            metric_key_prefix: Before the names of the figures.
+
+        Returns:
+            What `HeldOut.evaluate` says, under PREFIX_NAME.
+
+        Raises:
+            ValueError: There is nothing to evaluate on.
+        """
+        held_out = self._held_out if eval_dataset is None else eval_dataset
+        if held_out is None:
+            raise ValueError("held_out must be given to evaluate, got none; make one with trainer.evaluating.HeldOut")
+        with self.compute_loss_context_manager():
+            found = held_out.evaluate(self._module.split, self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self._evaluated = self.state.global_step
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:  # noqa: ANN401
+        """Has a schedule that follows a metric follow it to the better side, whichever that is."""
+        args = self.args
+        if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            given: dict[str, Any] = args.lr_scheduler_kwargs or {}  # type: ignore[assignment]  # no string any more
+            args.lr_scheduler_kwargs = {"mode": "max" if args.greater_is_better else "min"} | given
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _end(self) -> None:
+        """Ends the training before trackers are told so: the draft is an ordinary model again, and evaluated."""
+        note_callbacks(self.state, self.callback_handler.callbacks)
+        if self.args.load_best_model_at_end:
+            # of all ranks, whether or not they see the checkpoint: it may be in a folder of another machine
+            broadcast(dict(self._module.draft.state_dict()))
+            self._evaluated = None
+        if has_lora(self._module.draft):
+            merge_lora(self._module.draft)
+            self._evaluated = None
+        if self._held_out is not None and self._evaluated != self.state.global_step:
+            self.evaluate()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Saves the draft, not the module around it; Trainer calls this for checkpoints and for the end."""
         if not self.args.should_save:
@@ -331,16 +352,14 @@ class DraftTrainer(Trainer):
         folder = str(output_dir or self.args.output_dir)
         draft = self._module.draft
         draft.generation_config = neutral_generation_config(draft)
-        if state_dict is not None:  # gathered by Trainer from sharded parameters
-            state_dict = {name.removeprefix("draft."): value for name, value in state_dict.items()}
-        draft.save_pretrained(folder, state_dict=state_dict)
+        draft.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """Writes nothing over the card that the job wrote; Trainer calls this before it uploads a model."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads a checkpoint's draft into the module's; the optimiser and the rest are Trainer's."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         draft = self._module.draft
         if has_lora(draft):
             load_lora(draft, resume_from_checkpoint)
@@ -350,8 +369,9 @@ class DraftTrainer(Trainer):
         draft.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        """Loads the best checkpoint's draft at the end, as one to go on from is loaded."""
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        """Loads the best checkpoint's draft, on the process that saved it; `_end` gives it to the others."""
+        if self.is_world_process_zero():
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def neutral_generation_config(draft: PreTrainedModel) -> GenerationConfig:

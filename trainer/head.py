@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from trainer.objectives import Objective
 
 
+def rows_at_once(split: SplitLM, hidden: Tensor) -> int:
+    """Returns how many rows' logits are made at once.
+
+    Each chunk reads the head and adds to its gradient: of fewer rows than half the hidden size that is what takes the
+    time, on a CPU, and the logits of so many are half of the head's own memory.
+    """
+    return max(split.rows_per_chunk, hidden.shape[-1] // 2)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowLosses:
     """What the draft loses on M rows: float32 [M] each, without gradient, nats but for alpha."""
@@ -58,11 +67,13 @@ def train_rows(
     Returns:
         Float32 scalar with gradient for `hidden` and the head, which hangs on both also without rows; and its parts.
     """
-    task = _Task(split=split, support=support, labels=labels, weights=weights, objective=objective)
-    head = split.model.get_output_embeddings()
-    if type(head) is nn.Linear:
+    size = rows_at_once(split, hidden)
+    task = _Task(split=split, support=support, labels=labels, weights=weights, objective=objective, size=size)
+    linear = _LinearHead.of(split, hidden)
+    if linear is not None:
+        head: Any = split.model.get_output_embeddings()
         parts: list[RowLosses] = []
-        total: Tensor = _Fused.apply(hidden, head.weight, head.bias, task, parts)  # type: ignore[no-untyped-call]
+        total: Tensor = _Fused.apply(hidden, head.weight, head.bias, linear, task, parts)  # type: ignore[no-untyped-call]
     else:
         total, parts = _again(hidden, task)
     return total, _joined(parts)
@@ -86,23 +97,76 @@ def look_at_rows(
     """
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     parts = []
-    for rows in _chunks(len(hidden), split.rows_per_chunk):
-        logits = split.logits(hidden[rows])
-        part = None if support is None else support[rows]
-        log_sum = logits.logsumexp(-1, keepdim=True)
-        label = (logits.gather(1, labels[rows, None]) - log_sum)[:, 0]
-        kept = None if part is None else (logits.gather(1, part.token_ids) - log_sum).where(part.used, 0.0)
-        if kept is not None and part is not None and "draft_ce" in found:
-            found["draft_ce"].append(soft_cross_entropy(part, kept, log_tail(kept, part)))
+    logits_of = _LinearHead.of(split, hidden) or split.logits
+    for rows in _chunks(len(hidden), rows_at_once(split, hidden)):
+        part, values = None if support is None else support[rows], logits_of(hidden[rows])
+        if "draft_likeliest" in found:
+            found["draft_likeliest"].append(values.argmax(-1))
+        values -= values.amax(-1, keepdim=True)
+        kept = None if part is None else values.gather(1, part.token_ids)
+        label = values.gather(1, labels[rows, None])
+        shifted = values.clone() if "draft_entropy" in found else None
+        probs = values.exp_()
+        mass = probs.sum(-1, keepdim=True)
+        log_mass = mass.log()
+        label = (label - log_mass)[:, 0]
+        if shifted is not None:
+            found["draft_entropy"].append((log_mass - torch.linalg.vecdot(probs, shifted)[:, None] / mass)[:, 0])
         if "draft_label_nll" in found:
             found["draft_label_nll"].append(-label)
-        if "draft_likeliest" in found:
-            found["draft_likeliest"].append(logits.argmax(-1))
-        if "draft_entropy" in found:
-            logprobs = logits.sub_(log_sum)
-            found["draft_entropy"].append(-torch.linalg.vecdot(logprobs.exp(), logprobs))
+        if part is not None and kept is not None:
+            kept = (kept - log_mass).where(part.used, 0.0)
+            if "draft_ce" in found:
+                found["draft_ce"].append(soft_cross_entropy(part, kept, log_tail(kept, part)))
         parts.append(_losses(-label, -label, part, kept))
     return {name: torch.cat(values) for name, values in found.items()}, _joined(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LinearHead:
+    """A head that is a plain linear layer: makes the logits of chunks, one after another in the same memory."""
+
+    split: SplitLM
+    weight: Tensor
+    """[V, H], in what matrix products are made in."""
+    bias: Tensor | None
+    """Float32 [V]"""
+    room: Tensor
+    """[n, V]"""
+
+    @staticmethod
+    def of(split: SplitLM, hidden: Tensor) -> _LinearHead | None:
+        """Prepares for hidden states [N, H]; None where the head is another."""
+        head, vocab_size = split.model.get_output_embeddings(), split.vocab_size
+        if type(head) is not nn.Linear:
+            return None
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        return _LinearHead(
+            split=split,
+            weight=head.weight[:vocab_size].detach().to(dtype),
+            bias=None if head.bias is None else head.bias[:vocab_size].detach().float(),
+            room=hidden.new_empty(min(len(hidden), rows_at_once(split, hidden)), vocab_size, dtype=dtype),
+        )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Returns logits, float32 [n, V], of hidden states [n, H]; good until the next call."""
+        return self.with_slope(hidden)[0]
+
+    def with_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns logits, and under soft-capping their derivative by what went in, [n, V]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=self.room[: len(hidden)]).float()
+        slope = None
+        if self.bias is not None:
+            values += self.bias
+        if self.split.scale != 1.0:
+            values *= self.split.scale
+        if self.split.softcap is not None:
+            values.div_(self.split.softcap).tanh_()
+            slope = 1.0 - values.square()
+            values *= self.split.softcap
+        return values, slope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +178,11 @@ class _Task:
     labels: Tensor
     weights: Tensor
     objective: Objective
+    size: int
+    """Rows of a chunk."""
 
     def chunks(self) -> Iterator[slice]:
-        return _chunks(len(self.labels), self.split.rows_per_chunk)
+        return _chunks(len(self.labels), self.size)
 
     def part(self, rows: slice) -> Support | None:
         return None if self.support is None else self.support[rows]
@@ -139,31 +205,27 @@ class _Fused(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        head: _LinearHead,
         task: _Task,
         parts: list[RowLosses],
     ) -> Tensor:
-        device, split = hidden.device.type, task.split
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         # of many chunks a sum in bfloat16 would lose what each adds
         of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
         of_bias = None if bias is None else torch.zeros(bias.shape, device=bias.device)
         of_hidden = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
-        with torch.autocast(device, enabled=False):
-            head, rows_in = weight[: split.vocab_size].to(dtype), hidden.to(dtype)
-            offset = None if bias is None else bias[: split.vocab_size].float()
-            room = rows_in.new_empty(min(len(hidden), split.rows_per_chunk), split.vocab_size)
+        vocab_size, dtype = len(head.weight), head.weight.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
             for rows in task.chunks():
-                product = torch.mm(rows_in[rows], head.T, out=room[: len(hidden[rows])])
-                losses, part, of_product = _chunk(product, offset, task, rows)
-                total += losses
+                loss, part, of_product = _chunk(head, hidden[rows], task, rows)
+                total += loss
                 parts.append(part)
                 of_product = of_product.to(dtype)
-                of_hidden[rows] = of_product @ head
+                of_hidden[rows] = of_product @ head.weight
                 if of_weight is not None:
-                    _add_product(of_weight[: split.vocab_size], of_product, rows_in[rows])
+                    _add_product(of_weight[:vocab_size], of_product, hidden[rows].to(dtype))
                 if of_bias is not None:
-                    of_bias[: split.vocab_size] += of_product.sum(0, dtype=torch.float32)
+                    of_bias[:vocab_size] += of_product.sum(0, dtype=torch.float32)
         ctx.gradients = (
             of_hidden,
             None if of_weight is None else of_weight.to(weight.dtype),
@@ -176,33 +238,24 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         gradients, ctx.gradients = ctx.gradients, None  # given away, not kept
         scaled = (None if gradient is None else gradient.mul_(of_total) for gradient in gradients)
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
-def _chunk(product: Tensor, offset: Tensor | None, task: _Task, rows: slice) -> tuple[Tensor, RowLosses, Tensor]:
+def _chunk(head: _LinearHead, hidden: Tensor, task: _Task, rows: slice) -> tuple[Tensor, RowLosses, Tensor]:
     """Computes the losses of n rows and their gradient, in the memory of the logits where that is float32.
 
     Args:
-        product: [n, V], what the linear layer says without its bias.
-        offset: The bias, float32 [V], or None.
+        head: Makes their logits.
+        hidden: [n, H].
         task: Of which this is a part.
         rows: Which.
 
     Returns:
-        The weighted sum of the losses, the losses, and the gradient of the sum by `product`, float32 [n, V].
+        The weighted sum of the losses, the losses, and the sum's gradient by what the linear layer says, float32
+        [n, V].
     """
     part, weights, labels = task.part(rows), task.weights[rows], task.labels[rows, None]
-    split = task.split
-    values = product.float()
-    if offset is not None:
-        values += offset
-    if split.scale != 1.0:
-        values *= split.scale
-    slope = None
-    if split.softcap is not None:
-        values.div_(split.softcap).tanh_()
-        slope = 1.0 - values.square()
-        values *= split.softcap
+    values, slope = head.with_slope(hidden)
     values -= values.amax(-1, keepdim=True)
     # what the objective needs of the logits, before their memory becomes the softmax's
     kept = None if part is None else values.gather(1, part.token_ids)
@@ -220,8 +273,8 @@ def _chunk(product: Tensor, offset: Tensor | None, task: _Task, rows: slice) -> 
         gradient.scatter_add_(1, part.token_ids, of_kept)
     if slope is not None:
         gradient *= slope
-    if split.scale != 1.0:
-        gradient *= split.scale
+    if task.split.scale != 1.0:
+        gradient *= task.split.scale
     return (losses * weights).sum(), _losses(losses, -label, part, kept), gradient
 
 

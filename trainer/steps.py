@@ -123,7 +123,12 @@ class Steps:
         self.queue = state["queue"]
         if window:
             device = self._accelerator.device
-            self._window = {name: value.to(device) for name, value in state["window"].items()}
+            sums = {name: value.to(device) for name, value in state["window"].items()}
+            # they will be logged, and are no part of what this process trains on
+            self._window = sums
+            self.statistics()
+            self._totals = {name: -value for name, value in self._totals.items()}
+            self._window = sums
 
     def statistics(self) -> dict[str, float]:
         """Returns what is logged of the steps since the last call, over all ranks; nothing where there were none.

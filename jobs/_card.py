@@ -1,0 +1,76 @@
+"""The model card of a run of train_draft.py: README.md beside the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from _runs import RUN, figures
+
+from trainer.card import Training, model_card
+from trainer.selection import SELECTIONS
+
+if TYPE_CHECKING:
+    from _train_arguments import RunArguments
+    from transformers import TrainerState, TrainingArguments
+
+    from logitstore.spec import StoreSpec
+
+CARD = "README.md"
+LOGGED = ("kl", "alpha", "label_nll")
+"""What is logged of the last steps and shown."""
+
+
+def write_card(
+    run: RunArguments, training: TrainingArguments, spec: StoreSpec, state: TrainerState, where: str
+) -> None:
+    """Writes the card into the output directory, with the numbers of the run.
+
+    Args:
+        run: What was trained.
+        training: How.
+        spec: Of the first store.
+        state: Of the end.
+        where: The draft's folder or URL.
+    """
+    folder = Path(str(training.output_dir))
+    ended = figures(state)
+    last = {name: entry[name] for entry in state.log_history for name in LOGGED if name in entry}
+    numbers = {name: ended.pop(name) for name in ("steps", "loss", "train_runtime", "rows_per_second")} | last | ended
+    began = run.draft.draft or "made anew"
+    if run.draft.draft_config:
+        began = f"made anew, {' '.join(run.draft.draft_config)}"
+    elif run.draft.draft_layers is not None:
+        began += f", layers {run.draft.draft_layers}"
+    made = Training(
+        draft=began,
+        objective=_objective(run),
+        selection=_selection(run),
+        figures=numbers,
+        command=f"python jobs/train_draft.py {RUN}",
+    )
+    text = model_card(training.hub_model_id or where, spec, run.store.store, made)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _objective(run: RunArguments) -> str:
+    loss = run.loss
+    parts = [loss.objective]
+    if loss.objective == "jsd":
+        parts.append(f"beta {loss.beta:g}")
+    if loss.label_weight:
+        parts.append(f"label_weight {loss.label_weight:g}")
+    if run.draft.lora_rank is not None:
+        parts.append(f"LoRA of rank {run.draft.lora_rank}, merged")
+    return ", ".join(parts)
+
+
+def _selection(run: RunArguments) -> str:
+    loss = run.loss
+    if SELECTIONS[loss.selection].score is None:
+        return loss.selection
+    parts = [loss.selection, f"keep {loss.keep:g}", f"scope {run.rule().scope}", f"denominator {loss.denominator}"]
+    if loss.outside_weight:
+        parts.append(f"outside_weight {loss.outside_weight:g}")
+    parts += [f"{name} {value}" for name, value in run.losses().items() if name in SELECTIONS[loss.selection].columns]
+    return ", ".join(parts)

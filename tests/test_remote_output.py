@@ -1,0 +1,325 @@
+"""Output at a URL: the same draft as in a folder, whatever is killed, damaged or refused on the way there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+import train_draft
+import yaml
+from _output import local_folder
+from conftest import VOCAB_SIZE
+from faults import FaultyProxy, S3Server
+from safetensors.torch import load_file
+from training import with_dropout
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer.checkpoints import Remote
+
+SECRETS = {"key": "AKIAdistinctive1key", "secret": "distinctive2/secret+x", "token": "distinctive3token"}
+RESUME = ["--resume_from_checkpoint", "true"]
+MANY = 40
+"""Steps."""
+MODEL = {"config.json", "model.safetensors", "tokenizer.json", "run.yaml", "README.md", "trainer_state.json"}
+
+
+@pytest.fixture(scope="module")
+def draft(tiny, tmp_path_factory):
+    return with_dropout(tmp_path_factory.mktemp("draft") / "draft", tiny.draft)
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    with S3Server() as server, FaultyProxy(server.url) as proxy:
+        server.make_bucket("runs")
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def options(proxy, tmp_path_factory):
+    """The file of the bucket's options."""
+    file = tmp_path_factory.mktemp("secret") / "options.json"
+    file.write_text(json.dumps(SECRETS | {"endpoint_url": proxy.url}))
+    return str(file)
+
+
+@pytest.fixture
+def fs(proxy):
+    proxy.allow()
+    found = fsspec.filesystem("s3", **SECRETS, endpoint_url=proxy.url, use_listings_cache=False)
+    found.invalidate_cache()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """A place of the test's own for what is on the way to the URL."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "machine"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "machine").mkdir()
+    return tmp_path / "machine"
+
+
+@pytest.fixture
+def arguments(draft, tiny_store, options, request):
+    """Returns the arguments of a run, by default to a URL of the test's own."""
+
+    def make(*extra, output=f"s3://runs/deep/{request.node.name.partition('[')[0]}", steps=6):
+        return [
+            "--store", tiny_store, "--draft", draft, "--output_dir", str(output), "--storage_options", options,
+            "--selection", "adaspec", "--reference", "reference", "--learning_rate", "0.01", "--save_steps", "2",
+            "--lr_scheduler_type", "constant", "--per_device_train_batch_size", "6", "--logging_steps", "1", "--max_steps", str(steps),
+            "--disable_tqdm", "true", "--use_cpu", "true", *extra,
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(draft, tiny_store, options, tmp_path_factory):
+    """The weights of the same run in a folder: of the model after six steps, and of the checkpoints of more."""
+    folder = tmp_path_factory.mktemp("whole")
+    argv = [
+        "--store", tiny_store, "--draft", draft, "--storage_options", options,
+        "--selection", "adaspec", "--reference", "reference", "--learning_rate", "0.01", "--save_steps", "2",
+        "--lr_scheduler_type", "constant", "--per_device_train_batch_size", "6",
+        "--disable_tqdm", "true", "--use_cpu", "true", "--save_total_limit", str(MANY),
+    ]  # fmt: skip
+    train_draft.main([*argv, "--output_dir", str(folder / "six"), "--max_steps", "6"])
+    train_draft.main([*argv, "--output_dir", str(folder / "many"), "--max_steps", str(MANY)])
+    return {path.parent.name: load_file(path) for path in folder.rglob("model.safetensors")}
+
+
+def url_of(argv):
+    return argv[argv.index("--output_dir") + 1]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def fetched(fs, url, folder):
+    fs.get(url, str(folder), recursive=True)
+    return load_file(folder / "model.safetensors")
+
+
+def checkpoints_at(fs, url):
+    return sorted(path.rpartition("/")[2] for path in fs.ls(url, detail=False) if "/checkpoint-" in path)
+
+
+def refused(argv, capsys):
+    """Runs what ends early; returns its exit status and its line."""
+    with pytest.raises(SystemExit) as exit_:
+        train_draft.main(argv)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return exit_.value.code, err
+
+
+def test_a_url_gets_what_a_folder_gets(arguments, fs, whole, machine, tmp_path, capsys):
+    argv = arguments()
+    url = url_of(argv)
+    train_draft.main(argv)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["draft"] == url
+    assert same(fetched(fs, url, tmp_path / "got"), whole["six"])
+    assert MODEL < {path.name for path in (tmp_path / "got").iterdir()}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "got")
+    AutoTokenizer.from_pretrained(tmp_path / "got")
+    assert checkpoints_at(fs, url) == ["checkpoint-4", "checkpoint-6"]  # save_total_limit is 2
+    assert same(load_file(tmp_path / "got" / "checkpoint-4" / "model.safetensors"), whole["checkpoint-4"])
+    assert not [path for path in machine.rglob("*") if path.is_file()]
+    values = yaml.safe_load((tmp_path / "got" / "run.yaml").read_text())
+    assert values["output_dir"] == url
+    assert url in (tmp_path / "got" / "README.md").read_text()
+    everything = [path.read_bytes() for path in (tmp_path / "got").rglob("*") if path.is_file()]
+    everything += [printed.out.encode(), printed.err.encode()]
+    assert not [1 for content in everything for secret in SECRETS.values() if secret.encode() in content]
+
+
+def test_a_finished_run_is_left_as_it_is_and_another_refused(arguments, fs, whole, tmp_path, capsys):
+    argv = arguments(steps=2)
+    url = url_of(argv)
+    first = train_draft.main(argv)
+    before = fs.find(url, detail=True)
+    capsys.readouterr()
+    status, line = refused(argv, capsys)
+    assert status == 2
+    assert f"output_dir must be new or empty, got output_dir={url}, which holds another run" in line
+    status, line = refused([*argv, *RESUME, "--keep", "0.5"], capsys)
+    assert (status, f"keep must be 0.4 as in {url}/run.yaml to go on with that run" in line) == (2, True)
+    assert train_draft.main([*argv, *RESUME]) == first
+    assert f"{url} holds this run, finished after 2 steps: nothing is left to train" in capsys.readouterr().out
+    assert fs.find(url, detail=True) == before
+    train_draft.main([*arguments(steps=6), *RESUME])  # prolonged
+    assert same(fetched(fs, url, tmp_path / "got"), whole["six"])
+    assert yaml.safe_load((tmp_path / "got" / "run.yaml").read_text())["max_steps"] == 6
+
+
+def test_a_dry_run_writes_nothing_anywhere(arguments, fs, machine):
+    argv = arguments("--dry_run", "true")
+    train_draft.main(argv)
+    assert not fs.exists(url_of(argv))
+    assert not list(machine.iterdir())
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_end(arguments, fs, whole, machine, tmp_path):
+    """From the last checkpoint that is whole: of the very last a file is missing."""
+    argv = arguments(steps=1000)
+    url = url_of(argv)
+    remote = Remote(url, fs.storage_options)
+    job = subprocess.Popen([sys.executable, train_draft.__file__, *argv], stderr=subprocess.DEVNULL)
+    while job.poll() is None and len(remote.finished()) < 2:
+        time.sleep(0.05)
+    job.kill()
+    assert job.wait() == -signal.SIGKILL
+    assert [path for path in machine.rglob("*") if path.is_file()]
+    before, last = remote.finished()
+    fs.rm_file(f"{url}/{last}/optimizer.pt")
+    assert remote.finished() == [before]
+    steps = int(last.removeprefix("checkpoint-"))
+    assert 4 <= steps <= MANY
+    train_draft.main([*arguments(steps=steps), *RESUME])
+    fetched(fs, url, tmp_path / "got")
+    assert same(load_file(tmp_path / "got" / last / "model.safetensors"), whole[last])
+    assert checkpoints_at(fs, url) == sorted([before, last])
+
+
+def test_a_copy_that_is_damaged_is_left_for_the_one_before(arguments, fs, whole, tmp_path, capsys):
+    argv = arguments(steps=4)
+    url = url_of(argv)
+    train_draft.main([*argv, "--save_total_limit", "9"])
+    fs.rm_file(f"{url}/config.json")  # as if it had been killed before the end
+    content = fs.cat_file(f"{url}/checkpoint-4/scheduler.pt")
+    fs.pipe_file(f"{url}/checkpoint-4/scheduler.pt", content[:-1] + b"x")
+    capsys.readouterr()
+    train_draft.main([*arguments(steps=6), "--save_total_limit", "9", *RESUME])
+    assert f"got {url}/checkpoint-4: scheduler.pt is not as checkpoint.json says" in capsys.readouterr().out
+    assert same(fetched(fs, url, tmp_path / "got"), whole["six"])
+    history = json.loads((tmp_path / "got" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_checkpoint_is_found_on_another_machine(arguments, fs, tmp_path, monkeypatch):
+    best = ["--eval_fraction", "0.2", "--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end",
+            "true", "--save_total_limit", "1", "--learning_rate", "3"]  # fmt: skip
+    argv = arguments(*best)
+    url = url_of(argv)
+    train_draft.main(argv)
+    state = json.loads(fs.cat_file(f"{url}/trainer_state.json"))
+    assert Path(state["best_model_checkpoint"]).name == "checkpoint-2"
+    assert checkpoints_at(fs, url) == ["checkpoint-2", "checkpoint-6"]
+    (tmp_path / "other machine").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "other machine"))
+    train_draft.main([*arguments(*best, steps=8), *RESUME])
+    final = fetched(fs, url, tmp_path / "got")
+    best = load_file(tmp_path / "got" / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(final[name][:VOCAB_SIZE], value[:VOCAB_SIZE]) for name, value in best.items())
+    assert checkpoints_at(fs, url) == ["checkpoint-2", "checkpoint-8"]
+
+
+def test_what_cannot_be_copied_is_kept_and_named(arguments, fs, proxy, whole, tmp_path, capsys, monkeypatch):
+    argv = arguments()
+    url = url_of(argv)
+    upload = Remote.upload
+
+    def full(self, folder):
+        if folder.name == "checkpoint-4":
+            proxy.refuse(403, "QuotaExceeded")
+        upload(self, folder)
+
+    monkeypatch.setattr(Remote, "upload", full)
+    status, line = refused(argv, capsys)
+    assert status == 1
+    assert f"url must be one that can be read and written, got url={url} (PermissionError: " in line
+    kept = local_folder(url)
+    assert f"what was trained is kept in {kept} on " in line
+    assert line.endswith(f"to go on with it give --resume_from_checkpoint {kept}/checkpoint-4\n")
+    assert not [secret for secret in SECRETS.values() if secret in line]
+    proxy.allow()
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(kept.parents[2]))
+    assert checkpoints_at(fs, url) == ["checkpoint-2"]
+    train_draft.main([*argv, "--resume_from_checkpoint", f"{kept}/checkpoint-4"])
+    assert same(fetched(fs, url, tmp_path / "got"), whole["six"])
+    assert not kept.exists()
+
+
+def no_training(*args, **kwargs):
+    raise AssertionError("training began before the bucket was asked")
+
+
+def test_a_bucket_that_cannot_be_written_is_told_before_training(arguments, proxy, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.draft_trainer.DraftTrainer.train", no_training)
+    status, line = refused(arguments(output="s3://nowhere/run"), capsys)
+    assert (status, "got url=s3://nowhere/run (FileNotFoundError" in line, "kept in" in line) == (1, True, False)
+    proxy.refuse()
+    status, line = refused(arguments(), capsys)
+    assert (status, "url must be one that may be read or written" in line) == (2, True)
+    proxy.allow()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("memory://run", "output_dir must be a folder or a URL that outlasts the run, got output_dir=memory://run; "),
+        ("s3://", "output_dir must name a folder below the URL, got output_dir=s3://; add one"),
+        ("nothing://a/b", "url must have a protocol that fsspec knows, got url=nothing://a/b; give a folder, s3://"),
+    ],
+)
+def test_what_is_no_place_for_a_run_is_refused(output, message, arguments, capsys):
+    status, line = refused(arguments(output=output), capsys)
+    assert status == 2
+    assert message in line
+
+
+def test_file_urls_are_folders(arguments, whole, machine, tmp_path, capsys):
+    train_draft.main(arguments(output=f"file://{tmp_path}/out"))
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), whole["six"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["draft"] == f"{tmp_path}/out"
+    assert not list(machine.iterdir())
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_machines_with_folders_of_their_own_go_on_as_if_they_had_not_stopped(arguments, fs, tmp_path):
+    """Two processes, each the first one of a machine: what each of them saves is in every checkpoint."""
+    small, script = ["--per_device_train_batch_size", "3"], Path(__file__).with_name("many_runs.py")
+    whole, again = "s3://runs/machines/whole", "s3://runs/machines/again"
+    runs = [
+        arguments(*small, output=whole),
+        arguments(*small, output=again, steps=2),
+        arguments(*small, *RESUME, output=again),
+    ]
+    port, jobs = free_port(), []
+    for rank in range(2):
+        (tmp_path / f"machine {rank}").mkdir()
+        environment = {
+            "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "TMPDIR": tmp_path / f"machine {rank}", "OMP_NUM_THREADS": 1,
+        }  # fmt: skip
+        environment = os.environ | {name: str(value) for name, value in environment.items()}
+        with (tmp_path / f"{rank}.txt").open("w") as log:
+            command = [sys.executable, script, json.dumps(runs)]
+            jobs.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    assert [job.wait(timeout=200) for job in jobs] == [0, 0], (tmp_path / "0.txt").read_text()[-4000:]
+    names = {path.rpartition("/")[2] for path in fs.find(f"{whole}/checkpoint-4")}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "steps_0.pth", "steps_1.pth"} < names
+    one, two = (fetched(fs, url, tmp_path / f"got {number}") for number, url in enumerate((whole, again)))
+    assert same(one, two)
+    assert not [path for rank in range(2) for path in (tmp_path / f"machine {rank}").rglob("*") if path.is_file()]

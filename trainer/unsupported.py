@@ -1,0 +1,80 @@
+"""Training arguments of transformers that DraftTrainer refuses, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate.utils import parse_flag_from_env
+
+from trainer.evaluating import greater_is_better
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import TrainingArguments
+
+_OWN_LOSS = "the loss here is the distance to a stored distribution"
+_OWN_ORDER = "the order here is that of the store's shards, and goes on exactly"
+_WHOLE = "the loss and the figures of an evaluation run outside of what it shards; drafts fit on one GPU"
+
+UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "label_smoothing_factor": (0.0, _OWN_LOSS),
+    "use_liger_kernel": (False, "the head is fused with the loss already"),
+    "neftune_noise_alpha": (None, "the target saw no noise"),
+    "train_sampling_strategy": ("random", _OWN_ORDER),
+    "dataloader_in_order": (True, _OWN_ORDER),
+    "ignore_data_skip": (False, _OWN_ORDER),
+    "bf16_full_eval": (False, "evaluations compute as the training does"),
+    "fp16_full_eval": (False, "evaluations compute as the training does"),
+    "fsdp": (None, _WHOLE),
+    "deepspeed": (None, _WHOLE),
+}
+"""Arguments that would go unheeded or fail late, the value that they must have, and the reason."""
+
+AWAITING: dict[str, tuple[tuple[object, ...], str]] = {
+    "early_stopping": ((), "stop early"),
+    "load_best_model_at_end": ((), "load the best"),
+    "save_strategy": (("best",), "save the best"),
+    "lr_scheduler_type": (("reduce_lr_on_plateau", "greedy"), "follow a metric"),
+}
+"""Arguments that wait for evaluations: the values with which they do, any true one where none are named; and why."""
+
+LAUNCHED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
+"""How `accelerate launch` asks for some of them."""
+
+
+def check_supported(values: Mapping[str, object]) -> None:
+    """Raises ValueError if an argument, by its name, or the environment asks for what is not done here."""
+    for name, (value, reason) in UNSUPPORTED.items():
+        if values[name] != value:
+            raise ValueError(f"{name} must be {value}, got {name}={values[name]}; leave it out: {reason}")
+    for name, meant in LAUNCHED.items():
+        if parse_flag_from_env(name):
+            raise ValueError(f"{name} must be false, got {name}=true; launch without {meant}: {_WHOLE}")
+
+
+def check_awaited(values: Mapping[str, object]) -> None:
+    """Raises ValueError if an argument, by its name, waits for evaluations and there are none; early_stopping too."""
+    words = {name: getattr(value, "value", value) for name, value in values.items()}
+    for name, (waiting, purpose) in AWAITING.items():
+        if words["eval_strategy"] == "no" and (words[name] in waiting if waiting else words[name]):
+            raise ValueError(
+                f"eval_strategy must be steps or epoch to {purpose}, got eval_strategy=no with {name}={words[name]}; "
+                "add --eval_strategy steps --eval_steps N"
+            )
+
+
+def check_training_arguments(args: TrainingArguments) -> None:
+    """Raises ValueError if the arguments ask for something that DraftTrainer does not do."""
+    check_supported(vars(args))
+    metric = args.metric_for_best_model
+    if metric is not None and args.greater_is_better != (wanted := greater_is_better(metric)):
+        raise ValueError(
+            f"greater_is_better must be {wanted} with metric_for_best_model={metric}, got greater_is_better="
+            f"{args.greater_is_better}; change it"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"processes must be one for each GPU, got one for {args.n_gpu}; start the job with "
+            f"torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
+        )
