@@ -13,7 +13,7 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from _errors import end, is_of_storage, one_line, user_errors
 from _output import open_output
@@ -226,10 +226,16 @@ def work(task: dict[str, Any]) -> None:
             prepared = prepare(run, training)
             module = make_module(prepared)
         except (ValueError, LogitStoreError) as error:
-            raise SystemExit(one_line(error), 2) from None
+            _give_up(one_line(error), 2)
         try:
             train(prepared, module, training, output, task["repeated"], task["start"])
         except (OSError, ValueError) as error:
             if not is_of_storage(error):
                 raise
-            raise SystemExit(one_line(error) + output.kept(), 1) from None
+            _give_up(one_line(error) + output.kept(), 1)
+
+
+def _give_up(message: str, status: int) -> NoReturn:
+    """Has the job end with a line, which it prints itself."""
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it would print where this was raised
+    raise SystemExit(message, status) from None

@@ -52,19 +52,18 @@ def plan_batches(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[
     return batches
 
 
-def batches(shard: Shard, batch_tokens: int, max_documents: int | None = None) -> Iterator[Batch]:
+def batches(shard: Shard, batch_tokens: int) -> Iterator[Batch]:
     """Lays out the documents of a shard in batches, for a forward of a model. NumPy only.
 
     Args:
         shard: Tokens of the documents.
         batch_tokens: Most tokens of a batch, padding included; a longer document is a batch of its own.
-        max_documents: Only the first so many documents; all by default.
 
     Yields:
         Every row that counts, once. Documents without such a row are left out.
     """
     counted = np.add.reduceat(shard.loss_mask, shard.starts[:-1], dtype=np.int64) > 0
-    documents = np.flatnonzero(counted[:max_documents])
+    documents = np.flatnonzero(counted)
     for chosen in plan_batches(shard.lengths[documents], batch_tokens):
         members = documents[chosen]
         longest = int(shard.lengths[members].max())

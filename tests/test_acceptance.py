@@ -16,7 +16,7 @@ from logitstore import LayerNotFoundError, Rows, codec
 from logitstore.schemes import Scheme
 from logitstore.spec import TargetSpec
 from logitstore.support import Support
-from trainer.acceptance import cached_acceptance, expected_tokens_per_call, row_acceptance
+from trainer.acceptance import cached_acceptance, expected_tokens_per_call, read_documents, row_acceptance
 
 DRAFTS = ("draft", "reference", "target")
 
@@ -139,6 +139,25 @@ def test_batches_and_number_of_documents_change_only_what_is_read(store, models,
     assert (first.documents, sum(done), first.rows) == (9, 9, num_rows)
     p, q = (dense[name][:num_rows].argmax(-1) for name in ("target", "draft"))
     assert first.argmax_agreement == (p == q).mean()
+
+
+def test_chosen_documents_are_those_of_the_shard(store):
+    whole = read_documents(store, 0)
+    last = len(whole.shard) - 1
+    some = whole.chosen(np.array([last, 1]))
+    assert some.nbytes < whole.nbytes
+    assert len(some.shard) == 2
+    for place, number in enumerate((last, 1)):
+        found, document = some.shard.document(place), whole.shard.document(number)
+        assert found.ids.tolist() == document.ids.tolist()
+        assert found.loss_mask.tolist() == document.loss_mask.tolist()
+        start, stop = (int(some.shard.starts[place + i]) for i in (0, 1))
+        spans = (slice(start, stop), slice(*map(int, whole.shard.starts[number : number + 2])))
+        for ours, theirs in zip((some.shard.rows, *some.bounds), (whole.shard.rows, *whole.bounds), strict=True):
+            mine, yours = (rows.slice(span.start, span.stop) for rows, span in zip((ours, theirs), spans, strict=True))
+            assert np.array_equal(mine.logprobs, yours.logprobs)
+            assert np.array_equal(mine.token_ids, yours.token_ids)
+            assert np.array_equal(mine.tail_mass, yours.tail_mass, equal_nan=True)
 
 
 @pytest.mark.parametrize("scheme", ["topk", "sample", "hybrid"])
