@@ -171,9 +171,11 @@ def step_table(found):
 
 # ---- AdaSPEC ----
 
+LOOP = "in one loop"
+
 
 class Adaspec:
-    """What both ways share: target, text, initial drafts, held-out rows."""
+    """What all ways share: target, text, initial drafts, held-out rows; and a store for each scheme."""
 
     def __init__(self, args):
         self.args = args
@@ -189,25 +191,27 @@ class Adaspec:
         for seed in range(args.drafts):
             demo_models.save_new_model(demo_models.DRAFTS[0], tokenizer, self.folder / f"new-{seed}", seed=seed + 1)
         self.check, _ = self.dump("held_out", f"topk --k {self.vocab_size}")
-        self.store, self.dump_s = self.dump("train", args.scheme)
+        dumped = {scheme: self.dump("train", scheme) for scheme in args.schemes}
+        self.stores = {scheme: store for scheme, (store, _) in dumped.items()}
+        self.dump_s = {scheme: seconds for scheme, (_, seconds) in dumped.items()}
 
     def dump(self, data, scheme):
         """Dumps a file of documents; returns the store and seconds."""
-        url = self.folder / f"{data}.zarr"
+        url = self.folder / f"{data} {scheme}".replace(" --", "_").replace(" ", "_")
         argv = ["--store", url, "--target", self.target, "--data", self.folder / f"{data}.jsonl", *DOCUMENTS]
         return url, job(self.folder, [*argv, "--scheme", *scheme.split()])
 
-    def add_losses(self, **models_):
+    def add_losses(self, store, models_):
         """Scores models on the training rows; returns seconds."""
-        argv = ["--store", self.store, "--no_progress"]
+        argv = ["--store", store, "--no_progress"]
         for name, model in models_.items():
             argv += ["--reference", f"{name}={model}"]
         return job(self.folder, argv)
 
-    def train(self, name, seed, **spec):
+    def train(self, name, seed, store, **spec):
         """Trains one model; returns its folder and what the worker found."""
         out = self.folder / f"{name}-{seed}"
-        common = {"store": str(self.store), "draft": str(self.folder / f"new-{seed}"), "seed": seed, "save": True}
+        common = {"store": str(store), "draft": str(self.folder / f"new-{seed}"), "seed": seed, "save": True}
         found = work(
             **common, **spec, steps=self.args.steps, batch=BATCH, output_dir=str(out), keep=KEEP,
             threads=self.args.threads,
@@ -219,58 +223,61 @@ class Adaspec:
         found = cached_acceptance(AutoModelForCausalLM.from_pretrained(draft), logitstore.open(self.check))
         return {"sampled": found.alpha_estimate, "greedy": found.argmax_agreement}
 
+    def exact_gaps(self, drafts, reference):
+        """Gaps of several drafts by whole distributions, at every fourth document's rows that count."""
+        store = logitstore.open(next(iter(self.stores.values())))
+        loaded = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (self.target, reference, *drafts)]
+        gaps = [[] for _ in drafts]
+        for number in range(0, len(store), 4):
+            document = store[number]
+            ids = torch.from_numpy(document.ids.astype(np.int64))[None]
+            with torch.no_grad():
+                logits = [model(input_ids=ids).logits[0, document.loss_mask, : self.vocab_size] for model in loaded]
+            log_p, log_r, *log_qs = (each.log_softmax(-1) for each in logits)
+            for own, log_q in zip(gaps, log_qs, strict=True):
+                own.append((log_p.exp() * (log_r - log_q)).sum(-1).numpy())
+        return gaps
 
-def exact_gaps(bench, draft, reference):
-    """Gaps of whole distributions at all training rows that count, in the store's order."""
-    store = logitstore.open(bench.store)
-    three = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (bench.target, draft, reference)]
-    gaps = []
-    for number in range(len(store)):
-        document = store[number]
-        ids = torch.from_numpy(document.ids.astype(np.int64))[None]
-        with torch.no_grad():
-            logits = [model(input_ids=ids).logits[0, document.loss_mask, : bench.vocab_size] for model in three]
-            log_p, log_q, log_r = (each.log_softmax(-1) for each in logits)
-        gaps.append((log_p.exp() * (log_r - log_q)).sum(-1).numpy())
-    return gaps
+    def stored_gaps(self, scheme, draft, reference):
+        """The same gaps, from the losses of a store."""
+        gap = logitstore.open(self.stores[scheme]).gap(draft, reference)
+        return [gap[number][np.isfinite(gap[number])] for number in range(0, len(gap), 4)]
 
 
 def overlap(exact, cached):
-    """Share of rows that both select, of micro-batches of BATCH documents in the store's order, as published."""
+    """Share of rows that both select, of micro-batches of BATCH documents, as published."""
     same = kept = 0
     for start in range(0, len(exact), BATCH):
-        chosen = []
-        for gaps in (exact, cached):
-            scores = np.concatenate(gaps[start : start + BATCH])
-            if not len(scores):
-                break
-            chosen.append(scores >= np.quantile(scores, 1 - KEEP))
-        if len(chosen) == 2:
+        ours, theirs = (np.concatenate(gaps[start : start + BATCH]) for gaps in (exact, cached))
+        if len(ours):
+            chosen = [scores >= np.quantile(scores, 1 - KEEP) for scores in (ours, theirs)]
             same, kept = same + int((chosen[0] & chosen[1]).sum()), kept + int(chosen[0].sum())
     return same / kept
 
 
 def bench_adaspec(args):
     bench = Adaspec(args)
-    ways = {"in one loop": [], "from the cache": []}
-    overlaps = []
+    ways = {way: [] for way in (LOOP, *args.schemes)}
+    overlaps = {scheme: [] for scheme in args.schemes}
+    first = next(iter(bench.stores.values()))
     for seed in range(args.drafts):
-        reference, of_reference = bench.train("loop-ref", seed, kind="published", target=str(bench.target))
-        draft, of_draft = bench.train(
-            "loop", seed, kind="published", target=str(bench.target), reference_model=str(reference)
-        )
-        ways["in one loop"].append((of_reference, of_draft, 0.0, bench.alpha(draft)))
-        cached_reference, of_reference = bench.train("cache-ref", seed, kind="cache")
-        scored_s = bench.add_losses(**{f"ref{seed}": cached_reference})
-        cached, of_draft = bench.train(
-            "cache", seed, kind="cache", selection="adaspec", reference=f"ref{seed}"
-        )
-        ways["from the cache"].append((of_reference, of_draft, scored_s, bench.alpha(cached)))
-        # the selected set, of a draft in the middle of its training: one distilled, against another's reference
-        bench.add_losses(**{f"same{seed}": reference, f"draft{seed}": draft})
-        gap = logitstore.open(bench.store).gap(f"draft{seed}", f"same{seed}")
-        stored = [gap[i][np.isfinite(gap[i])] for i in range(len(gap))]
-        overlaps.append(overlap(exact_gaps(bench, draft, reference), stored))
+        loop = {"kind": "published", "target": str(bench.target)}
+        reference, of_reference = bench.train("loop-ref", seed, first, **loop)
+        draft, of_draft = bench.train("loop", seed, first, **loop, reference_model=str(reference))
+        ways[LOOP].append((of_reference, of_draft, 0.0, bench.alpha(draft)))
+        new = bench.folder / f"new-{seed}"
+        exact = bench.exact_gaps([new, draft], reference)
+        for number, (scheme, store) in enumerate(bench.stores.items()):
+            cached_reference, of_reference = bench.train(f"cache{number}-ref", seed, store, kind="cache")
+            scored_s = bench.add_losses(store, {f"ref{seed}": cached_reference})
+            cached, of_draft = bench.train(
+                f"cache{number}", seed, store, kind="cache", selection="adaspec", reference=f"ref{seed}"
+            )
+            ways[scheme].append((of_reference, of_draft, scored_s, bench.alpha(cached)))
+            names = {f"same{seed}": reference, f"new{seed}": new, f"draft{seed}": draft}
+            bench.add_losses(store, names)
+            found = [bench.stored_gaps(scheme, f"{name}{seed}", f"same{seed}") for name in ("new", "draft")]
+            overlaps[scheme].append([overlap(*pair) for pair in zip(exact, found, strict=True)])
         print("\n".join(["", *adaspec_lines(bench, ways, overlaps)]), flush=True)
     yield from adaspec_lines(bench, ways, overlaps)
 
@@ -281,42 +288,40 @@ def adaspec_lines(bench, ways, overlaps):
         spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
         return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
-    drafts = len(ways["in one loop"])
-    num_steps = bench.args.steps
-    yield f"## AdaSPEC, {drafts} drafts, {num_steps} steps each for reference and draft, scheme {bench.args.scheme}"
+    drafts = len(ways[LOOP])
+    yield f"## AdaSPEC, {drafts} drafts, {bench.args.steps} steps each for reference and draft"
     yield ""
-    yield "| | alpha, sampled, % | greedy, % | ms a step, reference | draft | peak MiB, draft | s a draft |"
+    yield "| | alpha, sampled, % | less in one loop | greedy, % | ms a step, reference | draft | peak MiB, draft |"
     yield "|---|---|---|---|---|---|---|"
-    total = {}
     for way, runs in ways.items():
-        ours = way != "in one loop"
         step = [statistics.median(s for run in runs for s in run[part]["steps_s"]) for part in (0, 1)]
         peak = max(run[1]["peak_bytes"] - run[1]["libraries_bytes"] for run in runs)
-        total[way] = [run[0]["train_s"] + run[1]["train_s"] + run[2] for run in runs]
         alphas = [mean(100 * run[3][mode] for run in runs) for mode in ("sampled", "greedy")]
+        lost = mean(100 * (b[3]["sampled"] - a[3]["sampled"]) for a, b in zip(ways[LOOP], runs, strict=True))
+        name = way if way == LOOP else f"cache, {way.replace(' --', ', ')}"
         yield (
-            f"| {way} | {alphas[0]} | {alphas[1]} | {1e3 * step[0]:.0f} | {1e3 * step[1]:.0f} | {peak / MIB:,.0f} "
-            f"| {mean(total[way])}{' with scoring, and the dump once' if ours else ''} |"
+            f"| {name} | {alphas[0]} | {'' if way == LOOP else lost} | {alphas[1]} | {1e3 * step[0]:.0f} "
+            f"| {1e3 * step[1]:.0f} | {peak / MIB:,.0f} |"
         )
-    loop, cache = ways["in one loop"], ways["from the cache"]
-    differences = [100 * (b[3]["sampled"] - a[3]["sampled"]) for a, b in zip(loop, cache, strict=True)]
-    steps = [statistics.median(s for run in runs for s in run[1]["steps_s"]) for runs in (loop, cache)]
-    memory = [max(run[1]["peak_bytes"] - run[1]["libraries_bytes"] for run in runs) for runs in (loop, cache)]
     yield ""
-    yield f"- alpha from the cache less that in one loop, draft by draft, points: {mean(differences)}"
-    same = ", ".join(f"{100 * share:.1f} %" for share in overlaps)
-    yield f"- rows that both select, for the same draft and reference: {same}"
-    yield (
-        f"- a step of the draft in one loop takes {steps[0] / steps[1]:.2f} times that from the cache, and "
-        f"{memory[0] / memory[1]:.2f} times its memory"
-    )
-    yield f"- the dump took {bench.dump_s:.0f} s, once"
-    for number in sorted({1, drafts}):
-        spent = sum(total["in one loop"][:number]), bench.dump_s + sum(total["from the cache"][:number])
+    loop = ways[LOOP]
+    spent = {way: [sum(part["train_s"] for part in run[:2]) + run[2] for run in runs] for way, runs in ways.items()}
+    for scheme, shares in overlaps.items():
+        early, late = ([100 * share[at] for share in shares] for at in (0, 1))
+        steps = [statistics.median(s for run in runs for s in run[1]["steps_s"]) for runs in (loop, ways[scheme])]
+        memory = [max(r[1]["peak_bytes"] - r[1]["libraries_bytes"] for r in runs) for runs in (loop, ways[scheme])]
         yield (
-            f"- {number} draft{'s' * (number > 1)} with references: {spent[0]:.0f} s in one loop, {spent[1]:.0f} s "
-            f"from the cache with its dump, {spent[0] / spent[1]:.2f} times"
+            f"- {scheme}: of the rows that whole distributions select, for the same draft and reference, it selects "
+            f"{mean(early)} % before training and {mean(late)} % after; a step in one loop takes "
+            f"{steps[0] / steps[1]:.2f} times its time and {memory[0] / memory[1]:.2f} times its memory"
         )
+        for number in sorted({1, drafts}):
+            ours = bench.dump_s[scheme] + sum(spent[scheme][:number])
+            theirs = sum(spent[LOOP][:number])
+            yield (
+                f"  - {number} draft{'s' * (number > 1)} with references: {theirs:.0f} s in one loop, {ours:.0f} s from "
+                f"the cache, its dump of {bench.dump_s[scheme]:.0f} s included: {theirs / ours:.2f} times"
+            )
 
 
 def main(argv=None):
@@ -336,7 +341,7 @@ def main(argv=None):
     adaspec.set_defaults(bench=bench_adaspec, name="train_adaspec")
     adaspec.add_argument("--drafts", type=int, default=5, help="seeds (default %(default)s)")
     adaspec.add_argument("--steps", type=int, default=300)
-    adaspec.add_argument("--scheme", default="hybrid --num_draws 50")
+    adaspec.add_argument("--schemes", nargs="+", default=["hybrid --num_draws 50", "topk --k 2048"], help="of the cache")
     for command in (step, adaspec):
         command.add_argument("--threads", type=int, default=os.cpu_count())
         command.add_argument("--record", action="store_true", help="write the table to benchmarks/results")

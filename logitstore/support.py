@@ -120,10 +120,10 @@ def acceptance_estimate(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
-    """Computes CE(p, q) = -sum_S p log q - p_t log q_t of each row.
+    """Computes CE(p, q) = -sum_S p log q - p_t log q_t of each row: the entries that are stored, and the rest as one.
 
-    Where entries were drawn it is -sum_S w log q, an unbiased estimate of CE over the whole vocabulary, as are its
-    gradient and the difference of two models' (arXiv 2503.16870).
+    Of drawn entries too: their probabilities are known. CE(p, q) - CE(p, r) is the loss gap, in which the target's
+    entropy cancels; the estimate by weights has no bias, but noise that hides the gap of two models that are alike.
 
     Args:
         support: N rows of the target p.
@@ -131,8 +131,18 @@ def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
         tail: Log of q's tail mass [N].
 
     Returns:
-        Float32 [N], nats. CE(p, q) - CE(p, r) is the loss gap: the target's entropy cancels.
+        Float32 [N], nats; at most CE(p, q) over the whole vocabulary.
+    """
+    return -((support.probs * kept).sum(-1) + support.tail * tail)
+
+
+def estimated_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
+    """Computes what drafts learn from: -sum_S w log q where entries were drawn, else as `soft_cross_entropy`.
+
+    An unbiased estimate of CE over the whole vocabulary, as is its gradient (arXiv 2503.16870).
+
+    Args and returns: As `soft_cross_entropy`.
     """
     if support.weights is not None:
         return -(support.weights * kept).sum(-1)
-    return -((support.probs * kept).sum(-1) + support.tail * tail)
+    return soft_cross_entropy(support, kept, tail)

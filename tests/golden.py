@@ -153,10 +153,8 @@ def document_digest(ids, mask):
     return struct.unpack("<Q", hashlib.sha256(content).digest()[:8])[0]
 
 
-def cross_entropy(p, tail, weighed, q):
+def cross_entropy(p, tail, q):
     """Soft cross entropy of one row with a model that says `q`; all of the kept ids, float64."""
-    if weighed is not None:
-        return -(weighed * np.log(q)).sum()
     return -(p * np.log(q)).sum() - tail * np.log(max(1 - q.sum(), 1e-6))
 
 
@@ -168,9 +166,8 @@ def loss_arrays(name, loss, shard, target):
     ce, label = np.full(len(ids), np.nan, np.float32), np.full(len(ids), np.nan, np.float32)
     for row in np.flatnonzero(rows.counts):
         found = rows.slice(row, row + 1)
-        weighed = None if found.weights is None else found.weights.astype(float)
         p, tail = np.exp(found.logprobs.astype(float)), float(found.tail_mass[0])
-        ce[row] = cross_entropy(p, tail, weighed, q[found.token_ids])
+        ce[row] = cross_entropy(p, tail, q[found.token_ids])
         label[row] = np.log(q[ids[row + 1]])
     return {"ce": codec.round_mantissa(ce), "label_logprob": codec.round_mantissa(label)}
 

@@ -19,7 +19,7 @@ from logitstore import codec
 from logitstore.dump.truncation import truncate, uniforms
 from logitstore.schemes import Scheme
 from logitstore.spec import TargetSpec
-from logitstore.support import Support, on_support, soft_cross_entropy
+from logitstore.support import Support, estimated_cross_entropy, on_support
 from trainer.acceptance import row_acceptance
 
 V = 300
@@ -122,7 +122,7 @@ def test_the_same_test_finds_the_bias_of_a_renormalised_top_k(case):
 def estimates(case, stored):
     """What training and scoring see of some rows: gradients by the draft's logits [N, V], KL and alpha [N]; float64."""
     logits = case.draft.clone().requires_grad_()
-    ce = soft_cross_entropy(stored, *on_support(logits.log_softmax(-1), stored))
+    ce = estimated_cross_entropy(stored, *on_support(logits.log_softmax(-1), stored))
     ce.sum().backward()
     found = row_acceptance(case.draft.log_softmax(-1), *[stored] * 3)
     kl = (ce.detach() - stored.entropy()).double().numpy()

@@ -20,7 +20,7 @@ from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM, check_vocabulary, model_spec
 from logitstore.errors import LayerNotFoundError
 from logitstore.rows import Rows
-from logitstore.support import Support, acceptance_estimate, normalised, on_support, soft_cross_entropy
+from logitstore.support import Support, acceptance_estimate, estimated_cross_entropy, normalised, on_support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,7 +121,7 @@ def row_acceptance(
         alpha_estimate=acceptance_estimate(stored, kept, log_tail),
         argmax_agreement=(logprobs.argmax(-1) == likeliest).float(),
         argmax_known=is_known,
-        forward_kl=soft_cross_entropy(stored, kept, log_tail) - stored.entropy(),
+        forward_kl=estimated_cross_entropy(stored, kept, log_tail) - stored.entropy(),
     )
 
 

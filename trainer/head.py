@@ -17,7 +17,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from logitstore.support import Support, acceptance_estimate, log_tail, on_support, soft_cross_entropy
+from logitstore.support import (
+    Support,
+    acceptance_estimate,
+    estimated_cross_entropy,
+    log_tail,
+    on_support,
+    soft_cross_entropy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -327,7 +334,7 @@ def _losses(objective: Tensor, label_nll: Tensor, part: Support | None, kept: Te
     if part is None or kept is None:
         return RowLosses(objective=objective, label_nll=label_nll, kl=None, alpha=None)
     tail = log_tail(kept, part)
-    kl = soft_cross_entropy(part, kept, tail) - part.entropy()
+    kl = estimated_cross_entropy(part, kept, tail) - part.entropy()
     return RowLosses(objective=objective, label_nll=label_nll, kl=kl, alpha=acceptance_estimate(part, kept, tail))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import logsigmoid, softplus
 
-from logitstore.support import TAIL_FLOOR, Support, acceptance_estimate, soft_cross_entropy
+from logitstore.support import TAIL_FLOOR, Support, acceptance_estimate, estimated_cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def forward_kl(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
         Float32 [N], nats. Where rows are truncated at least 0 but for rounding, and a lower bound of the divergence
         over the whole vocabulary; where entries were drawn an unbiased estimate of it, of either sign.
     """
-    return soft_cross_entropy(support, kept, tail) - support.entropy()
+    return estimated_cross_entropy(support, kept, tail) - support.entropy()
 
 
 def reverse_kl(support: Support, kept: Tensor, tail: Tensor) -> Tensor:

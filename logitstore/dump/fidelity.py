@@ -16,7 +16,7 @@ import torch
 
 from logitstore.dump.running import documents_of, rows_of
 from logitstore.errors import FidelityError
-from logitstore.support import Support, acceptance_estimate, on_support, soft_cross_entropy
+from logitstore.support import Support, acceptance_estimate, estimated_cross_entropy, on_support
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -253,7 +253,7 @@ def _gradient(logprobs: Tensor, support: Support) -> Tensor:
     """Returns what training on stored rows does: the gradient of its loss by the logits; float64 [n, V]."""
     with torch.enable_grad():
         logits = logprobs.detach().requires_grad_()
-        loss = soft_cross_entropy(support, *on_support(logits.log_softmax(-1), support)).sum()
+        loss = estimated_cross_entropy(support, *on_support(logits.log_softmax(-1), support)).sum()
         (gradient,) = torch.autograd.grad(loss, logits)
     return gradient
 
