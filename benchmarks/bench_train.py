@@ -57,6 +57,8 @@ KEEP = 0.4
 MIB = 2**20
 DOCUMENTS = shlex.split("--max_length 256 --shard_rows 16384 --no_progress")
 BATCH = 8
+SCHEMES = ["hybrid --num_draws 50", "topk --k 2048"]
+"""What is recommended, and whole distributions, which differ from those in the loop by their codes alone."""
 
 
 def job(folder, argv):
@@ -319,8 +321,8 @@ def adaspec_lines(bench, ways, overlaps):
             ours = bench.dump_s[scheme] + sum(spent[scheme][:number])
             theirs = sum(spent[LOOP][:number])
             yield (
-                f"  - {number} draft{'s' * (number > 1)} with references: {theirs:.0f} s in one loop, {ours:.0f} s from "
-                f"the cache, its dump of {bench.dump_s[scheme]:.0f} s included: {theirs / ours:.2f} times"
+                f"  - {number} draft{'s' * (number > 1)} with references: {theirs:.0f} s in one loop, {ours:.0f} s "
+                f"from the cache, its dump of {bench.dump_s[scheme]:.0f} s included: {theirs / ours:.2f} times"
             )
 
 
@@ -341,7 +343,7 @@ def main(argv=None):
     adaspec.set_defaults(bench=bench_adaspec, name="train_adaspec")
     adaspec.add_argument("--drafts", type=int, default=5, help="seeds (default %(default)s)")
     adaspec.add_argument("--steps", type=int, default=300)
-    adaspec.add_argument("--schemes", nargs="+", default=["hybrid --num_draws 50", "topk --k 2048"], help="of the cache")
+    adaspec.add_argument("--schemes", nargs="+", default=SCHEMES, help="of the cache")
     for command in (step, adaspec):
         command.add_argument("--threads", type=int, default=os.cpu_count())
         command.add_argument("--record", action="store_true", help="write the table to benchmarks/results")
