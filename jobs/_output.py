@@ -167,7 +167,7 @@ class Output:
     def end(self, training: TrainingArguments) -> None:
         """Removes the folder of each machine, once everything is at the URL. All processes call it."""
         if self.remote is not None and training.local_process_index == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder.parent, ignore_errors=True)  # which is of this URL alone
 
     def kept(self) -> str:
         """Says where files are that could not go on to the URL; nothing where they are where they belong."""

@@ -13,9 +13,9 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from _errors import end, is_of_storage, one_line, user_errors
+from _errors import end, is_of_storage, one_line, refusals
 from _output import open_output
 from _runs import STATE, find_checkpoint
 from _train_arguments import check
@@ -27,6 +27,8 @@ from logitstore.options import VARIABLE, storage_options
 from logitstore.weights import loading_bars
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _output import Output
     from ray.train.torch import TorchTrainer
 
@@ -44,11 +46,11 @@ def check_ray(num_workers: int) -> None:
             "it out, or start one process without torchrun"
         )
     try:
-        import ray.train  # noqa: F401
+        from ray.train import LoggingConfig  # noqa: F401 - of Ray Train's second version
     except ImportError as error:
         raise ValueError(
             f"num_workers must be left out where Ray Train cannot be loaded, got num_workers={num_workers} "
-            f"({one_line(error)}); pip install 'ray[default,train]'"
+            f"({one_line(error)}); pip install 'ray[default]>=2.60' pandas pyarrow"
         ) from error
 
 
@@ -82,23 +84,36 @@ def train_on_ray(output: Output, values: dict[str, Any], repeated: dict[str, Any
         "folder": os.getcwd(),
         "num_threads": None if "GPU" in resources else int(resources["CPU"]),
     }
-    left = RESTARTS
-    while (died := _run(task | {"start": start}, num_workers, resources)) is not None:
-        with user_errors(), output.look() as held:
-            last = find_checkpoint(held, "true")
-        left = RESTARTS if last != start else left - 1
-        if not left:
-            end(f"workers must live, got {RESTARTS} deaths since {start or 'the beginning'}: {died}", 1)
-        start = last
-        print(f"note: {died}; going on from {start or 'the beginning'}", file=sys.stderr, flush=True)
-    with output.look() as held:
+    run_until_done(lambda start: _run(task | {"start": start}, num_workers, resources), output, start)
+    with refusals(), output.look() as held:
         if STATE not in held.names:
             end(
                 f"output_dir must be a folder that all machines share, or a URL, got output_dir={output.where}, where "
                 f"{platform.node()} sees no {STATE}; it is on another machine",
                 1,
             )
-        return TrainerState.load_from_json(str(held.folder / STATE))
+        state: TrainerState = TrainerState.load_from_json(str(held.folder / STATE))
+    return state
+
+
+def run_until_done(run: Callable[[str | None], str | None], output: Output, start: str | None) -> None:
+    """Has workers run again, from the last finished checkpoint, for as long as they get further.
+
+    Args:
+        run: Begins at a checkpoint, or at none. Returns what ended it early, None if it is done.
+        output: Where the checkpoints are.
+        start: The first to begin at.
+    """
+    left = RESTARTS
+    while (died := run(start)) is not None:
+        with refusals(), output.look() as held:
+            last = find_checkpoint(held, "true") or start
+        left = RESTARTS if last != start else left - 1
+        since = last or "the beginning"
+        if not left:
+            end(f"workers must live, got {RESTARTS} deaths since {since}: {died}", 1)
+        start = last
+        print(f"note: {died}; going on from {since}", file=sys.stderr, flush=True)
 
 
 def _resources(values: dict[str, Any]) -> tuple[int, dict[str, float]]:
@@ -137,6 +152,8 @@ def _run(task: dict[str, Any], num_workers: int, resources: dict[str, float]) ->
     with tempfile.TemporaryDirectory(prefix="logitstore-ray-") as storage:
         try:
             _trainer(task, num_workers, resources, storage).fit()
+        except SystemExit:  # how Ray answers to Ctrl-C
+            raise KeyboardInterrupt from None
         except WorkerGroupError as error:
             found = error.worker_failures
             for failure in found.values():
@@ -153,9 +170,7 @@ def _run(task: dict[str, Any], num_workers: int, resources: dict[str, float]) ->
     return None
 
 
-def _trainer(
-    task: dict[str, Any], num_workers: int, resources: dict[str, float], storage: str
-) -> TorchTrainer:
+def _trainer(task: dict[str, Any], num_workers: int, resources: dict[str, float], storage: str) -> TorchTrainer:
     """Returns what runs the workers.
 
     Args:
@@ -186,10 +201,11 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
-        run_config=RunConfig(
+        # mypy knows the first version of both classes
+        run_config=RunConfig(  # type: ignore[call-arg]
             storage_path=storage,
-            # Ray would begin again whatever was raised, a mistake or too little memory: `train_on_ray` decides.
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            # Ray would begin again whatever was raised, a mistake or too little memory: `run_until_done` decides.
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -205,6 +221,8 @@ def work(task: dict[str, Any]) -> None:
     import torch
     from train_draft import make_module, prepare, train  # it imports this module
 
+    # What is raised here the job shows itself; where a worker dies, what the others raise is of no interest.
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
     if Path(task["folder"]).is_dir():
         os.chdir(task["folder"])
     os.environ.pop(VARIABLE, None)
@@ -226,16 +244,10 @@ def work(task: dict[str, Any]) -> None:
             prepared = prepare(run, training)
             module = make_module(prepared)
         except (ValueError, LogitStoreError) as error:
-            _give_up(one_line(error), 2)
+            raise SystemExit(one_line(error), 2) from None
         try:
             train(prepared, module, training, output, task["repeated"], task["start"])
         except (OSError, ValueError) as error:
             if not is_of_storage(error):
                 raise
-            _give_up(one_line(error) + output.kept(), 1)
-
-
-def _give_up(message: str, status: int) -> NoReturn:
-    """Has the job end with a line, which it prints itself."""
-    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it would print where this was raised
-    raise SystemExit(message, status) from None
+            raise SystemExit(one_line(error) + output.kept(), 1) from None

@@ -34,12 +34,17 @@ class HeadNode:
     """Of who submits."""
     process: psutil.Process
 
+    def begin(self, *command):
+        """Submits a job with the checkout as its working directory; returns the process that follows it."""
+        submit = [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", *command]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(submit, cwd=ROOT, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+
     def submit(self, *command):
-        """Submits a job with the checkout as its working directory, and waits for it."""
-        return subprocess.run(
-            [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", *command],
-            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=240, check=False,
-        )  # fmt: skip
+        """Submits a job, and waits for it."""
+        job = self.begin(*command)
+        out, err = job.communicate(timeout=240)
+        return subprocess.CompletedProcess(job.args, job.returncode, out, err)
 
 
 def free_port():
