@@ -231,9 +231,9 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] in (V, PADDED):
-                if len(tensor) != H:  # the head itself, seen from the other side
-                    self.rows = max(self.rows, len(tensor))
+            wide = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] in (V, PADDED)
+            if wide and len(tensor) != H:  # not the head itself, seen from the other side
+                self.rows = max(self.rows, len(tensor))
         return out
 
 

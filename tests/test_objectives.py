@@ -51,7 +51,8 @@ def test_value_and_gradient_equal_the_dense_ones(name, kind):
 @settings(max_examples=60, deadline=None)
 def test_of_any_shape(case, num_rows, vocab_size, seed, scale):
     name, kind = case
-    compare(name, rows.random_rows(kind, num_rows, vocab_size, seed), random_logits(num_rows, vocab_size, seed + 1, scale))
+    support = rows.random_rows(kind, num_rows, vocab_size, seed)
+    compare(name, support, random_logits(num_rows, vocab_size, seed + 1, scale))
 
 
 # of draws all but the bound of reverse_kl are 0 on average only; the minimiser of renormalised_kl is another

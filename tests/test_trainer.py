@@ -179,7 +179,10 @@ def misfits(tiny, tiny_store, tmp_path_factory):
 BAD = {
     "no store": (["--store", "{f}/none"], "url must be that of a store, got url={f}/none"),
     "no --store": (["--store", ""], "store must be given, got none; add --store"),
-    "no target layer": (["--store", "{f}/no_target"], "objective must be label_nll where the store has no target rows, got objective=forward_kl"),
+    "no target layer": (
+        ["--store", "{f}/no_target"],
+        "objective must be label_nll where the store has no target rows, got objective=forward_kl",
+    ),
     "unfinished target": (
         ["--store", "{f}/unfinished"],
         "layer 'target' must have all of its 3 shards, got 2 in {f}/unfinished (shard 1 is the first missing)",

@@ -54,7 +54,9 @@ def watch_two_writers(url, options, flags, num_shards):
     writers = [subprocess.Popen(run, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     while any(process.poll() is None for process in writers):
         watch.look()
-    assert [process.communicate()[1] for process in writers] == ["", ""]
+    said = [process.communicate()[1] for process in writers]
+    # not that nothing is said: zarr gives its thread 0.2 s to end, and says so where a busy machine takes longer
+    assert [process.returncode for process in writers] == [0, 0], said
     watch.look()
     store = logitstore.open(url, options)
     assert watch.seen == counts(store)
