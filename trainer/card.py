@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logitstore.drivers import without_credentials
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from logitstore.spec import StoreSpec
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PACKAGES = ("logitstore", "torch", "transformers")
 """Whose versions the card states."""
 TAGS = ("speculative-decoding", "draft-model", "distillation", "logitstore")
@@ -87,7 +90,9 @@ def model_card(name: str, spec: StoreSpec, sources: Sequence[str], training: Tra
 def _header(draft: str, target: str) -> str:
     # JSON strings are YAML strings, whatever is in them
     tags = "\n".join(f"- {tag}" for tag in TAGS)
-    models = f"base_model: {json.dumps(without_credentials(draft))}\ntarget_model: {json.dumps(target)}"
+    models = f"target_model: {json.dumps(target)}"
+    if HUB_ID.fullmatch(draft) and not Path(draft).exists():  # the hub refuses a card that names another
+        models = f"base_model: {draft}\n{models}"
     return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{models}\ntags:\n{tags}\n---"
 
 
