@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.deal import make_deal
+from trainer.deal import Position, make_deal
 from trainer.head import rows_at_once
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def describe(
     order, deal = dataset.order, make_deal(training, dataset.order)
     deal = dataclasses.replace(deal, ranks=deal.ranks if ranks is None else ranks)
     steps = deal.num_steps(order.packs_per_epoch)
-    total = training.max_steps if training.max_steps > 0 else round(steps * training.num_train_epochs)
+    total = training.max_steps
+    if total <= 0:
+        total = Position().num_steps(order.packs_per_epoch, deal, epochs=training.num_train_epochs)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     epoch = order.epoch(0)
     packs = [epoch[place] for place in range(min(len(epoch), deal.packs_per_step * 8))]

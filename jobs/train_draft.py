@@ -32,7 +32,8 @@ from _runs import (
     write_run,
     write_state,
 )
-from _train_arguments import full_help, help_text, parse, read_values, repeated
+from _train_arguments import full_help, parse, read_values, repeated
+from _train_options import help_text
 from transformers import EarlyStoppingCallback, TrainerState
 
 import logitstore

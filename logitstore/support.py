@@ -98,8 +98,9 @@ def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
 
 def log_tail(kept: Tensor, support: Support) -> Tensor:
     """Returns the log of the mass that a model leaves for the tail [N], from its logprobs of the entries [N, K]."""
-    mass = kept.exp().where(support.used, 0.0).sum(-1)
-    return (1.0 - mass).clamp_min(TAIL_FLOOR).log()
+    left = 1.0 - kept.exp().where(support.used, 0.0).sum(-1)
+    # below the floor too the gradient must say that there is too little, or the tail is never learnt
+    return (left + (left.clamp_min(TAIL_FLOOR) - left).detach()).log()
 
 
 def acceptance_estimate(support: Support, kept: Tensor, tail: Tensor) -> Tensor:

@@ -54,7 +54,10 @@ def buckets(support, row, logits):
     p, q = support.probs[row][used].double(), logits[row].softmax(-1)[ids]
     rest = torch.ones(logits.shape[1], dtype=torch.bool)
     rest[ids] = False
-    p_tail, q_tail = support.tail[row].double(), logits[row].softmax(-1)[rest].sum().clamp_min(FLOOR)
+    left = logits[row].softmax(-1)[rest].sum()
+    # counts as the floor where it is less, but has its own gradient
+    q_tail = (left.log() + (left.clamp_min(FLOOR).log() - left.log()).detach()).exp() if rest.any() else left + FLOOR
+    p_tail = support.tail[row].double()
     weights = None if support.weights is None else support.weights[row][used].double()
     return p, q, p_tail, q_tail, weights
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from logitstore.causal_lm import SplitLM
+from logitstore.support import Support
 from trainer.head import look_at_rows, train_rows
 from trainer.objectives import OBJECTIVES, make_objective
 from trainer.selection import LOOKS
@@ -274,3 +275,24 @@ def test_rows_of_weight_zero_change_nothing():
     torch.testing.assert_close(total, alone)
     torch.testing.assert_close(grads[1], few[1])
     assert not grads[0][10:].any()
+
+
+@pytest.mark.parametrize("is_counted", [True, False], ids=["above the floor", "below the floor"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "kl_tv"])
+def test_a_tail_that_the_draft_has_nearly_none_of_has_the_dense_gradient(name, is_counted):
+    """To 1 % of the largest, where taking one number from another of its size would leave rounding alone."""
+    split = split_lm("untied")
+    hidden, _, labels, _ = inputs("a tail", 400)
+    hidden *= 5
+    with torch.no_grad():
+        q, token_ids = split.logits(hidden).double().softmax(-1).topk(6)
+    left = 1 - q.sum(-1)
+    chosen = (left > 3e-6) & (left < 1e-4) if is_counted else left < 1e-7
+    assert chosen.sum() > 3
+    probs = torch.tensor([0.3, 0.2, 0.1, 0.1, 0.05, 0.05]).expand(int(chosen.sum()), 6)
+    support = Support(token_ids=token_ids[chosen], probs=probs, tail=torch.full((len(probs),), 0.2))
+    batch = hidden[chosen], support, labels[chosen], torch.ones(len(probs))
+    _, _, expected = dense(split, name, *batch)
+    _, _, found = fused(split, name, *batch)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).abs().max() / other.abs().max()) < 0.01

@@ -178,6 +178,19 @@ def test_a_minimiser_of_the_renormalised_kl_inflates_the_head_and_one_of_forward
     assert heads["renormalised_kl"] == pytest.approx(5 / 7, abs=0.02)
 
 
+def test_a_draft_that_has_nothing_for_the_tail_learns_that_there_is_one():
+    """It begins where q_t is below the least that counts, and ends at p, not at p scaled to 1."""
+    support = Support(token_ids=torch.tensor([[0, 1]]), probs=torch.tensor([[0.5, 0.3]]), tail=torch.tensor([0.2]))
+    logits = torch.tensor([[18.0, 18.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        found("forward_kl", support, logits).sum().backward()
+        optimizer.step()
+    expected = torch.tensor([0.5, 0.3, 0.2 / 3, 0.2 / 3, 0.2 / 3])
+    torch.testing.assert_close(logits.detach().softmax(-1)[0], expected, rtol=0.02, atol=2e-3)
+
+
 def test_a_draft_without_any_chance_of_an_entry_has_finite_losses_and_gradients():
     support = rows.random_rows("drawn", 4, 10)
     for name in DIVERGENCES:

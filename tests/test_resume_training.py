@@ -24,6 +24,9 @@ CASES = {
         "dataloader_num_workers": 2, "packing": True, "pack_length": 400, "dataloader_persistent_workers": True,
     },
     "scores of recent steps": {"selection": "label_nll", "scope": "queue", "per_device_train_batch_size": 8},
+    "scores of a step": {
+        "selection": "adaspec", "scope": "step", "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2,
+    },
     "low-rank updates": {"lora_rank": 2, "per_device_train_batch_size": 12, "selection": "random"},
     "logged by epoch": {"logging_strategy": "epoch", "per_device_train_batch_size": 8, "max_steps": 5},
     "dropped last step": {"dataloader_drop_last": True, "per_device_train_batch_size": 9, "eval_fraction": 0.1},

@@ -25,7 +25,7 @@ def values(num_rows, seed=0):
 
 def score(name, support, given):
     selection = SELECTIONS[name]
-    needed = {value: given[value] for value in selection.needs}
+    needed = {value: given[value] for value in (*selection.columns, *selection.looks)}
     return selection.score(Candidates(support=support, values=needed))
 
 
@@ -93,6 +93,13 @@ def test_the_quantile_is_that_of_the_released_code():
     for keep in (0.05, 0.4, 0.77, 1.0):
         assert float(quantile(scores, keep)) == pytest.approx(float(torch.quantile(scores, 1 - keep)), abs=1e-6)
     assert int((scores >= quantile(scores, 0.4)).sum()) == 401
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "step", "queue", "document"])
+def test_scores_that_are_no_numbers_are_not_left_out_in_silence(scope):
+    rule = make_rule("adaspec", keep=0.4, scope=scope)
+    found = kept(rule, [math.nan] * 5, others=torch.full((5,), math.nan))
+    assert found.kept.any()
 
 
 def test_equal_scores_are_all_kept_and_a_fraction_of_one_keeps_all():

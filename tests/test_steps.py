@@ -164,7 +164,7 @@ SCOPES = {
 }
 PLAIN = shlex.split(
     "--optim sgd --learning_rate 0.5 --lr_scheduler_type constant --max_steps 3 --use_cpu true --logging_steps 1 "
-    "--save_strategy no --disable_tqdm true --max_grad_norm 0.5"
+    "--save_strategy no --disable_tqdm true --max_grad_norm 0.5 --gradient_accumulation_steps 2"
 )
 
 

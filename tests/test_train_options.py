@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import _train_arguments
+import _train_options
 import pytest
 import train_draft
 import yaml
@@ -22,9 +23,9 @@ def test_help_of_the_jobs_own_options_fits_a_screen():
     assert len(found) <= SCREEN[0]
     assert max(map(len, found)) <= SCREEN[1]
     text = "\n".join(found)
-    for group in _train_arguments.GROUPS:
+    for group in _train_options.GROUPS:
         assert f"\n{group._argument_group_name}: " in text
-    for name in _train_arguments.OURS:
+    for name in _train_options.OURS:
         assert f"  --{name} " in text
     assert "--learning_rate" not in text
     assert "--help_all" in text
@@ -32,8 +33,8 @@ def test_help_of_the_jobs_own_options_fits_a_screen():
 
 def test_every_option_says_its_default():
     """Those whose default is no value say in words what happens then, or are only for those who want them."""
-    text = _train_arguments.help_text("")
-    for group in _train_arguments.GROUPS:
+    text = _train_options.help_text("")
+    for group in _train_options.GROUPS:
         for option in dataclasses.fields(group):
             if option.default in (None, dataclasses.MISSING):
                 continue

@@ -204,7 +204,10 @@ BAD = {
         ["--selection", "adaspec", "--reference", "other"],
         "reference must be one of ['reference'] in {store}, got reference=other; add it with jobs/dump_logits.py",
     ),
-    "unknown reference of all": (["--reference", "other"], "reference must be one of ['reference']"),
+    "reference of all": (
+        ["--reference", "reference"],
+        "reference must be left out where nothing heeds it, got reference=reference; leave it out, or add --selection ",
+    ),
     "no reference": (["--selection", "adaspec"], "reference must be given with selection=adaspec, got reference=None"),
     "keep 0": (["--keep", "0"], "keep must be above 0 and at most 1, got keep=0.0; 0.4 is usual"),
     "keep 2": (["--keep", "2"], "keep must be above 0 and at most 1, got keep=2.0; 0.4 is usual"),

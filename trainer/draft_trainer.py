@@ -119,10 +119,21 @@ class DraftTrainer(Trainer):
         self._begin = Position()
         if resume_from_checkpoint is not None:
             self._begin = read_position(resume_from_checkpoint, self._dataset.order)
+        self._check_together()
         try:
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._dataset.close()
+
+    def _check_together(self) -> None:
+        """Raises ValueError if ranks begin at different steps: they would wait for each other without a word."""
+        own = torch.tensor([self._begin.steps], device=self.args.device)
+        steps = self.accelerator.gather(own).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"resume_from_checkpoint must find the same checkpoint on every rank, got steps={steps} by rank; give "
+                "an --output_dir that all machines share, a folder or a URL"
+            )
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader[Any]
@@ -253,7 +264,8 @@ class DraftTrainer(Trainer):
             self._steps.begin(num_rows(batches))
         if batches and self._steps.needs_all_scores:
             batches = [self._prepare_inputs(batch) for batch in batches]
-            with self.compute_loss_context_manager():
+            self._module.train()  # as Trainer has it from the first step on
+            with self.accelerator.autocast():
                 scored = [self._module.scores(**batch) for batch in batches]
             for _, known in scored:
                 self._steps.note(known)
@@ -316,7 +328,7 @@ class DraftTrainer(Trainer):
         held_out = self._held_out if eval_dataset is None else eval_dataset
         if held_out is None:
             raise ValueError("held_out must be given to evaluate, got none; make one with trainer.evaluating.HeldOut")
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             found = held_out.evaluate(self._module.split, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self._evaluated = self.state.global_step

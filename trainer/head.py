@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from logitstore.support import (
+    TAIL_FLOOR,
     Support,
     acceptance_estimate,
     estimated_cross_entropy,
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
     from logitstore.causal_lm import SplitLM
     from trainer.objectives import Objective
+
+
+LEAST_MASS = 1e-30
+"""What is divided by instead, where all tokens but the entries underflow: their gradients are 0 then."""
 
 
 def rows_at_once(split: SplitLM, hidden: Tensor) -> int:
@@ -121,11 +126,13 @@ def look_at_rows(
             found["draft_entropy"].append((log_mass - torch.linalg.vecdot(probs, shifted)[:, None] / mass)[:, 0])
         if "draft_label_nll" in found:
             found["draft_label_nll"].append(-label)
+        tail = None
         if part is not None and kept is not None:
             kept = (kept - log_mass).where(part.used, 0.0)
+            tail = log_tail(kept, part)
             if "draft_ce" in found:
-                found["draft_ce"].append(soft_cross_entropy(part, kept, log_tail(kept, part)))
-        parts.append(_losses(-label, -label, part, kept))
+                found["draft_ce"].append(soft_cross_entropy(part, kept, tail))
+        parts.append(_losses(-label, -label, part, kept, tail))
     return {name: torch.cat(values) for name, values in found.items()}, _joined(parts)
 
 
@@ -194,12 +201,12 @@ class _Task:
     def part(self, rows: slice) -> Support | None:
         return None if self.support is None else self.support[rows]
 
-    def losses(self, part: Support | None, kept: Tensor | None, label: Tensor) -> Tensor:
-        """Returns what is minimised at some rows, [n], from logprobs at their entries [n, K] and labels [n]."""
+    def losses(self, part: Support | None, kept: Tensor | None, tail: Tensor | None, label: Tensor) -> Tensor:
+        """Returns what is minimised at n rows, from logprobs of their entries [n, K], tails [n] and labels [n]."""
         share, divergence = self.objective.label_weight, self.objective.divergence
-        if divergence is None or part is None or kept is None:
+        if divergence is None or part is None or kept is None or tail is None:
             return -label
-        losses = divergence(part, kept, log_tail(kept, part))
+        losses = divergence(part, kept, tail)
         return losses if share == 0.0 else (1.0 - share) * losses - share * label
 
 
@@ -264,39 +271,56 @@ def _chunk(head: _LinearHead, hidden: Tensor, task: _Task, rows: slice) -> tuple
     part, weights, labels = task.part(rows), task.weights[rows], task.labels[rows, None]
     values, slope = head.with_slope(hidden)
     values -= values.amax(-1, keepdim=True)
-    # what the objective needs of the logits, before their memory becomes the softmax's
-    kept = None if part is None else values.gather(1, part.token_ids)
+    # what the objective needs of the logits, before their memory becomes the softmax's, and then its gradient's
     label = values.gather(1, labels)
-    mass = values.exp_().sum(-1, keepdim=True)
-    log_mass = mass.log()
-    label = (label - log_mass)[:, 0]
-    kept = None if part is None or kept is None else (kept - log_mass).where(part.used, 0.0)
-    losses, of_kept, of_label = _by_entries(task, part, kept, label, weights)
+    kept, places = None, None
+    if part is None:
+        mass = rest = values.exp_().sum(-1, keepdim=True)
+    else:
+        # places beyond a row's entries repeat its first
+        places = part.token_ids.where(part.used, part.token_ids[:, :1])
+        kept = values.gather(1, places)
+        # summed without the entries: 1 minus theirs would be nothing but rounding where the tail is small
+        rest = values.exp_().scatter_(1, places, 0.0).sum(-1, keepdim=True)
+        mass = rest + kept.exp().where(part.used, 0.0).sum(-1, keepdim=True)
+        kept = (kept - mass.log()).where(part.used, 0.0)
+    label = (label - mass.log())[:, 0]
+    tail = (rest / mass).clamp_min(TAIL_FLOOR).log()[:, 0]
+    losses, of_kept, of_tail, of_label = _by_entries(task, part, kept, tail, label, weights)
 
-    # logprob_k = z_k - log sum exp z: by z_v it is 1[k = v] - q_v
-    of_all = of_label if of_kept is None else of_label + of_kept.sum(-1, keepdim=True)
-    gradient = values.mul_(-of_all / mass).scatter_add_(1, labels, of_label)
-    if part is not None and of_kept is not None:
-        gradient.scatter_add_(1, part.token_ids, of_kept)
+    # Of logprobs: log q_k = z_k - log sum exp z, by z_v 1[k = v] - q_v. Of the tail's: log q_t = log sum_T exp z - log
+    # sum exp z, by z_v 1[v in T] q_v / q_t - q_v, also where q_t is too small to count.
+    if part is None or kept is None or places is None or of_kept is None:
+        gradient = values.mul_(-of_label / mass)
+    else:
+        of_all = of_label + of_tail + of_kept.sum(-1, keepdim=True)
+        gradient = values.mul_(of_tail / rest.clamp_min(LEAST_MASS) - of_all / mass)
+        own = of_kept - of_all * kept.exp()
+        gradient.scatter_(1, places, own.where(part.used, own[:, :1]))
+    gradient.scatter_add_(1, labels, of_label)
     if slope is not None:
         gradient *= slope
     if task.split.scale != 1.0:
         gradient *= task.split.scale
-    return (losses * weights).sum(), _losses(losses, -label, part, kept), gradient
+    return (losses * weights).sum(), _losses(losses, -label, part, kept, tail), gradient
 
 
 def _by_entries(
-    task: _Task, part: Support | None, kept: Tensor | None, label: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Returns losses [n] and the gradients of their weighted sum: by entries [n, K], None without, by labels [n, 1]."""
+    task: _Task, part: Support | None, kept: Tensor | None, tail: Tensor, label: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Returns losses [n], and the gradient of their weighted sum by logprobs: of entries, of the tail, of labels.
+
+    [n, K] or None without entries; [n, 1]; [n, 1].
+    """
     of_label = -(task.objective.label_weight * weights)[:, None]
-    if task.objective.divergence is None or kept is None:
-        return -label, None, of_label
+    if task.objective.divergence is None or part is None or kept is None:
+        return -label, None if kept is None else torch.zeros_like(kept), torch.zeros_like(of_label), of_label
     with torch.enable_grad():
-        leaf = kept.detach().requires_grad_()
-        losses = task.losses(part, leaf, label)
-        (of_kept,) = torch.autograd.grad(losses, leaf, weights)
-    return losses.detach(), of_kept, of_label
+        entries, others = kept.detach().requires_grad_(), tail.detach().requires_grad_()
+        losses = task.losses(part, entries, others, label)
+        of_kept, of_tail = torch.autograd.grad(losses, (entries, others), weights, allow_unused=True)
+    of_tail = torch.zeros_like(of_label) if of_tail is None else of_tail[:, None]
+    return losses.detach(), of_kept, of_tail, of_label
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
@@ -310,17 +334,18 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 def _again(hidden: Tensor, task: _Task) -> tuple[Tensor, list[RowLosses]]:
     """Does as `_Fused` for any head: the logits of a chunk are computed again in the backward pass."""
 
-    def losses(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    def losses(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         logprobs = task.split.logits(hidden).log_softmax(-1)
         part, label = task.part(rows), logprobs.gather(1, task.labels[rows, None])[:, 0]
-        kept = None if part is None else on_support(logprobs, part)[0]
-        return task.losses(part, kept, label), label.detach(), None if kept is None else kept.detach()
+        kept, tail = (None, None) if part is None else on_support(logprobs, part)
+        seen = (None, None) if kept is None or tail is None else (kept.detach(), tail.detach())
+        return task.losses(part, kept, tail, label), label.detach(), *seen
 
     total, parts = torch.zeros((), device=hidden.device), []
     for rows in task.chunks():
-        found, label, kept = checkpoint(losses, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False)
+        found, label, kept, tail = checkpoint(losses, hidden[rows], rows, use_reentrant=False, preserve_rng_state=False)
         total = total + (found * task.weights[rows]).sum()
-        parts.append(_losses(found.detach(), -label, task.part(rows), kept))
+        parts.append(_losses(found.detach(), -label, task.part(rows), kept, tail))
     return total, parts
 
 
@@ -330,10 +355,11 @@ def _chunks(num_rows: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _losses(objective: Tensor, label_nll: Tensor, part: Support | None, kept: Tensor | None) -> RowLosses:
-    if part is None or kept is None:
+def _losses(
+    objective: Tensor, label_nll: Tensor, part: Support | None, kept: Tensor | None, tail: Tensor | None
+) -> RowLosses:
+    if part is None or kept is None or tail is None:
         return RowLosses(objective=objective, label_nll=label_nll, kl=None, alpha=None)
-    tail = log_tail(kept, part)
     kl = estimated_cross_entropy(part, kept, tail) - part.entropy()
     return RowLosses(objective=objective, label_nll=label_nll, kl=kl, alpha=acceptance_estimate(part, kept, tail))
 

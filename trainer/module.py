@@ -189,8 +189,9 @@ def _statistics(chosen: Chosen, scores: Tensor | None, trained: RowLosses, weigh
     if scores is not None:
         found |= {
             "scored": chosen.weights.new_tensor(len(scores)),
-            "score": scores.sum(),
-            "score_squared": scores.square().sum(),
+            # of scores that are nearly equal the squares' sum in float32 would leave no spread
+            "score": scores.double().sum(),
+            "score_squared": scores.double().square().sum(),
             "score_kept": scores[chosen.kept].sum(),
             "threshold": chosen.threshold.nan_to_num(),
             "thresholds": chosen.threshold.isfinite().float(),

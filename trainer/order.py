@@ -223,12 +223,17 @@ class PackOrder:
         return int(self._stores[pack.store].lengths[list(pack.documents)].sum())
 
     def held_out(self, at_most: int | None = None) -> list[tuple[int, int]]:
-        """Returns the documents that no pack holds, as (store, document) in the order of the stores."""
-        return [
-            (store, int(document))
-            for store, index in enumerate(self._stores)
-            for document in np.flatnonzero(held_out(index.digests, self._eval_fraction))
-        ][:at_most]
+        """Returns the documents that no pack holds, as (store, document) in the order of the stores.
+
+        Args:
+            at_most: Those with the lowest digests alone, so many: of all stores and shards alike.
+        """
+        places = [np.flatnonzero(held_out(index.digests, self._eval_fraction)) for index in self._stores]
+        digests = np.concatenate([i.digests[found] for i, found in zip(self._stores, places, strict=True)])
+        stores = np.repeat(np.arange(len(places)), [len(found) for found in places])
+        documents = np.concatenate(places)
+        chosen = np.sort(np.argsort(digests, kind="stable")[:at_most])
+        return list(zip(stores[chosen].tolist(), documents[chosen].tolist(), strict=True))
 
     def epoch(self, epoch: int) -> Epoch:
         """Returns the order of an epoch, from 0."""

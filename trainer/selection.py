@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 
@@ -30,6 +30,8 @@ ACCEPTED_TOP = 5
 COLUMNS = ("random", "reference_ce", "initial_ce", "target_entropy")
 """What can be read of the store for each row, float32, nats: soft cross entropies of the reference and of the draft as
 it was, the entropy of the target; or a number in [0, 1) that depends on the seed, the epoch and the row alone."""
+TARGET = "target"
+"""What a selection needs that looks at the target's rows."""
 LOOKS = ("draft_ce", "draft_label_nll", "draft_entropy", "draft_likeliest")
 """What the draft can say of each row now, without gradient: its soft cross entropy, minus the logprob of the token that
 follows, its entropy (float32, nats); its likeliest token (int64). Any of them costs a pass of the head."""
@@ -58,7 +60,7 @@ class Selection:
     score: Score | None
     """From N candidates to float32 [N]; None keeps every row."""
     needs: tuple[str, ...] = ()
-    """Of COLUMNS and LOOKS."""
+    """Of COLUMNS and LOOKS, or TARGET."""
     least: float | None = None
     """Rows that score as much are kept, whatever the fraction and the scope."""
     scope: Scope = "micro_batch"
@@ -77,7 +79,7 @@ class Selection:
     @property
     def reads_target(self) -> bool:
         """Whether scores need the target's distributions."""
-        return not {"draft_ce", "draft_likeliest"}.isdisjoint(self.needs)
+        return not {TARGET, "draft_ce", "draft_likeliest"}.isdisjoint(self.needs)
 
     def check(self, target: TargetSpec | None, name: str) -> None:
         """Raises ValueError if rows of such a target cannot be selected from so; None is a store without one."""
@@ -158,7 +160,7 @@ SELECTIONS = {
     "draft_entropy": Selection(score=score_draft_entropy, needs=("draft_entropy",), scope="document"),
     "target_entropy": Selection(score=score_target_entropy, needs=("target_entropy",)),
     "label_nll": Selection(score=score_label_nll, needs=("draft_label_nll",)),
-    "accepted": Selection(score=score_accepted, needs=("draft_likeliest",), least=1.0),
+    "accepted": Selection(score=score_accepted, needs=(TARGET, "draft_likeliest"), least=1.0),
 }
 """By the name that --selection takes."""
 
@@ -245,7 +247,7 @@ def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None)
     nothing = scores.new_tensor(torch.nan)
     if rule.selection.least is not None:
         threshold = torch.full_like(nothing, rule.selection.least)
-        kept = scores >= threshold
+        kept = ~(scores < threshold)  # a score that is no number is kept, so that the loss shows it
     elif rule.scope == "document":
         threshold, kept = nothing, kept_of_documents(scores, documents, rule.keep)
     else:
@@ -253,7 +255,7 @@ def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None)
         if others is not None:
             compared = others if rule.scope == "step" else torch.cat([others, scores])
         threshold = quantile(compared, rule.keep)
-        kept = scores >= threshold
+        kept = ~(scores < threshold)
     weights = kept.float()
     if rule.outside_weight:
         weights = weights.where(kept, rule.outside_weight)
@@ -279,8 +281,7 @@ def make_rule(name: str, *, keep: float, scope: str | None = None, outside_weigh
     if not 0.0 <= outside_weight <= 1.0:
         raise ValueError(f"outside_weight must be between 0 and 1, got outside_weight={outside_weight}; 0 is usual")
     selection = SELECTIONS[name]
-    for known in get_args(Scope):
-        if scope in (None, known):
-            found: Scope = selection.scope if scope is None else known
-            return Rule(selection=selection, scope=found, keep=keep, outside_weight=outside_weight)
-    raise ValueError(f"scope must be one of {list(SCOPES)}, got scope={scope}; leave it out for {selection.scope}")
+    if scope is not None and scope not in SCOPES:
+        raise ValueError(f"scope must be one of {list(SCOPES)}, got scope={scope}; leave it out for {selection.scope}")
+    chosen = selection.scope if scope is None else cast("Scope", scope)
+    return Rule(selection=selection, scope=chosen, keep=keep, outside_weight=outside_weight)

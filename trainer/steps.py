@@ -145,7 +145,7 @@ class Steps:
         if not self._window:
             return {}
         names = sorted(self._window)
-        stacked = torch.stack([self._window[name].float() for name in names])
+        stacked = torch.stack([self._window[name].double() for name in names])
         sums = dict(zip(names, self._accelerator.reduce(stacked, "sum").tolist(), strict=True))
         now = time.monotonic()
         seconds, self._since, self._window = now - self._since, now, {}

@@ -287,9 +287,11 @@ def _traits(store: Store) -> dict[str, tuple[object, str]]:
     """Returns what stores that go together share, and how to call it."""
     made, target = store.spec.tokenizer, store.spec.target
     drawn = target is not None and target.scheme.draws
+    model = (None, None) if target is None else (target.model.name, target.model.revision)
     return {
         "tokenizer": (made.fingerprint, f"{made.name} ({made.fingerprint[:19]})"),
         "kind of entries": (drawn, "drawn" if drawn else "truncated"),
+        "target": (model, " at ".join(map(str, model))),
     }
 
 

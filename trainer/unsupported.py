@@ -26,6 +26,7 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
     "ignore_data_skip": (False, _OWN_ORDER),
     "bf16_full_eval": (False, "evaluations compute as the training does"),
     "fp16_full_eval": (False, "evaluations compute as the training does"),
+    "save_only_model": (False, "no run could go on from such a checkpoint"),
     "fsdp": (None, _WHOLE),
     "deepspeed": (None, _WHOLE),
 }
