@@ -100,6 +100,11 @@ BAD = {
     "queue": (["--queue_rows", "0"], "queue_rows must be at least 1, got queue_rows=0"),
     "beta": (["--objective", "jsd", "--beta", "0"], "beta must be between 0 and 1, got beta=0.0"),
     "no draft": (["--draft_layers", "2"], "draft must be given, got none; add --draft, or --draft_config"),
+    "layerwise": (["--optim", "galore_adamw_layerwise"], "optim must be one that waits for the whole gradient, got "),
+    "lomo": (["--optim", "lomo"], "optim must be one that waits for the whole gradient, got optim=lomo"),
+    "data_seed": (["--data_seed", "-1"], "data_seed must be at least 0, got data_seed=-1; leave it out for --seed"),
+    "weights alone": (["--save_only_model", "true"], "save_only_model must be False, got save_only_model=True"),
+    "unheeded": (["--keep", "0.3"], "keep must be left out where nothing heeds it, got keep=0.3; leave it out, or "),
     "rank": (["--draft", "d", "--lora_rank", "0"], "lora_rank must be at least 1, got lora_rank=0"),
 }  # fmt: skip
 

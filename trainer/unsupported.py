@@ -49,6 +49,14 @@ def check_supported(values: Mapping[str, object]) -> None:
     for name, (value, reason) in UNSUPPORTED.items():
         if values[name] != value:
             raise ValueError(f"{name} must be {value}, got {name}={values[name]}; leave it out: {reason}")
+    optimizer = str(getattr(values["optim"], "value", values["optim"]))
+    if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
+        raise ValueError(
+            f"optim must be one that waits for the whole gradient, got optim={optimizer}; what a step is divided by is "
+            "known at its end: give adamw_torch_fused"
+        )
+    if (values["data_seed"] or 0) < 0:  # type: ignore[operator]
+        raise ValueError(f"data_seed must be at least 0, got data_seed={values['data_seed']}; leave it out for --seed")
     for name, meant in LAUNCHED.items():
         if parse_flag_from_env(name):
             raise ValueError(f"{name} must be false, got {name}=true; launch without {meant}: {_WHOLE}")
