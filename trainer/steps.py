@@ -42,7 +42,7 @@ class Steps:
         self._denominator = denominator
         self._accelerator = accelerator
         self._queue_rows = queue_rows
-        self.queue = torch.zeros(0)
+        self.queue = torch.zeros(0, device=accelerator.device)
         self._divisor = torch.ones(())
         self._weight = torch.zeros(())
         self._window: dict[str, Tensor] = {}
@@ -75,7 +75,7 @@ class Steps:
 
     def compared(self) -> dict[str, Tensor]:
         """Returns what the scores of the next micro-batch compete with beside each other, for `DraftModule.forward`."""
-        return {"others": self.queue.to(self._accelerator.device)} if self._has_queue else {}
+        return {"others": self.queue} if self._has_queue else {}
 
     def gather(self, scores: Tensor) -> Tensor:
         """Joins the scores of all ranks, in the order of ranks."""
@@ -97,7 +97,7 @@ class Steps:
         self._weight = self._weight + outputs["weight"]
         self.note({name: value.detach() for name, value in outputs.items() if name not in ("loss", "scores")})
         if self._has_queue:
-            self.queue = torch.cat([self.queue, self.gather(outputs["scores"]).cpu()])[-self._queue_rows :]
+            self.queue = torch.cat([self.queue, self.gather(outputs["scores"])])[-self._queue_rows :]
 
     def note(self, values: dict[str, Tensor]) -> None:
         """Adds sums of a micro-batch to what is logged."""
@@ -116,11 +116,11 @@ class Steps:
 
     def state(self) -> dict[str, Any]:
         """Returns what a run that goes on needs of this process: recent scores, and sums that were not logged yet."""
-        return {"queue": self.queue, "window": self._window}
+        return {"queue": self.queue.cpu(), "window": self._window}
 
     def restore(self, state: dict[str, Any], *, window: bool) -> None:
         """Takes what `state` returned; its sums only with `window`, as they are of one rank among so many."""
-        self.queue = state["queue"]
+        self.queue = state["queue"].to(self._accelerator.device)
         if window:
             device = self._accelerator.device
             sums = {name: value.to(device) for name, value in state["window"].items()}
