@@ -75,7 +75,7 @@ def test_a_family_trains_saves_loads_and_assists_with_the_targets_exact_text(fam
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     kl = [entry["kl"] for entry in history if "kl" in entry]
     assert len(kl) == 3
-    assert all(0 < value < 20 for value in kl)
+    assert 0 < kl[-1] < kl[0] < 20
 
     draft = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(draft) is type(before)

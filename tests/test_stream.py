@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import stores
 import torch
+from conftest import write_store
 from faults import S3Server, s3_options
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
@@ -354,3 +356,22 @@ def test_stores_that_do_not_go_together_are_refused(small_store, drawn_store, tm
     expected = rf"got tokenizer=none \(sha256:none\) in .* and tokenizer=none \(sha256:other\) in {other_url}; leave"
     with pytest.raises(ValueError, match=expected):
         dataset(small_store, other_url, reads_target=False)
+
+
+def test_columns_are_the_losses_of_the_names_that_were_given(tiny, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    target, one, two = (
+        AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.target, tiny.reference, tiny.draft)
+    )
+    documents = [([i, *range(3, 20)], [1] * 17 + [0]) for i in range(4)]
+    url = write_store(str(tmp_path / "cache.zarr"), documents, target, tokenizer, losses={"ref": one, "first": two})
+    store = logitstore.open(url)
+    names = {"reference_ce": "ref", "initial_ce": "first"}
+    data = DocumentDataset([store], columns=tuple(names), losses=names)
+    batch = data.collator()([[data.document(0, number)] for number in range(4)])
+    found = {}
+    for column, name in names.items():
+        expected = [store.loss(name)[number][store[number].loss_mask] for number in range(4)]
+        found[column] = batch["columns"][column].numpy()
+        np.testing.assert_array_equal(found[column], np.concatenate(expected))
+    assert not np.array_equal(*found.values())
