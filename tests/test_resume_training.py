@@ -42,6 +42,10 @@ def folders(output):
     return checkpoints.finished(Path(output))
 
 
+def train_loss(state):
+    return state.log_history[-1]["train_loss"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_resume_at_every_step_equals_the_run_that_never_stopped(case, draft, tiny_store, tmp_path):
     options = dict(CASES[case])
@@ -60,6 +64,7 @@ def test_resume_at_every_step_equals_the_run_that_never_stopped(case, draft, tin
         # what belongs to the last step alone is told when it is made
         left_out = ("grad_norm", "learning_rate") if options.get("logging_strategy") == "epoch" else ()
         assert logged(found.state.log_history, left_out) == logged(state.log_history, left_out)
+        assert train_loss(found.state) == train_loss(state)
         found.save_model(str(again / "final"))
         assert same_weights(again / "final", whole / "final")
 
@@ -75,19 +80,31 @@ def test_every_document_is_trained_on_once_an_epoch(draft, tiny_store, tmp_path)
     assert state.epoch == 2.0
 
 
+PACKS = {"packing": True, "pack_length": 200}
+"""15 packs"""
+OF_TWO = {
+    "packed": (8, PACKS | {"per_device_train_batch_size": 2, "dataloader_num_workers": 1}),
+    "queue": (6, {"selection": "label_nll", "scope": "queue", "per_device_train_batch_size": 4}),
+    "step": (6, {"scope": "step", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+}
+"""Runs of two ranks: how many steps they have, and how."""
+
+
 @pytest.fixture(scope="module")
 def two_ranks(draft, tiny_store, tmp_path_factory):
-    """A run of two ranks with a checkpoint at every step, and runs of two ranks that go on from some of them."""
+    """Runs of two ranks with a checkpoint at every step, and runs of two ranks that go on from each of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    packs = {"packing": True, "pack_length": 200}  # 15 packs
-    common = {"store": tiny_store, "draft": draft, "per_device_train_batch_size": 2, "dataloader_num_workers": 1}
-    common |= packs
-    specs = [common | {"output": folder / "whole"}]
-    for step in (1, 4):
-        resume = folder / "whole" / f"checkpoint-{step}"
-        specs.append(common | {"output": folder / f"{step}", "resume": resume})
+    common = {"store": tiny_store, "draft": draft}
+    specs = []
+    for name, (num_steps, options) in OF_TWO.items():
+        run = common | options
+        specs.append(run | {"output": folder / name / "whole"})
+        for step in range(1, num_steps):
+            resume = folder / name / "whole" / f"checkpoint-{step}"
+            specs.append(run | {"output": folder / name / f"{step}", "resume": resume, "save_steps": 1000})
+    common |= OF_TWO["packed"][1]
     alone = {"store": tiny_store, "draft": draft, "per_device_train_batch_size": 4, "save_steps": 3}
-    train(**alone | packs, output=folder / "alone")
+    train(**alone | PACKS, output=folder / "alone")
     specs.append(
         common | {"output": folder / "from one", "resume": folder / "alone" / "checkpoint-3", "save_strategy": "no"}
     )
@@ -98,25 +115,28 @@ def two_ranks(draft, tiny_store, tmp_path_factory):
     return folder
 
 
-def test_two_ranks_resume_as_if_they_had_not_stopped(two_ranks):
-    whole = folders(two_ranks / "whole")
-    assert len(whole) == 8
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_ranks_resume_as_if_they_had_not_stopped(name, two_ranks):
+    runs = two_ranks / name
+    whole = folders(runs / "whole")
+    num_steps = OF_TWO[name][0]
+    assert [path.name for path in whole] == [f"checkpoint-{step + 1}" for step in range(num_steps)]
     assert Path(whole[-1], "rng_state_1.pth").is_file()
-    for step in (1, 4):
-        again = folders(two_ranks / f"{step}")
-        assert [path.name for path in again] == [path.name for path in whole[step:]]
-        assert trained(two_ranks / f"{step}") == trained(two_ranks / "whole", after=step)
-        assert all(same_weights(one, other) for one, other in zip(again, whole[step:], strict=True))
-        assert logged(history(again[-1])) == logged(history(whole[-1]))
+    for step in range(1, num_steps):
+        (again,) = folders(runs / f"{step}")
+        assert again.name == whole[-1].name
+        assert trained(runs / f"{step}") == trained(runs / "whole", after=step)
+        assert same_weights(again, whole[-1])
+        assert logged(history(again)) == logged(history(whole[-1]))
 
 
 def test_two_ranks_read_what_one_reads_in_each_step(two_ranks):
-    assert trained(two_ranks / "whole") == trained(two_ranks / "alone")
+    assert trained(two_ranks / "packed" / "whole") == trained(two_ranks / "alone")
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 7])
 def test_one_rank_goes_on_where_two_stopped(step, two_ranks, draft, tiny_store, tmp_path):
-    checkpoint = two_ranks / "whole" / f"checkpoint-{step}"
+    checkpoint = two_ranks / "packed" / "whole" / f"checkpoint-{step}"
     options = {"packing": True, "pack_length": 200, "per_device_train_batch_size": 4, "save_strategy": "no"}
     state = train(tiny_store, draft, tmp_path / "out", resume=checkpoint, **options).state
     assert trained(tmp_path / "out") == trained(two_ranks / "alone", after=step)
@@ -170,7 +190,7 @@ def test_max_steps_is_the_number_of_all_steps(draft, tiny_store, tmp_path):
     assert (again.global_step, again.epoch) == (9, pytest.approx(1 + 20 / 24))
     nothing = train(tiny_store, draft, tmp_path / "none", resume=tmp_path / "whole" / "checkpoint-7", **options).state
     assert nothing.global_step == 7
-    assert "train_loss" not in nothing.log_history[-1]  # nothing was trained on
+    assert train_loss(nothing) == train_loss(whole)
     assert nothing.log_history[-1]["train_rows_per_second"] == 0
     assert not (tmp_path / "none" / "trained_0.jsonl").exists()
 

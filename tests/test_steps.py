@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE
 from safetensors.torch import load_file
+from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import logitstore
@@ -28,13 +29,13 @@ def dataset(tiny_store, columns=(), **options):
     return DocumentDataset([logitstore.open(tiny_store)], columns=columns, losses=losses, **options)
 
 
-def run(tiny, tiny_store, folder, rule, denominator, steps=1, queue_rows=30_000, **options):
+def run(tiny, tiny_store, folder, rule, denominator, steps=1, queue_rows=30_000, bf16=False, **options):
     draft = AutoModelForCausalLM.from_pretrained(tiny.draft)
     first = copy.deepcopy(draft)
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, optim="sgd", learning_rate=0.5,
         gradient_accumulation_steps=ACCUMULATION, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True,
-        disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", logging_steps=1, logging_first_step=True,
+        bf16=bf16, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", logging_steps=1, logging_first_step=True,
     )  # fmt: skip
     data = dataset(tiny_store, rule.selection.columns, **options)
     module = DraftModule(draft, vocab_size=VOCAB_SIZE, objective=make_objective("forward_kl"), rule=rule)
@@ -154,6 +155,21 @@ def test_a_step_in_which_no_row_passes_the_gate_changes_nothing(tiny, tiny_store
     assert history[0]["kept_fraction"] == 0.0
     assert history[0]["loss"] == 0.0
     assert all(torch.equal(found, first.get_parameter(name)) for name, found in draft.named_parameters())
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "step"])
+def test_a_step_in_mixed_precision_is_nearly_that_in_float32(scope, tiny, tiny_store, tmp_path):
+    """Hidden states have 8 bits of mantissa then, log-sum-exp, losses and weights 24."""
+    rule = make_rule("adaspec", keep=0.3, scope=scope)
+    first, whole, (logged, *_), _ = run(tiny, tiny_store, tmp_path / "float32", rule, "kept")
+    _, half, (found, *_), _ = run(tiny, tiny_store, tmp_path / "bfloat16", rule, "kept", bf16=True)
+    assert found["kept_fraction"] == pytest.approx(logged["kept_fraction"], abs=0.01)
+    assert found["kl"] == pytest.approx(logged["kl"], rel=0.01)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
+    steps = [parameters_to_vector(draft.parameters()) for draft in (first, whole, half)]
+    exact, rounded = steps[1] - steps[0], steps[2] - steps[0]
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.97
+    assert not torch.equal(exact, rounded)
 
 
 SCOPES = {

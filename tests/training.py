@@ -146,7 +146,7 @@ def on_ranks(num, specs, folder):
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}", "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False, timeout=200)
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False, timeout=400)
     if done.returncode:
         raise AssertionError(log.read_text()[-6000:])
 

@@ -24,10 +24,9 @@ PACKAGES = ("logitstore", "torch", "transformers")
 TAGS = ("speculative-decoding", "draft-model", "distillation", "logitstore")
 WORDS = {
     "steps": "optimizer steps",
-    "rows": "rows trained on, again in each epoch",
     "train_runtime": "seconds of training since it last began or went on",
-    "loss": "mean loss of a step since then",
-    "rows_per_second": "rows trained on per second since then",
+    "loss": "mean loss of a step",
+    "rows_per_second": "rows trained on per second in that time",
     "alpha": "sampling acceptance of a drafted token in the last steps, estimate",
     "kl": "KL(target‖draft) of the last steps, nats per row",
     "label_nll": "negative logprob of the text itself, nats per row",

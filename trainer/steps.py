@@ -48,6 +48,7 @@ class Steps:
         self._window: dict[str, Tensor] = {}
         self._since = time.monotonic()
         self._totals = {"objective": 0.0, "denominator": 0.0, "rows": 0.0}
+        self._rows_before = 0.0
 
     @property
     def needs_all_scores(self) -> bool:
@@ -115,20 +116,25 @@ class Steps:
         torch._foreach_mul_(gradients, factor)
 
     def state(self) -> dict[str, Any]:
-        """Returns what a run that goes on needs of this process: recent scores, and sums that were not logged yet."""
-        return {"queue": self.queue.cpu(), "window": self._window}
+        """Returns what a run that goes on needs of this process: recent scores, what was logged, and what not yet."""
+        return {
+            "queue": self.queue.cpu(),
+            "window": self._window,
+            "seconds": time.monotonic() - self._since,
+            "totals": dict(self._totals),
+        }
 
     def restore(self, state: dict[str, Any], *, window: bool) -> None:
-        """Takes what `state` returned; its sums only with `window`, as they are of one rank among so many."""
-        self.queue = state["queue"].to(self._accelerator.device)
+        """Takes what `state` returned; what was not logged yet only with `window`, as it is of one rank among so many."""
+        device = self._accelerator.device
+        self.queue = state["queue"].to(device)
+        self._totals = dict(state["totals"])
+        self._rows_before = self._totals["rows"]
         if window:
-            device = self._accelerator.device
-            sums = {name: value.to(device) for name, value in state["window"].items()}
-            # they will be logged, and are no part of what this process trains on
-            self._window = sums
-            self.statistics()
-            self._totals = {name: -value for name, value in self._totals.items()}
-            self._window = sums
+            self._window = {name: value.to(device) for name, value in state["window"].items()}
+            self._since = time.monotonic() - state["seconds"]
+            rows: Tensor = self._accelerator.reduce(self._window.get("rows", torch.zeros((), device=device)), "sum")
+            self._rows_before += float(rows)
 
     def statistics(self) -> dict[str, float]:
         """Returns what is logged of the steps since the last call, over all ranks; nothing where there were none.
@@ -163,8 +169,9 @@ class Steps:
         }
 
     def totals(self, seconds: float) -> dict[str, float]:
-        """Returns what is logged at the end: the mean loss, if there was a step, and the rate."""
-        found: dict[str, float] = {"train_rows_per_second": round(self._totals["rows"] / max(seconds, 1e-9))}
+        """Returns what is logged at the end: the mean loss of the run, and the rate since it began or went on."""
+        rows = self._totals["rows"] - self._rows_before
+        found: dict[str, float] = {"train_rows_per_second": round(rows / max(seconds, 1e-9))}
         if self._totals["rows"]:
             found["train_loss"] = self._totals["objective"] / max(1.0, self._totals["denominator"])
         return found
