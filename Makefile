@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build by its exact version: an open range fetches gigabytes of CUDA packages on a machine without a GPU.
 TORCH ?= torch==2.13.0
+PYTEST = HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,8 +18,11 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready  ## the whole pipeline on real text, on a CPU
 	HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python jobs/demo.py
 
-test: $(VENV)/.ready  ## all tests, on two cores
-	HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -n 2
+test: $(VENV)/.ready  ## the tests, within ten minutes on two cores
+	$(PYTEST) -m 'not long'
+
+test-long: $(VENV)/.ready  ## those that take longest, each for what no other finds
+	$(PYTEST) -m long
 
 lint: $(VENV)/.ready  ## style and types
 	$(BIN)/ruff check .

@@ -100,18 +100,9 @@ class Bench:
                 made.rename(folder / f"new-{seed}")
             shutil.rmtree(store)
         if temperature != 1:
-            self.target = self._sharpened(temperature)
+            self.target = _distributions.sharpen(self.target, folder / "target", temperature)
         self.check = self._dump("held_out", WHOLE)
         self.entropy = np.nanmean([np.nanmean(document.rows.entropy) for document in logitstore.open(self.check)])
-
-    def _sharpened(self, temperature):
-        """A target that says what this one does at another temperature."""
-        model = AutoModelForCausalLM.from_pretrained(self.target)
-        with torch.no_grad():
-            model.model.norm.weight.div_(temperature)
-        model.save_pretrained(self.folder / "target")
-        AutoTokenizer.from_pretrained(self.target).save_pretrained(self.folder / "target")
-        return self.folder / "target"
 
     def _dump(self, data, scheme):
         url = self.folder / f"{data} {scheme}".replace(" --", "_").replace(" ", "_")

@@ -1,7 +1,7 @@
 """What training from the cache costs: against fine-tuning on the text, and against AdaSPEC with all models in one loop.
 
     python -m benchmarks.bench_train step [--vocab_size 131072 --hidden 256 ...] [--rounds 3] [--record]
-    python -m benchmarks.bench_train adaspec [--drafts 5] [--steps 300] [--record]
+    python -m benchmarks.bench_train adaspec [--drafts 5] [--steps 300] [--temperature 0.6 --warm_start] [--record]
 
 `step`: the same draft, optimizer and batches by transformers' Trainer, whose model computes its own cross entropy with
 all logits, and by DraftTrainer: all rows, AdaSPEC (0.4 of the rows), and a static gap that needs no look at the draft.
@@ -15,7 +15,8 @@ with the target in the loop, then the draft with target and reference in the loo
 the cache: one dump, then for each draft a reference, its losses, and the draft. Both from the same initial weights, on
 the same documents in the same order. Acceptance is that of held-out documents whose rows keep every token. The
 selected set is compared on all training documents for the same draft and reference: gaps of whole distributions
-against those of the cache.
+against those of the cache. `--temperature` below 1 makes the target as sure of itself as large models are. Drafts begin
+at random, or with `--warm_start` as what was trained on the text for as many steps.
 """
 
 from __future__ import annotations
@@ -192,10 +193,17 @@ class Adaspec:
             write_jsonl(self.folder / f"{name}.jsonl", _distributions.functions(held_out=held_out))
         for seed in range(args.drafts):
             demo_models.save_new_model(demo_models.DRAFTS[0], tokenizer, self.folder / f"new-{seed}", seed=seed + 1)
+        if args.temperature != 1:
+            self.target = _distributions.sharpen(self.target, self.folder / "target", args.temperature)
         self.check, _ = self.dump("held_out", f"topk --k {self.vocab_size}")
+        self.entropy = np.nanmean([np.nanmean(document.rows.entropy) for document in logitstore.open(self.check)])
         dumped = {scheme: self.dump("train", scheme) for scheme in args.schemes}
         self.stores = {scheme: store for scheme, (store, _) in dumped.items()}
         self.dump_s = {scheme: seconds for scheme, (_, seconds) in dumped.items()}
+        for seed in range(args.drafts if args.warm_start else 0):
+            made, _ = self.train("warm", seed, next(iter(self.stores.values())), kind="ce")
+            shutil.rmtree(self.folder / f"new-{seed}")
+            made.rename(self.folder / f"new-{seed}")
 
     def dump(self, data, scheme):
         """Dumps a file of documents; returns the store and seconds."""
@@ -291,7 +299,11 @@ def adaspec_lines(bench, ways, overlaps):
         return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 
     drafts = len(ways[LOOP])
-    yield f"## AdaSPEC, {drafts} drafts, {bench.args.steps} steps each for reference and draft"
+    began = "trained on the text" if bench.args.warm_start else "made anew"
+    yield (
+        f"## AdaSPEC, {drafts} drafts {began}, {bench.args.steps} steps each for reference and draft; entropy of the "
+        f"target {bench.entropy:.1f} nats"
+    )
     yield ""
     yield "| | alpha, sampled, % | less in one loop | greedy, % | ms a step, reference | draft | peak MiB, draft |"
     yield "|---|---|---|---|---|---|---|"
@@ -343,6 +355,8 @@ def main(argv=None):
     adaspec.set_defaults(bench=bench_adaspec, name="train_adaspec")
     adaspec.add_argument("--drafts", type=int, default=5, help="seeds (default %(default)s)")
     adaspec.add_argument("--steps", type=int, default=300)
+    adaspec.add_argument("--temperature", type=float, default=1.0, help="of the target (default %(default)s)")
+    adaspec.add_argument("--warm_start", action="store_true", help="begin with drafts trained on the text")
     adaspec.add_argument("--schemes", nargs="+", default=SCHEMES, help="of the cache")
     for command in (step, adaspec):
         command.add_argument("--threads", type=int, default=os.cpu_count())
@@ -355,7 +369,8 @@ def main(argv=None):
     if args.record:
         day = datetime.datetime.now(datetime.UTC).date()
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}-cores"
-        name = f"{args.name}{'_v' + str(args.vocab_size) if args.name == 'train_step' else ''}"
+        kind = f"v{args.vocab_size}" if args.name == "train_step" else "warm" if args.warm_start else "new"
+        name = f"{args.name}_{kind}"
         path = RESULTS / f"{name}_{device.replace(' ', '-').lower()}_{day}.md"
         path.write_text(
             f"# Training from the cache, {device}, {day}\n\nPython {platform.python_version()}, torch "

@@ -299,6 +299,7 @@ def damage_all(url):
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_dump_writes_what_was_damaged_again_and_nothing_else(url, made, capsys):
     """The commands that `verify --repair` prints, on a real Ray."""
     damaged = damage_all(url)

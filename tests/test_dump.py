@@ -135,6 +135,7 @@ def test_a_killed_dump_goes_on_and_ends_as_if_never_killed(undisturbed, tiny, ma
     assert left_in_staging(url) == []
 
 
+@pytest.mark.long
 def test_an_actor_killed_in_mid_shard_does_not_fail_the_job(undisturbed, tiny, many, tmp_path):
     url = tmp_path / "cache.zarr"
     args = arguments(url, tiny, many, "--reference", f"ref={tiny.reference}")

@@ -170,6 +170,7 @@ def test_documents_are_set_aside_by_number_and_tried_again_when_asked(run, faili
     assert left_in_staging(url) == []
 
 
+@pytest.mark.long
 def test_what_fails_again_and_again_is_set_aside_and_the_rest_finished(run, failing, undisturbed, tmp_path):
     """One shard kills its actor each time, another's actor loses its device once."""
     url = tmp_path / "c.zarr"
@@ -297,6 +298,7 @@ def test_an_actor_that_cannot_load_its_models_stops_nobody_else(run, failing, un
     assert payload(url) == payload(failing.url)
 
 
+@pytest.mark.long
 def test_actors_that_can_load_no_more_end_the_job(run, failing, undisturbed, tmp_path, monkeypatch):
     """The last shard, set aside by an earlier run, takes the device with it."""
     monkeypatch.setattr(schedule, "MAX_IN_A_ROW", 3)

@@ -26,6 +26,8 @@ from logitstore import commits
 from logitstore.errors import StorageRefusedError
 from logitstore.storage import Storage
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):

@@ -146,6 +146,7 @@ def test_a_reader_that_is_stopped_anywhere_sees_nothing_or_a_whole_shard(world):
 
 
 @pytest.mark.parametrize("world", ["memory"], indirect=True)
+@pytest.mark.long
 def test_every_interleaving_of_two_writers(world, monkeypatch):
     """All of them: two that come to the same store, with the same answers behind each writer, go on the same."""
     count = itertools.count()

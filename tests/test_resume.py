@@ -83,7 +83,7 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further_step(tiny, tin
             path.unlink()  # the model was being written
     again = train_draft.main(argv)
     assert again["steps"] == first["steps"] == 3
-    assert again["loss"] == logged(tmp_path / "out", "loss")[-1] > 0
+    assert again["loss"] == first["loss"] > 0
     assert same_weights(weights(tmp_path / "out"), whole)
     assert train_draft.main(argv) == again
 

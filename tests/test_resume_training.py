@@ -20,8 +20,8 @@ CASES = {
         "weights": [1.0, 0.5],
     },
     "workers": {"dataloader_num_workers": 2, "per_device_train_batch_size": 7, "num_train_epochs": 1.75},
-    "workers, packed": {
-        "dataloader_num_workers": 2, "packing": True, "pack_length": 400, "dataloader_persistent_workers": True,
+    "a lasting worker, packed": {  # torch waits seconds for each to end
+        "dataloader_num_workers": 1, "packing": True, "pack_length": 400, "dataloader_persistent_workers": True,
     },
     "scores of recent steps": {"selection": "label_nll", "scope": "queue", "per_device_train_batch_size": 8},
     "scores of a step": {

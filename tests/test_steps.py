@@ -35,7 +35,8 @@ def run(tiny, tiny_store, folder, rule, denominator, steps=1, queue_rows=30_000,
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, optim="sgd", learning_rate=0.5,
         gradient_accumulation_steps=ACCUMULATION, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True,
-        bf16=bf16, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", logging_steps=1, logging_first_step=True,
+        bf16=bf16, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", logging_steps=1,
+        logging_first_step=True,
     )  # fmt: skip
     data = dataset(tiny_store, rule.selection.columns, **options)
     module = DraftModule(draft, vocab_size=VOCAB_SIZE, objective=make_objective("forward_kl"), rule=rule)

@@ -29,6 +29,7 @@ from logitstore.writer import LayerWriter
 ROWS = [len(rows.tokens(shard)["ids"]) for shard in range(rows.NUM_SHARDS)]
 
 
+@pytest.mark.long
 def test_no_row_is_lost_doubled_or_mixed_by_killed_writers_and_a_failing_bucket(tmp_path):
     totals = torture(tmp_path, minutes=0, seed=714, kinds=("local", "s3"), effort=0.3)
     assert totals.differences == []

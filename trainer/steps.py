@@ -125,7 +125,7 @@ class Steps:
         }
 
     def restore(self, state: dict[str, Any], *, window: bool) -> None:
-        """Takes what `state` returned; what was not logged yet only with `window`, as it is of one rank among so many."""
+        """Takes what `state` returned; what is yet to be logged only with `window`: it is of one rank among so many."""
         device = self._accelerator.device
         self.queue = state["queue"].to(device)
         self._totals = dict(state["totals"])
