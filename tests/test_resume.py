@@ -8,7 +8,7 @@ import pytest
 import train_draft
 import yaml
 from conftest import write_store
-from test_trainer import arguments, logged, refuse_models, same_weights, weights
+from test_trainer import arguments, refuse_models, same_weights, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import DraftTrainer
