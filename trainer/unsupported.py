@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from accelerate.utils import parse_flag_from_env
@@ -32,6 +33,25 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
 }
 """Arguments that would go unheeded or fail late, the value that they must have, and the reason."""
 
+RANGES: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "logging_steps": (0, math.inf),
+    "save_steps": (0, math.inf),
+    "seed": (0, 2**32),
+    "data_seed": (0, 2**32),
+}
+"""The least that an argument may be, and below what it must be; where transformers says nothing, or only later."""
+
 AWAITING: dict[str, tuple[tuple[object, ...], str]] = {
     "early_stopping": ((), "stop early"),
     "load_best_model_at_end": ((), "load the best"),
@@ -55,8 +75,15 @@ def check_supported(values: Mapping[str, object]) -> None:
             f"optim must be one that waits for the whole gradient, got optim={optimizer}; what a step is divided by is "
             "known at its end: give adamw_torch_fused"
         )
-    if (values["data_seed"] or 0) < 0:  # type: ignore[operator]
-        raise ValueError(f"data_seed must be at least 0, got data_seed={values['data_seed']}; leave it out for --seed")
+    for name, (least, below) in RANGES.items():
+        if values[name] is not None and not least <= values[name] < below:  # type: ignore[operator]
+            limit = f" and below {below}" if math.isfinite(below) else ""
+            raise ValueError(f"{name} must be at least {least}{limit}, got {name}={values[name]}; change --{name}")
+    if values["max_steps"] <= 0 and not values["num_train_epochs"] > 0:  # type: ignore[operator]
+        raise ValueError(
+            f"num_train_epochs must be above 0, got num_train_epochs={values['num_train_epochs']}; change it, or add "
+            "--max_steps"
+        )
     for name, meant in LAUNCHED.items():
         if parse_flag_from_env(name):
             raise ValueError(f"{name} must be false, got {name}=true; launch without {meant}: {_WHOLE}")
