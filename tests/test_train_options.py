@@ -115,7 +115,7 @@ BAD = {
     "epochs": (["--num_train_epochs", "0"], "num_train_epochs must be above 0, got num_train_epochs=0.0; change it, "),
     "choices": (["--optim", "adamw_torhc"], "invalid choice: 'adamw_torhc' (did you mean adamw_torch?); see --help"),
     "no choice": (["--optim", "quux"], "invalid choice: 'quux'; see --help"),
-    "few choices": (["--save_strategy", "never"], "invalid choice: 'never' (choose from 'no', 'steps', 'epoch', 'best'"),
+    "few choices": (["--save_strategy", "never"], "invalid choice: 'never' (choose from 'no', 'steps', 'epoch', "),
     "weights alone": (["--save_only_model", "true"], "save_only_model must be False, got save_only_model=True"),
     "unheeded": (["--keep", "0.3"], "keep must be left out where nothing heeds it, got keep=0.3; leave it out, or "),
     "rank": (["--draft", "d", "--lora_rank", "0"], "lora_rank must be at least 1, got lora_rank=0"),
