@@ -91,6 +91,11 @@ class RunArguments:
                     f"{name} must be given with selection={self.loss.selection}, got {name}=None; "
                     f"add --{name} NAME, where NAME is that of jobs/dump_logits.py --reference NAME=MODEL"
                 )
+        if self.loss.initial is not None and self.loss.initial == self.loss.reference:
+            raise ValueError(
+                f"initial must be other losses than reference, got initial={self.loss.initial} for both; give those of "
+                "the draft as it is now"
+            )
 
     def _check_used(self) -> None:
         """Raises ValueError if an option is given that would go unheeded: another is missing, most likely."""

@@ -278,10 +278,11 @@ def test_rows_of_weight_zero_change_nothing():
 
 
 @pytest.mark.parametrize("is_counted", [True, False], ids=["above the floor", "below the floor"])
+@pytest.mark.parametrize("other", [False, True], ids=["fused", "again"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "kl_tv"])
-def test_a_tail_that_the_draft_has_nearly_none_of_has_the_dense_gradient(name, is_counted):
+def test_a_tail_that_the_draft_has_nearly_none_of_has_the_dense_gradient(name, other, is_counted):
     """To 1 % of the largest, where taking one number from another of its size would leave rounding alone."""
-    split = split_lm("untied")
+    split = split_lm("untied", other=other)
     hidden, _, labels, _ = inputs("a tail", 400)
     hidden *= 5
     with torch.no_grad():

@@ -358,6 +358,16 @@ def test_stores_that_do_not_go_together_are_refused(small_store, drawn_store, tm
         dataset(small_store, other_url, reads_target=False)
 
 
+def test_losses_of_two_models_under_one_name_do_not_go_together(small_store, tmp_path):
+    other = shutil.copytree(small_store, tmp_path / "other.zarr")
+    stores.change_spec(other, "losses/ref", lambda spec: spec["model"].update(revision="another"))
+    options = {"losses": LOSSES, "reads_target": False}
+    expected = rf"got model of losses ref=.* in {small_store} and model of losses ref=.* at another in {other}; leave"
+    with pytest.raises(ValueError, match=expected):
+        dataset(small_store, other, columns=("initial_ce", "reference_ce"), **options)
+    assert len(dataset(small_store, other, columns=("initial_ce",), **options)) == 2 * len(dataset(small_store))
+
+
 def test_columns_are_the_losses_of_the_names_that_were_given(tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
     target, one, two = (

@@ -97,6 +97,10 @@ BAD = {
         ["--selection", "static_gap", "--reference", "r"],
         "initial must be given with selection=static_gap, got initial=None",
     ),
+    "one model": (
+        ["--selection", "static_gap", "--reference", "r", "--initial", "r"],
+        "initial must be other losses than reference, got initial=r for both; give those of the draft as it is now",
+    ),
     "queue": (["--queue_rows", "0"], "queue_rows must be at least 1, got queue_rows=0"),
     "beta": (["--objective", "jsd", "--beta", "0"], "beta must be between 0 and 1, got beta=0.0"),
     "no draft": (["--draft_layers", "2"], "draft must be given, got none; add --draft, or --draft_config"),

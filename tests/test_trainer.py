@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import train_draft
 import yaml
-from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, make_model, make_tokenizer
+from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, make_model, make_tokenizer, write_store
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -69,6 +70,38 @@ def test_adaspec_logs_what_it_keeps(run, tiny_store):
     assert len(logged(run.folder, "score_threshold")) == len(fraction) == len(logged(run.folder, "label_nll"))
     assert run.metrics["rows_per_second"] * run.metrics["train_runtime"] == pytest.approx(3 * rows, rel=0.01)
     assert logged(run.folder, "kl")[-1] < logged(run.folder, "kl")[0]
+
+
+@pytest.fixture(scope="module")
+def two_losses(tiny, tmp_path_factory):
+    """A store of 6 documents with the losses of the reference and of the draft as it is."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    target, reference, draft = (
+        AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.target, tiny.reference, tiny.draft)
+    )
+    ids = torch.randint(VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    documents = [(each, [1] * 39 + [0]) for each in ids]
+    url = str(tmp_path_factory.mktemp("losses") / "cache.zarr")
+    return write_store(url, documents, target, tokenizer, losses={"reference": reference, "first": draft})
+
+
+def test_each_gap_is_of_the_losses_that_are_named(two_losses, tiny, tmp_path):
+    """All rows are in one batch, so that the mean score of the first step is that of the store."""
+    names = {"adaspec": [], "bottom_gap": [], "static_gap": ["--initial", "first"]}
+    found = {}
+    for name, more in names.items():
+        extra = ["--selection", name, "--reference", "reference", *more, "--max_steps", "1"]
+        train_draft.main(arguments(tiny, two_losses, tmp_path / name, *extra))
+        found[name] = [logged(tmp_path / name, each)[0] for each in ("score_mean", "score_kept", "kept_fraction")]
+    store = logitstore.open(two_losses)
+    gaps = [store.loss("first")[i] - store.loss("reference")[i] for i in range(6)]
+    gap = np.concatenate(gaps)[np.concatenate([store[i].loss_mask for i in range(6)])].astype(float)
+    assert abs(gap.mean()) > 1e-3
+    for name, sign in {"adaspec": 1, "bottom_gap": -1, "static_gap": 1}.items():
+        scores = np.sort(sign * gap)
+        kept = scores[scores >= np.quantile(scores, 0.6)]
+        expected = [scores.mean(), kept.mean(), len(kept) / len(scores)]
+        assert found[name] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_the_output_is_an_ordinary_model_with_the_stores_tokenizer(run, tiny, tiny_store):

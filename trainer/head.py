@@ -9,6 +9,7 @@ N rows, M of them trained on, K entries per row at most, V vocabulary, H hidden 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from logitstore.support import (
     acceptance_estimate,
     estimated_cross_entropy,
     log_tail,
-    on_support,
     soft_cross_entropy,
 )
 
@@ -337,7 +337,7 @@ def _again(hidden: Tensor, task: _Task) -> tuple[Tensor, list[RowLosses]]:
     def losses(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         logprobs = task.split.logits(hidden).log_softmax(-1)
         part, label = task.part(rows), logprobs.gather(1, task.labels[rows, None])[:, 0]
-        kept, tail = (None, None) if part is None else on_support(logprobs, part)
+        kept, tail = (None, None) if part is None else (_entries(logprobs, part), _tail(logprobs, part))
         seen = (None, None) if kept is None or tail is None else (kept.detach(), tail.detach())
         return task.losses(part, kept, tail, label), label.detach(), *seen
 
@@ -347,6 +347,19 @@ def _again(hidden: Tensor, task: _Task) -> tuple[Tensor, list[RowLosses]]:
         total = total + (found * task.weights[rows]).sum()
         parts.append(_losses(found.detach(), -label, task.part(rows), kept, tail))
     return total, parts
+
+
+def _entries(logprobs: Tensor, part: Support) -> Tensor:
+    """Returns logprobs of the entries, [n, K], 0 beyond a row's."""
+    return logprobs.gather(1, part.token_ids).where(part.used, 0.0)
+
+
+def _tail(logprobs: Tensor, part: Support) -> Tensor:
+    """Returns the log of what all other tokens have, [n], of TAIL_FLOOR at least; its gradient is that of the sum."""
+    places = part.token_ids.where(part.used, part.token_ids[:, :1])
+    mass = logprobs.exp().scatter(1, places, 0.0).sum(-1)
+    tail = mass.clamp_min(LEAST_MASS).log()
+    return tail + (tail.clamp_min(math.log(TAIL_FLOOR)) - tail).detach()
 
 
 def _chunks(num_rows: int, size: int) -> Iterator[slice]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from logitstore.drivers import without_credentials
 from logitstore.errors import IdentityError, LayerNotFoundError
 from logitstore.layout import losses_layer
 from logitstore.set_aside import explain_missing
@@ -32,11 +33,12 @@ from trainer.collate import Collator, Sample
 from trainer.order import MAX_WINDOW, ROWS, Pack, PackOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from logitstore import Store
     from logitstore.shards import Shard
+    from logitstore.spec import ModelSpec
     from trainer.deal import Deal
 
 LOSSES = ("reference_ce", "initial_ce")
@@ -100,7 +102,7 @@ class DocumentDataset(Dataset[list[Sample]]):
                 store.loss(name)
             for name in self._layers:
                 check_complete(store, name)
-        check_alike(self.stores, reads_target="target" in self._layers)
+        check_alike(self.stores, reads_target="target" in self._layers, losses=self._losses.values())
         if packing and pack_length is None:
             pack_length = max(store.spec.max_length for store in self.stores)
         self.order = PackOrder(
@@ -264,35 +266,45 @@ def check_complete(store: Store, layer: str) -> None:
         )
 
 
-def check_alike(stores: Sequence[Store], *, reads_target: bool) -> None:
+def check_alike(stores: Sequence[Store], *, reads_target: bool, losses: Iterable[str] = ()) -> None:
     """Checks that documents of all stores can be rows of one batch.
 
     Raises:
-        ValueError: There is no store; or they differ in their tokenizer or, if the target is read, in whether entries
-            were drawn. Names both stores.
+        ValueError: There is no store; or they differ in their tokenizer, in the model of losses that are read, or, if
+            the target is read, in it or in whether entries were drawn. Names both stores.
     """
     if not stores:
         raise ValueError("stores must be at least one, got none; add --store")
     first = stores[0]
+    losses = tuple(losses)
     for store in stores[1:]:
-        for (name, one), other in zip(_traits(first).items(), _traits(store).values(), strict=True):
-            if one[0] != other[0] and (reads_target or name == "tokenizer"):
+        ours, theirs = (_traits(each, reads_target=reads_target, losses=losses) for each in (first, store))
+        for (name, one), other in zip(ours.items(), theirs.values(), strict=True):
+            if one[0] != other[0]:
                 raise ValueError(
                     f"stores must be of one {name} to be trained on together, got {name}={one[1]} in {first.url} and "
                     f"{name}={other[1]} in {store.url}; leave one out"
                 )
 
 
-def _traits(store: Store) -> dict[str, tuple[object, str]]:
+def _traits(store: Store, *, reads_target: bool, losses: Iterable[str]) -> dict[str, tuple[object, str]]:
     """Returns what stores that go together share, and how to call it."""
     made, target = store.spec.tokenizer, store.spec.target
-    drawn = target is not None and target.scheme.draws
-    model = (None, None) if target is None else (target.model.name, target.model.revision)
-    return {
-        "tokenizer": (made.fingerprint, f"{made.name} ({made.fingerprint[:19]})"),
-        "kind of entries": (drawn, "drawn" if drawn else "truncated"),
-        "target": (model, " at ".join(map(str, model))),
+    traits: dict[str, tuple[object, str]] = {
+        "tokenizer": (made.fingerprint, f"{made.name} ({made.fingerprint[:19]})")
     }
+    if reads_target and target is not None:
+        traits["kind of entries"] = (target.scheme.draws, "drawn" if target.scheme.draws else "truncated")
+        traits["target"] = ((target.model.name, target.model.revision), _called(target.model))
+    # gaps to different models do not compare
+    for name in losses:
+        model = store.spec.losses[name].model
+        traits[f"model of losses {name}"] = (model.revision, _called(model))
+    return traits
+
+
+def _called(model: ModelSpec) -> str:
+    return f"{without_credentials(model.name)} at {model.revision}"
 
 
 class RankBatches(Sampler[list[Pack]]):

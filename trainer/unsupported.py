@@ -28,6 +28,11 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
     "bf16_full_eval": (False, "evaluations compute as the training does"),
     "fp16_full_eval": (False, "evaluations compute as the training does"),
     "save_only_model": (False, "no run could go on from such a checkpoint"),
+    "fp16": (False, "the head's gradient is made before the loss is scaled, and would overflow; give bf16"),
+    "auto_find_batch_size": (False, "after the memory ran out the steps before it would be trained on again"),
+    "enable_jit_checkpoint": (False, "it would save in the middle of a step; give save_steps"),
+    "prediction_loss_only": (False, "an evaluation gathers no predictions"),
+    "eval_accumulation_steps": (None, "an evaluation gathers no predictions"),
     "fsdp": (None, _WHOLE),
     "deepspeed": (None, _WHOLE),
 }
@@ -67,9 +72,14 @@ LAUNCHED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspee
 def check_supported(values: Mapping[str, object]) -> None:
     """Raises ValueError if an argument, by its name, or the environment asks for what is not done here."""
     for name, (value, reason) in UNSUPPORTED.items():
-        if values[name] != value:
+        if values.get(name, value) != value:  # not every release of transformers has each of them
             raise ValueError(f"{name} must be {value}, got {name}={values[name]}; leave it out: {reason}")
     optimizer = str(getattr(values["optim"], "value", values["optim"]))
+    if optimizer.startswith("schedule_free"):
+        raise ValueError(
+            f"optim must be one that trains the weights that are evaluated and saved, got optim={optimizer}; give "
+            "adamw_torch_fused"
+        )
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         raise ValueError(
             f"optim must be one that waits for the whole gradient, got optim={optimizer}; what a step is divided by is "
