@@ -8,6 +8,7 @@ the same URL always has, and that the first process of a machine empties when a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import platform
@@ -79,8 +80,11 @@ class Output:
     """The same, for what is small."""
 
     @contextlib.contextmanager
-    def look(self) -> Iterator[Held]:
+    def look(self, *, with_kept: bool = False) -> Iterator[Held]:
         """Shows what is there already, and changes nothing.
+
+        Args:
+            with_kept: Whether checkpoints count that this machine has and the URL has not.
 
         Raises:
             StorageError: The URL cannot be read.
@@ -92,7 +96,19 @@ class Output:
         with tempfile.TemporaryDirectory(prefix="logitstore-") as folder:
             for name in names & {RUN, STATE}:
                 Path(folder, name).write_bytes(self.storage.get(name, 2**30))
-            yield Held(where=self.where, folder=Path(folder), names=names, finished=self.remote.finished)
+            held = Held(where=self.where, folder=Path(folder), names=names, finished=self.remote.finished)
+            yield dataclasses.replace(held, kept=lambda: self._later(held)) if with_kept else held
+
+    def _later(self, held: Held) -> str | None:
+        """Finds the last finished checkpoint of this machine, if the URL has none as late: of the same run."""
+        own, there = self.folder / RUN, held.folder / RUN
+        if not own.is_file() or not there.is_file() or own.read_bytes() != there.read_bytes():
+            return None
+        local = checkpoints.finished(self.folder)
+        reached = [checkpoints.step_of(name) or 0 for name in held.finished()]
+        if not local or (checkpoints.step_of(local[-1].name) or 0) <= max(reached, default=0):
+            return None
+        return str(local[-1])
 
     def begin(self, training: TrainingArguments, checkpoint: str | None) -> str | None:
         """Makes ready the folder of each machine, with the checkpoint to go on from. All processes call it.

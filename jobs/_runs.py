@@ -39,7 +39,6 @@ MAY_CHANGE = NOT_REPEATED | {
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "num_workers",
     "disable_tqdm",
-    "enable_jit_checkpoint",
     "include_num_input_tokens_seen",
     "project",
     "push_to_hub",
@@ -66,6 +65,8 @@ class Held:
     """Of all its files and folders."""
     finished: Callable[[], list[str]]
     """Lists its finished checkpoints by their step."""
+    kept: Callable[[], str | None] = lambda: None
+    """Finds a later one of the same run that this machine has, and that did not reach the output's URL."""
 
 
 def held_in(folder: Path) -> Held:
@@ -185,19 +186,32 @@ def find_checkpoint(held: Held, wanted: str) -> str | None:
         The checkpoint's folder, or its URL in an output at a URL.
 
     Raises:
-        ValueError: The path is not that of a finished checkpoint.
+        ValueError: The path is not that of a finished checkpoint, or the output has a later one: the next `true`
+            would go on from that.
     """
+    found = [f"{held.where}/{name}" for name in held.finished()]
+    if (kept := held.kept()) is not None:
+        found.append(kept)
     if wanted.lower() == "true":
-        found = held.finished()
-        return f"{held.where}/{found[-1]}" if found else None
-    if wanted.rstrip("/") in {f"{held.where}/{name}" for name in held.finished()}:
-        return wanted.rstrip("/")
+        return found[-1] if found else None
+    wanted = next((each for each in found if _same_place(each, wanted)), wanted)
+    if wanted in found:
+        if wanted != found[-1]:
+            raise ValueError(
+                f"resume_from_checkpoint must be the last checkpoint of the run, got resume_from_checkpoint={wanted}, "
+                f"and there is {found[-1]}; delete the later ones, or give another --output_dir"
+            )
+        return wanted
     if reason := checkpoints.defect(Path(wanted)):
         raise ValueError(
             f"resume_from_checkpoint must be a finished checkpoint folder or true, got "
             f"resume_from_checkpoint={wanted}; {reason}"
         )
     return wanted
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other.rstrip("/") or ("://" not in one + other and Path(one).resolve() == Path(other).resolve())
 
 
 def check_new(held: Held) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from _output import local_folder
@@ -29,7 +29,10 @@ from trainer.objectives import Objective, make_objective
 from trainer.order import check_eval_fraction, check_window
 from trainer.selection import Rule, make_rule
 from trainer.steps import DENOMINATORS, Denominator
-from trainer.unsupported import check_awaited, check_supported, check_training_arguments
+from trainer.unsupported import check_awaited, check_optimizer, check_supported, check_training_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TRAINING_DEFAULTS: dict[str, object] = {
     "logging_first_step": True,
@@ -54,9 +57,14 @@ DEVICE_OF_WORKERS: dict[str, object] = {"use_cpu": True, "tf32": None}
 
 THEIRS = tuple(f.name for f in dataclasses.fields(TrainingArguments) if f.init)
 
+LISTS: dict[str, Callable[[Any], object]] = {
+    "store": str, "draft_config": str, "lora_targets": str, "store_weights": float,
+}  # fmt: skip
+"""Options of several values, and what each of them is."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "denominator": DENOMINATORS,
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16"),
 }
 
 
@@ -109,14 +117,19 @@ class RunArguments:
             "reference": (loss, "reference_ce" in rule.selection.needs, "--selection adaspec"),
             "initial": (loss, "initial_ce" in rule.selection.needs, "--selection static_gap"),
             "beta": (loss, loss.objective == "jsd", "--objective jsd"),
+            "label_weight": (loss, loss.objective != "label_nll", "another --objective"),
+            "denominator": (loss, selects, "a --selection"),
             "pack_length": (self.batches, self.batches.packing, "--packing true"),
             "lora_alpha": (draft, draft.lora_rank is not None, "--lora_rank"),
             "lora_dropout": (draft, draft.lora_rank is not None, "--lora_rank"),
+            "lora_targets": (draft, draft.lora_rank is not None, "--lora_rank"),
+            "revision": (draft, draft.draft is not None, "--draft"),
+            "cache_bytes": (self.store, self.store.cache_dir is not None, "--cache_dir"),
             "eval_documents": (self.store, self.store.eval_fraction > 0, "--eval_fraction"),
         }
         for name, (group, is_used, wanted) in uses.items():
             value = getattr(group, name)
-            if not is_used and value != getattr(type(group), name):
+            if not is_used and value != getattr(type(group)(), name):
                 raise ValueError(
                     f"{name} must be left out where nothing heeds it, got {name}={value}; leave it out, or add {wanted}"
                 )
@@ -189,10 +202,27 @@ def read_values(argv: list[str]) -> dict[str, Any]:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0])}")
     values = vars(known)
-    for name in ("store", "draft_config", "lora_targets", "store_weights"):
-        if isinstance(values[name], str | float | int):  # of a file that names one alone
-            values[name] = [values[name]]
+    for name in OURS:
+        values[name] = _of_file(name, values[name])
     return values
+
+
+def _of_file(name: str, value: object) -> object:
+    """Makes of a value that a file gave what flags would have given; argparse does so for strings alone.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    kind = LISTS.get(name)
+    if isinstance(value, dict) or (isinstance(value, list) and kind is None):
+        wanted = "one value" if kind is None else "a list"
+        raise ValueError(f"{name} must be {wanted}, got {name}={value}; write it as flags have it")
+    if kind is None or value is None:
+        return value
+    try:
+        return [kind(each) for each in (value if isinstance(value, list) else [value])]
+    except ValueError:
+        raise ValueError(f"{name} must be a list of numbers, got {name}={value}; write such as [1, 0.5]") from None
 
 
 def nearest(unknown: str) -> str:
@@ -250,6 +280,8 @@ def check(values: dict[str, Any]) -> tuple[RunArguments, TrainingArguments]:
         values["greater_is_better"] = greater_is_better(str(values["metric_for_best_model"]))
     training = TrainingArguments(**given | {"greater_is_better": values["greater_is_better"]})
     check_training_arguments(training)
+    if run.batches.num_workers is None:
+        check_optimizer(training)
     for name in training.report_to or []:
         if name not in get_available_reporting_integrations():
             raise ValueError(f"report_to must be installed here, got report_to={name}; pip install it, or leave it out")
@@ -262,9 +294,9 @@ def _check_precision(values: dict[str, Any]) -> None:
         return
     for name in ("bf16", "bf16_full_eval"):
         if values[name] and not is_torch_bf16_gpu_available():
-            other = "give --fp16 true" if torch.cuda.is_available() else "add --use_cpu true to compute so on the CPU"
             raise ValueError(
-                f"{name} must be left out where no GPU computes in bfloat16, got {name}=True; leave it out, or {other}"
+                f"{name} must be left out where no GPU computes in bfloat16, got {name}=True; leave it out, or add "
+                "--use_cpu true to compute so on the CPU"
             )
 
 

@@ -11,6 +11,7 @@ Every flag of transformers.TrainingArguments works too: --help_all shows them.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +163,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with user_errors():
         run, training, values = parse(argv)
         output = open_output(values["output_dir"], storage_options(run.store.storage_options))
-        with output.look() as held:
+        workers = run.batches.num_workers
+        # ranks on several machines have only what is at the URL in common
+        on_one = workers is None and os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
+        with output.look(with_kept=on_one) as held:
             start = find_start(held, training, values)
-    workers = run.batches.num_workers
     if run.batches.dry_run:
         with user_errors(), loading_bars(wanted=False):
             prepared = prepare(run, training)
@@ -237,6 +240,8 @@ def train(
     if writes:
         for note in prepared.plan.notes:
             print(note)
+        if output.remote is not None and start is not None and Path(start).is_relative_to(folder):
+            print(f"note: goes on from {start}, which did not reach {output.where}")
     # A finished model keeps its run.yaml and its state until the next one takes its place.
     if writes and not (folder / STATE).exists():
         folder.mkdir(parents=True, exist_ok=True)

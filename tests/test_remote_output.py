@@ -231,9 +231,10 @@ def test_the_best_checkpoint_is_found_on_another_machine(arguments, fs, tmp_path
     assert checkpoints_at(fs, url) == ["checkpoint-2", "checkpoint-8"]
 
 
-def test_what_cannot_be_copied_is_kept_and_named(arguments, fs, proxy, whole, tmp_path, capsys, monkeypatch):
-    argv = arguments()
-    url = url_of(argv)
+@pytest.mark.parametrize("wanted", ["true", "{kept}/checkpoint-4"])
+def test_what_cannot_be_copied_is_kept_and_named(wanted, arguments, fs, proxy, whole, tmp_path, capsys, monkeypatch):
+    url = f"{url_of(arguments())}/{len(wanted)}"
+    argv = arguments(output=url)
     upload = Remote.upload
 
     def full(self, folder):
@@ -253,7 +254,11 @@ def test_what_cannot_be_copied_is_kept_and_named(arguments, fs, proxy, whole, tm
     monkeypatch.undo()
     monkeypatch.setattr(tempfile, "tempdir", str(kept.parents[2]))
     assert checkpoints_at(fs, url) == ["checkpoint-2"]
-    train_draft.main([*argv, "--resume_from_checkpoint", f"{kept}/checkpoint-4"])
+    status, line = refused([*argv, "--resume_from_checkpoint", f"{url}/checkpoint-2"], capsys)
+    assert status == 2
+    assert f"must be the last checkpoint of the run, got resume_from_checkpoint={url}/checkpoint-2, and there" in line
+    train_draft.main([*argv, "--resume_from_checkpoint", wanted.format(kept=kept)])
+    assert f"note: goes on from {kept}/checkpoint-4, which did not reach {url}\n" in capsys.readouterr().out
     assert same(fetched(fs, url, tmp_path / "got"), whole["six"])
     assert not kept.exists()
 

@@ -88,6 +88,21 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further_step(tiny, tin
     assert train_draft.main(argv) == again
 
 
+def test_a_run_does_not_go_on_before_its_last_checkpoint(tiny, tiny_store, tmp_path, capsys, monkeypatch):
+    """It would be another branch, and the next `true` would take the last checkpoint of the first."""
+    common = ["--save_steps", "2", "--save_total_limit", "9"]
+    train_draft.main(arguments(tiny, tiny_store, tmp_path / "out", *common, "--max_steps", "6"))
+    monkeypatch.chdir(tmp_path)
+    argv = arguments(tiny, tiny_store, tmp_path / "out", *common, "--max_steps", "8", "--resume_from_checkpoint")
+    with pytest.raises(SystemExit):
+        train_draft.main([*argv, "out/checkpoint-2/"])
+    message = f"last checkpoint of the run, got resume_from_checkpoint={tmp_path}/out/checkpoint-2, and there is "
+    assert f"{message}{tmp_path}/out/checkpoint-6; delete the later ones" in capsys.readouterr().err
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    assert train_draft.main([*argv, "out/checkpoint-2"])["steps"] == 8
+
+
 def test_a_finished_run_is_prolonged_from_its_checkpoint(tiny, tiny_store, tmp_path):
     schedule = ["--lr_scheduler_type", "constant"]
     for steps in ("2", "5"):

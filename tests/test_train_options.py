@@ -87,6 +87,28 @@ def test_several_stores_and_their_weights_come_from_flags_or_files(tmp_path):
     assert (flags.store.store, flags.store.store_weights) == (["a", "b"], [1.0, 0.5])
 
 
+IN_FILES = {
+    "keep: [0.4]": "keep must be one value, got keep=[0.4]; write it as flags have it",
+    "draft_config: {hidden_size: 16}": "draft_config must be a list, got draft_config={'hidden_size': 16}; write it",
+    "store_weights: [much]": "store_weights must be a list of numbers, got store_weights=['much']; write such as",
+}
+
+
+@pytest.mark.parametrize("line", IN_FILES)
+def test_values_of_another_kind_in_a_file_are_refused(line, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"store: s\ndraft: d\noutput_dir: o\nuse_cpu: true\n{line}\n")
+    with pytest.raises(SystemExit):
+        train_draft.main([str(tmp_path / "run.yaml")])
+    assert IN_FILES[line] in capsys.readouterr().err
+
+
+def test_numbers_in_lists_of_a_file_are_read_as_flags_are(tmp_path):
+    lines = "store: [a, b]\ndraft: d\noutput_dir: o\nuse_cpu: true\nstore_weights: [1, 5e-1]\nlora_rank: 4\n"
+    (tmp_path / "run.yaml").write_text(f"{lines}lora_targets: q_proj\n")
+    found, _, _ = _train_arguments.parse([str(tmp_path / "run.yaml")])
+    assert (found.store.store_weights, found.draft.lora_targets) == ([1.0, 0.5], ["q_proj"])
+
+
 BAD = {
     "early": (["--early_stopping", "2"], "eval_strategy must be steps or epoch to stop early, got eval_strategy=no"),
     "nothing": (["--eval_strategy", "epoch"], "eval_fraction must be above 0 to evaluate, got eval_fraction=0"),
@@ -107,6 +129,22 @@ BAD = {
     "layerwise": (["--optim", "galore_adamw_layerwise"], "optim must be one that waits for the whole gradient, got "),
     "lomo": (["--optim", "lomo"], "optim must be one that waits for the whole gradient, got optim=lomo"),
     "data_seed": (["--data_seed", "-1"], "data_seed must be at least 0 and below 4294967296, got data_seed=-1"),
+    "half": (["--fp16", "true"], "fp16 must be False, got fp16=True; leave it out: the head's gradient is made before"),
+    "half weights": (["--dtype", "float16"], "dtype must be one of ['auto', 'float32', 'bfloat16'], got dtype=float16"),
+    "find": (["--auto_find_batch_size", "true"], "auto_find_batch_size must be False, got auto_find_batch_size=True"),
+    "in time": (["--enable_jit_checkpoint", "true"], "enable_jit_checkpoint must be False, got enable_jit_checkpoint="),
+    "free": (["--optim", "schedule_free_adamw"], "optim must be one that trains the weights that are evaluated and "),
+    "not there": (["--optim", "adamw_bnb_8bit"], "optim must be one that can be made here, got optim=adamw_bnb_8bit "),
+    "schedule": (
+        ["--lr_scheduler_kwargs", '{"bogus": 1}'],
+        "lr_scheduler_kwargs must be what the schedule takes, got lr_scheduler_type=linear with lr_scheduler_kwargs=",
+    ),
+    "no minimum": (["--lr_scheduler_type", "cosine_with_min_lr"], "got lr_scheduler_type=cosine_with_min_lr with "),
+    "split": (["--accelerator_config", '{"split_batches": true}'], "accelerator_config must leave split_batches alone"),
+    "label": (["--objective", "label_nll", "--label_weight", "0.3"], "label_weight must be left out where nothing"),
+    "targets": (["--lora_targets", "q_proj"], "lora_targets must be left out where nothing heeds it, got "),
+    "cache": (["--cache_bytes", "5"], "cache_bytes must be left out where nothing heeds it, got cache_bytes=5"),
+    "masked": (["--denominator", "masked"], "denominator must be left out where nothing heeds it, got denominator="),
     "batch": (
         ["--per_device_train_batch_size", "0"],
         "per_device_train_batch_size must be at least 1, got per_device_train_batch_size=0; change --per_device_train_",

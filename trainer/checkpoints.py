@@ -62,8 +62,8 @@ def defect(folder: Path) -> str | None:
 
 def finished(folder: Path) -> list[Path]:
     """Lists the finished checkpoints of a run's folder by their step."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if _step(path.name) is not None and defect(path) is None]
-    return sorted(found, key=lambda path: _step(path.name) or 0)
+    found = [path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) is not None and defect(path) is None]
+    return sorted(found, key=lambda path: step_of(path.name) or 0)
 
 
 def remove(folder: Path) -> None:
@@ -82,7 +82,7 @@ def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
     """
     if limit is None or limit <= 0:
         return
-    there = [path for path in folder.glob(f"{PREFIX}*") if _step(path.name) is not None]
+    there = [path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) is not None]
     good = [path.name for path in finished(folder)]
     for path in there:
         if path.name not in good or path.name in _beyond(good, limit, {path.name for path in keep}):
@@ -167,7 +167,7 @@ class Remote:
         if not self._fs.exists(self._root):
             return []
         names = {path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)}
-        return sorted((name for name in names if _step(name) is not None), key=lambda name: _step(name) or 0)
+        return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
     def _is_finished(self, name: str) -> bool:
         folder = f"{self._root}/{name}"
@@ -231,7 +231,8 @@ def _beyond(names: Sequence[str], limit: int, keep: Collection[str]) -> list[str
     return [name for name in names if name not in keep][: max(0, len(names) - limit)]
 
 
-def _step(name: str) -> int | None:
+def step_of(name: str) -> int | None:
+    """Returns the step that a checkpoint's name tells; None of another name."""
     number = name.removeprefix(PREFIX)
     return int(number) if name.startswith(PREFIX) and number.isdecimal() else None
 

@@ -138,6 +138,11 @@ def make_draft(plan: DraftPlan) -> PreTrainedModel:
     """
     source = plan.source
     draft = _initialised(plan) if source.config else _loaded(source)
+    if draft.dtype == torch.float16:
+        raise ValueError(
+            f"dtype must be float32 or bfloat16 to train in, got dtype={source.dtype}, and weights in float16 in "
+            f"{source.draft}; add --dtype float32"
+        )
     if plan.layers is not None:
         draft = cut_layers(draft, plan.layers, trust_remote_code=source.trust_remote_code)
     if plan.padded_vocab_size is not None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate.utils import parse_flag_from_env
+from torch import nn
+from transformers import Trainer, get_scheduler
 
 from trainer.evaluating import greater_is_better
 
@@ -65,6 +69,9 @@ AWAITING: dict[str, tuple[tuple[object, ...], str]] = {
 }
 """Arguments that wait for evaluations: the values with which they do, any true one where none are named; and why."""
 
+OF_LAYERS = ("galore", "apollo")
+"""Optimizers that are made for the layers of a model, once it is there."""
+
 LAUNCHED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
 """How `accelerate launch` asks for some of them."""
 
@@ -94,6 +101,10 @@ def check_supported(values: Mapping[str, object]) -> None:
             f"num_train_epochs must be above 0, got num_train_epochs={values['num_train_epochs']}; change it, or add "
             "--max_steps"
         )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise ValueError(
+            "ACCELERATE_MIXED_PRECISION must be bf16 or no, got fp16; launch with another --mixed_precision"
+        )
     for name, meant in LAUNCHED.items():
         if parse_flag_from_env(name):
             raise ValueError(f"{name} must be false, got {name}=true; launch without {meant}: {_WHOLE}")
@@ -119,8 +130,46 @@ def check_training_arguments(args: TrainingArguments) -> None:
             f"greater_is_better must be {wanted} with metric_for_best_model={metric}, got greater_is_better="
             f"{args.greater_is_better}; change it"
         )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"accelerator_config must leave {name} alone, got {name}=True; each rank reads its own batches here"
+            )
     if args.n_gpu > 1:
         raise ValueError(
             f"processes must be one for each GPU, got one for {args.n_gpu}; start the job with "
             f"torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
         )
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raises ValueError if the optimizer or the schedule cannot be made here: Trainer would find out late."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name.startswith(OF_LAYERS):
+        return
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"optim must be one that can be made here, got optim={name} with optim_args={args.optim_args} "
+            f"({_one_line(error)}); pip install it, or leave it out"
+        ) from error
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs must be what the schedule takes, got lr_scheduler_type={schedule} with "
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} ({_one_line(error)}); change one of them"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
