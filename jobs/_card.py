@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from _runs import RUN, figures
 
+from logitstore.drivers import without_credentials
 from trainer.card import Training, model_card
-from trainer.selection import SELECTIONS
 
 if TYPE_CHECKING:
     from _train_arguments import RunArguments
@@ -45,7 +45,7 @@ def write_card(
     made = Training(
         draft=began,
         objective=_objective(run),
-        selection=_selection(run),
+        selection=_selection(run, spec),
         figures=numbers,
         command=f"python jobs/train_draft.py {RUN}",
     )
@@ -65,12 +65,16 @@ def _objective(run: RunArguments) -> str:
     return ", ".join(parts)
 
 
-def _selection(run: RunArguments) -> str:
-    loss = run.loss
-    if SELECTIONS[loss.selection].score is None:
-        return loss.selection
-    parts = [loss.selection, f"keep {loss.keep:g}", f"scope {run.rule().scope}", f"denominator {loss.denominator}"]
+def _selection(run: RunArguments, spec: StoreSpec) -> str:
+    loss, selection = run.loss, run.rule().selection
+    parts = [loss.selection]
+    if selection.competes:
+        parts += [f"keep {loss.keep:g}", f"scope {run.rule().scope}"]
+    if selection.selects:
+        parts.append(f"denominator {loss.denominator}")
     if loss.outside_weight:
         parts.append(f"outside_weight {loss.outside_weight:g}")
-    parts += [f"{name} {value}" for name, value in run.losses().items() if name in SELECTIONS[loss.selection].columns]
+    for column, name in run.losses().items():
+        model = spec.losses[name].model
+        parts.append(f"{column} {name} of {without_credentials(model.name)}, revision {model.revision}")
     return ", ".join(parts)

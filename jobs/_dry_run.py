@@ -53,11 +53,11 @@ def describe(
     batch = dataset.collator()([dataset[pack] for pack in longest])
     dataset.close()
     memory = _memory(module, batch, training)
+    padding = _padding([order.tokens(pack) for pack in packs], deal.per_device_batch)
     lines = [
         f"documents  {order.num_documents:,} to train on, {order.num_held_out:,} held out",
-        f"packs      {order.packs_per_epoch:,} in an epoch, {order.waste:.1%} of their room is padding"
-        if order.packing
-        else f"batches    one document a row of them; {order.packs_per_epoch:,} in an epoch",
+        f"packs      {order.packs_per_epoch:,} in an epoch, {'several documents' if order.packing else 'one document'} "
+        f"each; {padding:.1%} of the first {len(packs):,} packs' batches are padding",
         f"steps      {total:,} of {deal.packs_per_step} packs ({deal.per_device_batch} x {deal.ranks} ranks x "
         f"{deal.accumulation} micro-batches); {steps:,} are an epoch",
         f"draft      {plan.num_parameters:,} parameters, {trained:,} trained, vocabulary {plan.vocab_size:,}",
@@ -69,6 +69,12 @@ def describe(
         "dry run: nothing was trained or written",
     ]
     return "\n".join(lines)
+
+
+def _padding(tokens: list[int], batch: int) -> float:
+    """Returns the share of padding in batches of so many packs, each as wide as its longest."""
+    batches = [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
+    return 1.0 - sum(tokens) / sum(len(packs) * max(packs) for packs in batches)
 
 
 def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -108,10 +108,10 @@ class RunArguments:
     def _check_used(self) -> None:
         """Raises ValueError if an option is given that would go unheeded: another is missing, most likely."""
         loss, draft, rule = self.loss, self.draft, self.rule()
-        selects, is_gate = rule.selection.score is not None, rule.selection.least is not None
+        selects, competes = rule.selection.selects, rule.selection.competes
         uses = {
-            "keep": (loss, selects and not is_gate, "a --selection that keeps a fraction, such as adaspec"),
-            "scope": (loss, selects and not is_gate, "a --selection that keeps a fraction, such as adaspec"),
+            "keep": (loss, competes, "a --selection that keeps a fraction, such as adaspec"),
+            "scope": (loss, competes, "a --selection that keeps a fraction, such as adaspec"),
             "outside_weight": (loss, selects, "a --selection"),
             "queue_rows": (loss, rule.scope == "queue", "--scope queue"),
             "reference": (loss, "reference_ce" in rule.selection.needs, "--selection adaspec"),

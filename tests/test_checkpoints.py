@@ -183,6 +183,8 @@ def test_what_did_not_arrive_whole_does_not_count(remote, copied, tmp_path):
     assert checkpoints.finished(tmp_path / "local") == []
     fs.rm_file(f"{root}/checkpoint-4/{checkpoints.RECORD}")
     assert remote.finished() == []
+    fs.pipe_file(f"{root}/checkpoint-4/{checkpoints.RECORD}", b'{"files": {"optimizer.pt": 5}}')
+    assert remote.finished() == []
     remote.upload(copied / "checkpoint-3")
     remote.rotate(2, {"checkpoint-3"})
     assert not fs.exists(f"{root}/checkpoint-4")  # what a killed run left there

@@ -263,6 +263,12 @@ def test_waiting_for_a_better_evaluation_goes_on_after_a_stop(tiny, tiny_store, 
     assert_same(weights(tmp_path / "more"), weights(tmp_path / "whole"), rtol=0, atol=0)
 
 
+def test_waiting_may_begin_where_a_run_without_it_left_off(tiny, tiny_store, tmp_path):
+    run(tiny, tiny_store, tmp_path / "first", "--max_steps", "2", *STEPS)
+    more = ["--early_stopping", "9", "--max_steps", "4", "--resume_from_checkpoint"]
+    assert run(tiny, tiny_store, tmp_path / "on", *STEPS, *more, str(tmp_path / "first" / "checkpoint-2"))["steps"] == 4
+
+
 def test_only_better_drafts_are_saved_where_that_is_asked_for(tiny, tiny_store, tmp_path):
     extra = ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--max_steps", "6", *STEPS]
     run(tiny, tiny_store, tmp_path / "out", *extra, "--save_strategy", "best", "--save_total_limit", "9")

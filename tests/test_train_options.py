@@ -12,6 +12,11 @@ import pytest
 import train_draft
 import yaml
 
+import logitstore
+from trainer import DocumentDataset
+from trainer.deal import Deal
+from trainer.stream import RankBatches, make_loader
+
 SCREEN = (60, 120)
 """Lines and columns of a terminal that is not small."""
 
@@ -184,6 +189,7 @@ def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(tiny, tiny_store,
     numbers = re.search(r"documents +(\d+) to train on, (\d+) held out", found)
     trained, held = (int(number) for number in numbers.groups())
     assert trained + held == 24
+    assert re.search(rf"packs +{trained} in an epoch, one document each; [\d.]+% of the first {trained} packs", found)
     assert held > 0
     steps = -(-trained // 4)
     assert f"steps      {3 * steps} of 4 packs (4 x 1 ranks x 1 micro-batches); {steps} are an epoch" in found
@@ -197,8 +203,15 @@ def test_a_dry_run_says_what_a_run_would_be_and_writes_nothing(tiny, tiny_store,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_with_packing_says_what_is_padding(tiny, tiny_store, tmp_path, capsys):
+@pytest.mark.parametrize("packing", [[], ["--packing", "true"], ["--packing", "true", "--pack_length", "5000"]])
+def test_a_dry_run_says_what_of_the_batches_is_padding(packing, tiny, tiny_store, tmp_path, capsys):
     argv = ["--store", tiny_store, "--draft", tiny.draft, "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
-    train_draft.main([*argv, "--packing", "true", "--pack_length", "1024", "--dry_run", "true"])
-    assert re.search(r"packs +\d+ in an epoch, [\d.]+% of their room is padding", capsys.readouterr().out)
+    argv += ["--per_device_train_batch_size", "4", "--dry_run", "true", *packing]
+    train_draft.main(argv)
+    found = float(re.search(r"([\d.]+)% of the first \d+ packs' batches are padding", capsys.readouterr().out)[1])
+    options = {"packing": bool(packing), "pack_length": int(packing[3]) if len(packing) > 2 else None, "seed": 42}
+    data = DocumentDataset([logitstore.open(tiny_store)], **options)
+    batches = list(make_loader(data, RankBatches(data.order, Deal(per_device_batch=4))))
+    num_tokens = sum(len(logitstore.open(tiny_store)[i].ids) for i in range(24))
+    assert found == pytest.approx(100 * (1 - num_tokens / sum(b["input_ids"].numel() for b in batches)), abs=0.06)
     assert not Path(tmp_path, "out").exists()

@@ -26,10 +26,10 @@ WORDS = {
     "steps": "optimizer steps",
     "train_runtime": "seconds of training since it last began or went on",
     "loss": "mean loss of a step",
-    "rows_per_second": "rows trained on per second in that time",
-    "alpha": "sampling acceptance of a drafted token in the last steps, estimate",
-    "kl": "KL(target‖draft) of the last steps, nats per row",
-    "label_nll": "negative logprob of the text itself, nats per row",
+    "rows_per_second": "rows per second in that time, kept or not",
+    "alpha": "sampling acceptance of a drafted token in the last steps, estimate (1)",
+    "kl": "KL(target‖draft) of the last steps, nats per row (1)",
+    "label_nll": "negative logprob of the text itself in the last steps, nats per row (1)",
     "eval_alpha_lower": "sampling acceptance of a drafted token on held-out text, lower bound",
     "eval_alpha_upper": "the same, upper bound",
     "eval_alpha_estimate": "the same, estimate",
@@ -128,6 +128,7 @@ def _numbers(figures: Mapping[str, float]) -> str:
     rows = "\n".join(f"| {_cell(WORDS.get(name, name))} | {_number(value)} |" for name, value in figures.items())
     return (
         f"## Numbers\n\n| | |\n|---|---|\n{rows}\n\n"
+        "(1) Of all rows where the selection looks at the draft, else of the rows that are kept.\n\n"
         "Acceptance here is after the documents' own text; after text that the target writes it is another: measure it "
         "with `jobs/evaluate_draft.py`."
     )

@@ -257,4 +257,6 @@ def _parsed(record: bytes) -> Mapping[str, Any] | None:
         files = json.loads(record)["files"]
     except (ValueError, KeyError, TypeError):
         return None
-    return files if isinstance(files, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(described, dict) for described in files.values()):
+        return None
+    return files

@@ -165,8 +165,9 @@ class DraftTrainer(Trainer):
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        # how often is logged and saved may be another than the checkpoint's
+        # how often is logged and saved may be another than the checkpoint's, and so may what calls back
         self.state.compute_steps(self.args, max_steps)
+        note_callbacks(self.state, self.callback_handler.callbacks)
         return self._begin.epoch, 0
 
     def _run_epoch(

@@ -85,7 +85,7 @@ class HeldOut(Dataset[tuple[int, int]]):
 
         Args:
             dataset: Whose documents, read as it reads them.
-            at_most: The first so many documents alone; all by default.
+            at_most: So many documents alone, those of the lowest digests; all by default.
             batch_size: Documents of a batch of the longest ones; as many tokens are in those of shorter ones.
 
         Raises:

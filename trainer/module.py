@@ -56,7 +56,7 @@ class DraftModule(nn.Module):
         scores: Tensor | None = None,
         others: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Computes the loss of one micro-batch, laid out by `trainer.stream.collate`.
+        """Computes the loss of one micro-batch, laid out by `trainer.collate.Collator`.
 
         Args:
             input_ids: Int64 [B, T].
@@ -81,7 +81,7 @@ class DraftModule(nn.Module):
         hidden = self.split.hidden(input_ids, position_ids).flatten(0, 1).index_select(0, rows)
         support = _support(token_ids, probs, tail, weights, entropy)
         seen, is_known = None, scores is not None and bool(self.rule.selection.looks)
-        if scores is None and self.rule.selection.score is not None:
+        if scores is None and self.rule.selection.selects:
             scores, seen = self._score(hidden.detach(), support, labels, columns or {})
         if scores is None:
             every = torch.ones(len(labels), device=hidden.device)

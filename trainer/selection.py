@@ -67,6 +67,16 @@ class Selection:
     """Where nothing else is asked for."""
 
     @property
+    def selects(self) -> bool:
+        """Whether rows are left out."""
+        return self.score is not None
+
+    @property
+    def competes(self) -> bool:
+        """Whether rows compete for the fraction of a scope that is kept: no gate."""
+        return self.selects and self.least is None
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """What is read of the store."""
         return tuple(name for name in self.needs if name in COLUMNS)

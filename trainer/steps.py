@@ -53,12 +53,11 @@ class Steps:
     @property
     def needs_all_scores(self) -> bool:
         """Whether the scores of all micro-batches must be known before the first is trained on."""
-        scored = self._rule.selection.score is not None and self._rule.selection.least is None
-        return scored and self._rule.scope == "step"
+        return self._rule.selection.competes and self._rule.scope == "step"
 
     @property
     def _has_queue(self) -> bool:
-        return self._rule.selection.score is not None and self._rule.scope == "queue"
+        return self._rule.selection.competes and self._rule.scope == "queue"
 
     def begin(self, num_rows: int) -> None:
         """Begins a step.
@@ -69,7 +68,7 @@ class Steps:
         device = self._accelerator.device
         rows: Tensor = self._accelerator.reduce(torch.tensor(float(num_rows), device=device), "sum")
         # how many will be kept is known for sure in the end only: gradients are scaled by the difference then
-        share = self._rule.keep if self._denominator == "kept" and self._rule.selection.score is not None else 1.0
+        share = self._rule.keep if self._denominator == "kept" and self._rule.selection.selects else 1.0
         self._divisor = (rows * share).clamp_min(1.0)
         self._weight = torch.zeros((), device=device)
         self._window["steps"] = self._window.get("steps", torch.zeros((), device=device)) + 1.0
@@ -108,7 +107,7 @@ class Steps:
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
         """Ends a step, when the gradients of all its micro-batches are summed: divides by what was really kept."""
-        if self._denominator == "masked" or self._rule.selection.score is None:
+        if self._denominator == "masked" or not self._rule.selection.selects:
             return
         weight: Tensor = self._accelerator.reduce(self._weight, "sum")
         factor = torch.where(weight > 0, self._divisor / weight, 1.0)
