@@ -369,7 +369,10 @@ def main(argv=None):
     if args.record:
         day = datetime.datetime.now(datetime.UTC).date()
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{os.cpu_count()}-cores"
-        kind = f"v{args.vocab_size}" if args.name == "train_step" else "warm" if args.warm_start else "new"
+        if args.name == "train_step":
+            kind = f"v{args.vocab_size}_batch{args.batch}"
+        else:
+            kind = "warm" if args.warm_start else "new"
         name = f"{args.name}_{kind}"
         path = RESULTS / f"{name}_{device.replace(' ', '-').lower()}_{day}.md"
         path.write_text(

@@ -95,8 +95,7 @@ def _memory(module: DraftModule, batch: dict[str, Any], training: TrainingArgume
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    half = torch.bfloat16 if training.bf16 else torch.float16
-    mixed = torch.autocast(training.device.type, dtype=half, enabled=training.bf16 or training.fp16)
+    mixed = torch.autocast(training.device.type, dtype=torch.bfloat16, enabled=training.bf16)
     with mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = module(**_on(batch, training.device))["loss"]
     loss.backward()
