@@ -53,6 +53,7 @@ def describe(
     batch = dataset.collator()([dataset[pack] for pack in longest])
     dataset.close()
     memory = _memory(module, batch, training)
+    width = max(map(len, memory)) + 1
     padding = _padding([order.tokens(pack) for pack in packs], deal.per_device_batch)
     lines = [
         f"documents  {order.num_documents:,} to train on, {order.num_held_out:,} held out",
@@ -63,8 +64,8 @@ def describe(
         f"draft      {plan.num_parameters:,} parameters, {trained:,} trained, vocabulary {plan.vocab_size:,}",
         f"micro-batch of the longest of {len(packs):,} packs: {batch['input_ids'].numel():,} tokens, "
         f"{len(batch['labels']):,} rows that count",
-        *(f"  {name:<26}{size / MIB:>12,.1f} MiB" for name, size in memory.items()),
-        f"  {'about, in all':<26}{sum(memory.values()) / MIB:>12,.1f} MiB, and what the framework takes itself",
+        *(f"  {name:<{width}}{size / MIB:>12,.1f} MiB" for name, size in memory.items()),
+        f"  {'about, in all':<{width}}{sum(memory.values()) / MIB:>12,.1f} MiB, and what the framework takes itself",
         *plan.notes,
         "dry run: nothing was trained or written",
     ]

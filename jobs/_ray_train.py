@@ -186,6 +186,8 @@ def _trainer(task: dict[str, Any], num_workers: int, resources: dict[str, float]
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     # Of nodes that are to go nothing is asked: it is enough to begin again when they are gone.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    # What workers print comes to the driver anyway, and would a second time as logs of Ray's.
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     jobs = str(Path(__file__).parent)
 
     def worker() -> None:

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 RUN, STATE, MODEL = "run.yaml", "trainer_state.json", "config.json"
 
+SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "bf16", "seed",
+)  # fmt: skip
+"""Training arguments that run.yaml and the card always say: defaults differ between releases of transformers."""
+
 NOT_REPEATED = frozenset({"resume_from_checkpoint", "hub_token", "local_rank", "dataloader_pin_memory"})
 """Training arguments that run.yaml leaves out: of one start or one machine only, or secret."""
 
@@ -219,7 +226,7 @@ def check_new(held: Held) -> None:
     has_checkpoints = any(name.startswith(checkpoints.PREFIX) for name in held.names)
     if held.folder.is_file() or has_checkpoints or MODEL in held.names:
         raise ValueError(
-            f"output_dir must be new or empty, got output_dir={held.where}, which holds another run; give another "
+            f"output_dir must be new or empty, got output_dir={held.where}, which holds a run; give another "
             "--output_dir, or --resume_from_checkpoint true to go on with it"
         )
 
@@ -235,7 +242,7 @@ def figures(state: TrainerState) -> dict[str, float]:
     losses = [entry[name] for entry in state.log_history for name in ("train_loss", "loss") if name in entry]
     evaluated: dict[str, float] = next((entry for entry in reversed(state.log_history) if "eval_rows" in entry), {})
     return {
-        "steps": float(state.global_step),
+        "steps": state.global_step,
         "loss": losses[-1] if losses else math.nan,
         "train_runtime": last["train_runtime"],
         "rows_per_second": float(last["train_rows_per_second"]),

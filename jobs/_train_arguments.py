@@ -6,6 +6,7 @@ nearest one that is known.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _output import local_folder
-from _runs import NOT_REPEATED, read_run
+from _runs import NOT_REPEATED, SETTINGS, read_run
 from _train_options import GROUPS, OURS, BatchArguments, DraftArguments, LossArguments, StoreArguments
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -177,14 +178,25 @@ class _Parser(RaisingErrors, HfArgumentParser):
     """HfArgumentParser for use within `user_errors`."""
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is."""
+
+
 def _parser(description: str | None = None) -> _Parser:
     kinds = (*GROUPS, TrainingArguments)
-    return _Parser(kinds, allow_abbrev=False, description=description)  # type: ignore[arg-type]
+    return _Parser(
+        kinds,  # type: ignore[arg-type]
+        allow_abbrev=False,
+        description=description,
+        formatter_class=_Formatter,
+    )
 
 
 def full_help(description: str) -> str:
     """Returns the help of all options, transformers' too."""
-    return _parser(description).format_help()
+    parser = _parser(description)
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    return parser.format_help()
 
 
 def read_values(argv: list[str]) -> dict[str, Any]:
@@ -233,13 +245,13 @@ def nearest(unknown: str) -> str:
 
 
 def repeated(values: dict[str, Any]) -> dict[str, Any]:
-    """Picks the values that repeat a run: what differs from transformers' defaults, or has one of this job's own."""
+    """Picks the values that repeat a run: what differs from transformers' defaults, and what these say of learning."""
     plain = vars(_parser().parse_args([]))
     ours = (name for name in OURS if name != "dry_run")
     theirs = (
         name
         for name in THEIRS
-        if name not in NOT_REPEATED and (values[name] != plain[name] or name in TRAINING_DEFAULTS)
+        if name not in NOT_REPEATED and (values[name] != plain[name] or name in {*TRAINING_DEFAULTS, *SETTINGS})
     )
     found = {name: values[name] for name in (*ours, *theirs)}
     found["store"] = [without_credentials(url) for url in values["store"]]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from _runs import (
 )
 from _train_arguments import full_help, parse, read_values, repeated
 from _train_options import help_text
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import EarlyStoppingCallback, TrainerState
 
 import logitstore
@@ -52,6 +54,8 @@ from trainer.reshaping import settle_padding
 from trainer.stream import DocumentDataset
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from _output import Output
     from _runs import Held
     from _train_arguments import RunArguments
@@ -223,16 +227,17 @@ def train(
         reached = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
         if is_stopped_early(reached):  # and killed before its model was saved
             training.max_steps = reached.global_step
-    trainer = DraftTrainer(
-        module,
-        training,
-        prepared.dataset,
-        prepared.plan.tokenizer,
-        held_out=prepared.held_out,
-        denominator=run.denominator(),
-        queue_rows=run.loss.queue_rows,
-        remote=output.remote,
-    )
+    with user_errors(), of_hub():
+        trainer = DraftTrainer(
+            module,
+            training,
+            prepared.dataset,
+            prepared.plan.tokenizer,
+            held_out=prepared.held_out,
+            denominator=run.denominator(),
+            queue_rows=run.loss.queue_rows,
+            remote=output.remote,
+        )
     if run.batches.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(run.batches.early_stopping))
     folder = output.folder
@@ -240,18 +245,22 @@ def train(
     if writes:
         for note in prepared.plan.notes:
             print(note)
-        if output.remote is not None and start is not None and Path(start).is_relative_to(folder):
-            print(f"note: goes on from {start}, which did not reach {output.where}")
+        if checkpoint is not None:
+            kept = output.remote is not None and folder in Path(str(start)).parents
+            step = TrainerState.load_from_json(str(Path(checkpoint, STATE))).global_step
+            print(f"goes on after step {step}, from {start}{f', which did not reach {output.where}' if kept else ''}")
     # A finished model keeps its run.yaml and its state until the next one takes its place.
     if writes and not (folder / STATE).exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_run(folder, values)
         output.put_run()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with loading_bars(wanted=False):  # each checkpoint that is written would have one, within that of the steps
+        trainer.train(resume_from_checkpoint=checkpoint)
     settle_padding(module.draft, prepared.plan.vocab_size)
     if writes:
         (folder / STATE).unlink(missing_ok=True)
-        write_card(run, training, prepared.stores[0].spec, trainer.state, output.where)
+        specs, size = [store.spec for store in prepared.stores], module.draft.config.get_text_config().vocab_size
+        write_card(run, training, specs, trainer.state, output.where, size)
     trainer.save_model()
     if writes:
         write_run(folder, values)
@@ -259,6 +268,22 @@ def train(
         output.put_model()
     output.end(training)
     return trainer.state
+
+
+@contextmanager
+def of_hub() -> Iterator[None]:
+    """Turns a hub that does not make a repository into a ValueError: `--push_to_hub` asks it for one at once.
+
+    Raises:
+        ValueError: It does not.
+    """
+    try:
+        yield
+    except (HfHubHTTPError, ConnectionError) as error:
+        raise ValueError(
+            f"push_to_hub must be left out where the hub cannot be written to, got push_to_hub=True ({error}); leave "
+            "it out, or log in"
+        ) from error
 
 
 if __name__ == "__main__":

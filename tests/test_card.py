@@ -30,7 +30,7 @@ def spec(tiny_store, tiny):
 def card(spec, name="out/draft", **changes):
     training = Training(draft="Qwen/Qwen3-0.6B", objective="forward_kl", selection="adaspec, keep 0.4",
                         figures=FIGURES)  # fmt: skip
-    return model_card(name, spec, ["s3://user:pass@bucket/cache.zarr"], dataclasses.replace(training, **changes))
+    return model_card(name, {"s3://user:pass@bucket/cache.zarr": spec}, dataclasses.replace(training, **changes))
 
 
 def header(text):
@@ -58,6 +58,23 @@ def test_the_card_says_from_what_and_how(spec):
     ):  # fmt: skip
         assert said in text
     assert f"torch {torch.__version__}, transformers {transformers.__version__}" in text
+
+
+def test_every_store_is_named_with_its_data(spec):
+    other = dataclasses.replace(spec, data=dataclasses.replace(spec.data, source="more.jsonl"))
+    training = Training(draft="d", objective="o", selection="all", figures=FIGURES, settings={"optim": "sgd"})
+    text = model_card("draft", {"a.zarr": spec, "b.zarr, 0.5 times an epoch": other}, training)
+    rows = re.findall(r"\| (store|its data|settings) \| ([^ ]+)", text)
+    assert [what for what, _ in rows] == ["store", "its data", "store", "its data", "settings"]
+    assert "| b.zarr, 0.5 times an epoch |\n| its data | more.jsonl (" in text
+    assert "| optim sgd |" in text
+    assert "| weights |" not in text
+
+
+def test_what_vllm_would_refuse_and_which_weights_it_has_are_told(spec):
+    text = card(spec, vocab_sizes=(2112, 2048), weights="of step 2 of 3")
+    assert "must be equal (they are 2,112 and 2,048: it will refuse this draft):" in text
+    assert "| weights | of step 2 of 3 |" in text
 
 
 def test_credentials_are_in_no_card(spec):

@@ -158,7 +158,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_refused(arguments, fs, whol
     capsys.readouterr()
     status, line = refused(argv, capsys)
     assert status == 2
-    assert f"output_dir must be new or empty, got output_dir={url}, which holds another run" in line
+    assert f"output_dir must be new or empty, got output_dir={url}, which holds a run" in line
     status, line = refused([*argv, *RESUME, "--keep", "0.5"], capsys)
     assert (status, f"keep must be 0.4 as in {url}/run.yaml to go on with that run" in line) == (2, True)
     assert train_draft.main([*argv, *RESUME]) == first
@@ -258,7 +258,8 @@ def test_what_cannot_be_copied_is_kept_and_named(wanted, arguments, fs, proxy, w
     assert status == 2
     assert f"must be the last checkpoint of the run, got resume_from_checkpoint={url}/checkpoint-2, and there" in line
     train_draft.main([*argv, "--resume_from_checkpoint", wanted.format(kept=kept)])
-    assert f"note: goes on from {kept}/checkpoint-4, which did not reach {url}\n" in capsys.readouterr().out
+    line = f"goes on after step 4, from {kept}/checkpoint-4, which did not reach {url}\n"
+    assert line in capsys.readouterr().out
     assert same(fetched(fs, url, tmp_path / "got"), whole["six"])
     assert not kept.exists()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from logitstore.drivers import without_credentials
 from logitstore.schemes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from logitstore.spec import StoreSpec
 
@@ -27,9 +27,9 @@ WORDS = {
     "train_runtime": "seconds of training since it last began or went on",
     "loss": "mean loss of a step",
     "rows_per_second": "rows per second in that time, kept or not",
-    "alpha": "sampling acceptance of a drafted token in the last steps, estimate (1)",
-    "kl": "KL(target‖draft) of the last steps, nats per row (1)",
-    "label_nll": "negative logprob of the text itself in the last steps, nats per row (1)",
+    "alpha": "sampling acceptance of a drafted token in the last steps logged, estimate (1)",
+    "kl": "KL(target‖draft) of the last steps logged, nats per row (1)",
+    "label_nll": "negative logprob of the text itself in the last steps logged, nats per row (1)",
     "eval_alpha_lower": "sampling acceptance of a drafted token on held-out text, lower bound",
     "eval_alpha_upper": "the same, upper bound",
     "eval_alpha_estimate": "the same, estimate",
@@ -54,33 +54,39 @@ class Training:
     """With its settings, such as "adaspec, keep 0.4"."""
     figures: Mapping[str, float]
     """Numbers by name, in the order to be shown."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """Training arguments by name."""
+    weights: str | None = None
+    """Which they are, if not those of the last step."""
+    vocab_sizes: tuple[int, int] | None = None
+    """Rows of the embeddings of draft and target, if they differ."""
     command: str | None = None
     """What repeats it."""
     gamma: int = 5
     """Tokens that the commands draft per target call."""
 
 
-def model_card(name: str, spec: StoreSpec, sources: Sequence[str], training: Training) -> str:
+def model_card(name: str, stores: Mapping[str, StoreSpec], training: Training) -> str:
     """Writes README.md of a draft.
 
     Args:
         name: What it is called where it will be served from: a folder or Hugging Face id.
-        spec: Of the store that it was trained on, of the first of several.
-        sources: URLs of the stores; credentials in them are left out.
+        stores: What it was trained on, by how it is called: URLs, whose credentials are left out.
         training: How.
 
     Returns:
         Markdown with a YAML header, as the hub reads it.
     """
+    spec = next(iter(stores.values()))
     target = spec.target.model if spec.target is not None else None
     served = "TARGET" if target is None else without_credentials(target.name)
     parts = [
         _header(training.draft, served),
         f"# A draft for {served}\n\nProposes tokens that {served} then checks, in speculative decoding: the text is "
         "the target's own, sooner. It is of no use on its own.",
-        _origin(spec, served, sources, training),
+        _origin(stores, served, training),
         _numbers(training.figures),
-        _commands(name, served, training.gamma),
+        _commands(name, served, training),
         "## Versions\n\n" + ", ".join(filter(None, map(_version, PACKAGES))),
     ]
     return "\n\n".join(parts) + "\n"
@@ -102,23 +108,33 @@ def _version(package: str) -> str:
         return ""
 
 
-def _origin(spec: StoreSpec, target: str, sources: Sequence[str], training: Training) -> str:
+def _origin(stores: Mapping[str, StoreSpec], target: str, training: Training) -> str:
+    spec = next(iter(stores.values()))
     model = "" if spec.target is None else f", revision {spec.target.model.revision}, {spec.target.model.dtype}"
     rows = [
         ("began as", without_credentials(training.draft)),
         ("target", target + model),
         ("target's distributions", describe(spec.target.scheme) if spec.target else "none"),
-        ("store", ", ".join(without_credentials(source) for source in sources)),
-        (
-            "data",
-            f"{without_credentials(spec.data.source)} ({spec.data.columns}; loss on {spec.data.mask_policy}; documents "
-            f"of at most {spec.max_length} tokens)",
+        *(
+            pair
+            for name, each in stores.items()
+            for pair in (
+                ("store", without_credentials(name)),
+                (
+                    "its data",
+                    f"{without_credentials(each.data.source)} ({each.data.columns}; loss on {each.data.mask_policy}; "
+                    f"documents of at most {each.max_length} tokens)",
+                ),
+            )
         ),
         ("tokenizer", f"{without_credentials(spec.tokenizer.name)}, {spec.tokenizer.vocab_size} tokens"),
         ("objective", training.objective),
         ("selection of rows", training.selection),
+        ("settings", ", ".join(f"{name} {value}" for name, value in training.settings.items())),
+        ("weights", training.weights or ""),
     ]
-    text = "## How it was made\n\n| | |\n|---|---|\n" + "\n".join(f"| {what} | {_cell(said)} |" for what, said in rows)
+    lines = "\n".join(f"| {what} | {_cell(said)} |" for what, said in rows if said)
+    text = f"## How it was made\n\n| | |\n|---|---|\n{lines}"
     if training.command is not None:
         text += f"\n\n```\n{training.command}\n```"
     return text
@@ -142,12 +158,15 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _commands(name: str, target: str, gamma: int) -> str:
+def _commands(name: str, target: str, training: Training) -> str:
+    gamma, differ = training.gamma, ""
+    if training.vocab_sizes is not None:
+        differ = " (they are {:,} and {:,}: it will refuse this draft)".format(*training.vocab_sizes)
     speculative = json.dumps({"method": "draft_model", "model": name, "num_speculative_tokens": gamma})
     large, small, config = (shlex.quote(word) for word in (target, name, speculative))
     return f"""## Serving it
 
-vLLM, where `vocab_size` of both configs must be equal:
+vLLM, where `vocab_size` of both configs must be equal{differ}:
 
 ```
 vllm serve {large} \\

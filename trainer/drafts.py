@@ -116,16 +116,17 @@ def plan_draft(source: DraftSource, spec: StoreSpec) -> DraftPlan:
         f"draft_config={' '.join(source.config)}" if source.config else f"draft={source.draft}",
         trust_remote_code=source.trust_remote_code,
     )
-    note = context_note(config, spec)
+    padded = _padded_size(source, spec)
+    notes = (context_note(config, spec), vocabulary_note(padded or config.get_text_config().vocab_size, spec))
     return DraftPlan(
         source=source,
         config=config,
         tokenizer=tokenizer,
         vocab_size=made.vocab_size,
         layers=layers,
-        padded_vocab_size=_padded_size(source, spec),
+        padded_vocab_size=padded,
         num_parameters=parameters,
-        notes=() if note is None else (note,),
+        notes=tuple(note for note in notes if note is not None),
     )
 
 
@@ -175,6 +176,16 @@ def context_note(config: PreTrainedConfig, spec: StoreSpec) -> str | None:
     return (
         f"the draft's max_position_embeddings is {own}, the target's ({name}) {other}: servers may stop drafting, or "
         f"the whole request, after {own} tokens; {remedy}"
+    )
+
+
+def vocabulary_note(num_embeddings: int, spec: StoreSpec) -> str | None:
+    """Says so if the draft's embeddings have other rows than the target's: vLLM takes no such draft."""
+    if spec.target is None or num_embeddings == spec.target.model.padded_vocab_size:
+        return None
+    return (
+        f"the draft's vocab_size is {num_embeddings}, the target's {spec.target.model.padded_vocab_size}: vLLM wants "
+        f"them equal; --pad_vocab_size {LIKE_TARGET} makes them so where the target's is larger"
     )
 
 

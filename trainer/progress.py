@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from trainer.deal import Position
@@ -61,6 +61,8 @@ class Progress(TrainerCallback, ExportableState):
         self._packs = self._packs + self._per_step if self._steps else self._packs_per_epoch
         self._is_open = True
         state.epoch = self._epoch + self._packs / self._packs_per_epoch
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True  # the last steps too, whatever their number
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -36,6 +36,8 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
     "auto_find_batch_size": (False, "after the memory ran out the steps before it would be trained on again"),
     "enable_jit_checkpoint": (False, "it would save in the middle of a step; give save_steps"),
     "prediction_loss_only": (False, "an evaluation gathers no predictions"),
+    "do_predict": (False, "there is nothing to predict"),
+    "label_names": (None, "batches are of the store, and have no other names"),
     "eval_accumulation_steps": (None, "an evaluation gathers no predictions"),
     "fsdp": (None, _WHOLE),
     "deepspeed": (None, _WHOLE),
