@@ -112,6 +112,7 @@ def test_a_submitted_job_trains_as_torchrun_does_though_a_worker_dies(cluster, a
     assert options["secret"] not in out + err
 
 
+@pytest.mark.long
 def test_mistakes_are_one_line_whoever_finds_them(cluster, arguments, tmp_path, capsys, monkeypatch):
     # only with as many ranks as there will be is a step longer than an epoch
     argv = arguments(tmp_path / "out", *WORKERS, "--dataloader_drop_last", "true")

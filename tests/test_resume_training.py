@@ -46,7 +46,7 @@ def train_loss(state):
     return state.log_history[-1]["train_loss"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.long] * ("lasting" in case)) for case in CASES])
 def test_resume_at_every_step_equals_the_run_that_never_stopped(case, draft, tiny_store, tmp_path):
     options = dict(CASES[case])
     if "weights" in options:

@@ -30,6 +30,8 @@ import logitstore
 from logitstore.layout import layer_arrays
 from logitstore.reader import CACHED_SHARDS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 FAULT_RATE = 0.1
 SECRETS = {"key": "AKIAdistinctive1key", "secret": "distinctive2/secret+x", "token": "distinctive3token"}
@@ -202,7 +204,6 @@ def test_training_from_a_bucket_reads_it_once_and_gives_the_same_draft(dumped, p
     no_credential_in(place, written)
 
 
-@pytest.mark.long
 def test_through_faults_of_every_kind_the_result_is_the_same(dumped, proxy, tiny, data, written):
     """And with credentials in the environment of the jobs alone: actors get them with the storage."""
     faulty = Place(

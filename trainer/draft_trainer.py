@@ -351,7 +351,8 @@ class DraftTrainer(Trainer):
         if self.args.load_best_model_at_end:
             # of all ranks, whether or not they see the checkpoint: it may be in a folder of another machine
             broadcast(dict(self._module.draft.state_dict()))
-            self._evaluated = None
+            if self.state.best_global_step != self.state.global_step:
+                self._evaluated = None
         if has_lora(self._module.draft):
             merge_lora(self._module.draft)
             self._evaluated = None
