@@ -59,13 +59,13 @@ def head_node(num_cpus):
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets live there: their paths must be short
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
             [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}",
              f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
              f"--temp-dir={folder / 'ray'}",
-             f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"],
+             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={free_port()}"],
             stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
     node = HeadNode(
@@ -73,11 +73,19 @@ def head_node(num_cpus):
         environment=environment, process=psutil.Process(head.pid),
     )  # fmt: skip
     try:
+        # the agent takes jobs, and is there later than what passes them on to it
+        healthy = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
         for _ in range(300):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{node.dashboard}/api/version", timeout=2):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{node.dashboard}/api/version", timeout=2),
+                urllib.request.urlopen(healthy, timeout=2),
+            ):
                 break
             assert head.poll() is None, (folder / "head.log").read_text()
             time.sleep(0.2)
+        else:
+            raise AssertionError((folder / "head.log").read_text())
         yield node
     finally:
         family = [node.process, *node.process.children(recursive=True)]
