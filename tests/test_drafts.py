@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -346,6 +348,8 @@ def test_lora_of_named_layers(tiny, spec):
     lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0}
     refused(spec, "lora_targets must be linear layers.*there are down_proj, gate_proj", draft=tiny.draft,
             lora=Lora(**lora, targets=("nothing",)))  # fmt: skip
+    refused(spec, "lora_targets must be linear layers.*got lora_targets=q_proj nothing", draft=tiny.draft,
+            lora=Lora(**lora, targets=("q_proj", "nothing")))  # fmt: skip
     refused(spec, "lora_targets must leave out the head", draft=tiny.draft, lora=Lora(**lora, targets=("lm_head",)))
 
 
@@ -357,3 +361,10 @@ def test_lora_of_named_layers(tiny, spec):
 def test_settings_of_lora_that_cannot_be_are_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         Lora(**{"rank": 2, "alpha": 4.0, "dropout": 0.0, **wrong})
+
+
+def test_a_peft_too_old_for_transformers_is_named_with_both_versions(monkeypatch):
+    monkeypatch.setattr("trainer.lora.MIN_PEFT_VERSION", "99.1")
+    here = re.escape(f"peft {version('peft')}, and transformers {version('transformers')} needs peft >= 99.1")
+    with pytest.raises(ValueError, match=here):
+        Lora(rank=2, alpha=4.0, dropout=0.0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for top in ("logitstore", "trainer", "jobs") for path in (ROOT / top).rglob("*.py"))
@@ -67,3 +69,16 @@ def test_public_names_are_few_and_sorted():
     assert logitstore.__all__ == sorted(logitstore.__all__)
     assert len(logitstore.__all__) <= 12
     assert all(hasattr(logitstore, name) for name in logitstore.__all__)
+
+
+def test_the_lock_has_one_allowed_version_of_every_dependency():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    locked = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    installed = [extras[name] for name in ("dump", "train", "train-ray", "plot", "s3", "dev")]
+    wanted = [Requirement(text) for text in sum(installed, project["dependencies"])]
+    wanted = [requirement for requirement in wanted if requirement.name != "logitstore"]
+    assert len(wanted) > 20
+    assert [str(r) for r in wanted if r.name.lower() not in locked] == []
+    assert [str(r) for r in wanted if not r.specifier.contains(locked[r.name.lower()])] == []

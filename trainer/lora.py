@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -46,6 +49,12 @@ class Lora:
                 f"lora_rank must be left out where peft is not installed, got lora_rank={self.rank}; "
                 "pip install 'logitstore[train]'"
             )
+        if Version(version("peft")) < Version(MIN_PEFT_VERSION):
+            raise ValueError(
+                f"lora_rank must be left out with these packages, got lora_rank={self.rank} with peft "
+                f"{version('peft')}, and transformers {version('transformers')} needs peft >= {MIN_PEFT_VERSION}; "
+                "install a newer peft, or an older transformers"
+            )
 
 
 def add_lora(draft: PreTrainedModel, lora: Lora, seed: int) -> None:
@@ -73,17 +82,16 @@ def add_lora(draft: PreTrainedModel, lora: Lora, seed: int) -> None:
         task_type="CAUSAL_LM",
     )
     given = f"got lora_targets={' '.join(lora.targets)}"
+    if lora.targets != (ALL_LINEAR,):
+        for target in lora.targets:
+            if not any(name == target or name.endswith(f".{target}") for name in linear):
+                ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+                raise ValueError(f"lora_targets must be linear layers of the draft, {given}; there are {ends}")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # of GPT-2's layers and others in one model, whose weights lie the other way round: each is stored right
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.manual_seed(seed)
-        try:
-            draft.add_adapter(config)
-        except ValueError as error:
-            ends = sorted({name.rpartition(".")[2] for name in linear})
-            raise ValueError(
-                f"lora_targets must be linear layers of the draft, {given}; there are {', '.join(ends)}"
-            ) from error
+        draft.add_adapter(config)
     head = draft.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise ValueError(
