@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numcodecs import Blosc
 
-from logitstore import codec
-from logitstore.codec import Codebook, round_mantissa
-from logitstore.layout import ENTRY_CHUNK
+from logitstore.format.codebook import Codebook
+from logitstore.format.layout import ENTRY_CHUNK
+from logitstore.rows import codec
+from logitstore.rows.codec import round_mantissa
 
 SHOWN = ("topk 64", "nucleus 64 / 0.98", "hybrid 20", "hybrid 50")
 LOG_RANGE_NATS, LOG_EXPONENT = 16.0, 2.0

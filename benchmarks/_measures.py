@@ -16,7 +16,7 @@ import torch
 from logitstore.support import TAIL_FLOOR
 
 if TYPE_CHECKING:
-    from logitstore.rows import Rows
+    from logitstore.rows.rows import Rows
 
 SMALLEST = 1e-45
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from logitstore import codec, layout, objects
-from logitstore.codec import MANTISSA_BITS, round_mantissa
 from logitstore.dump.truncation import truncate, uniforms
-from logitstore.layout import ENTRY_CHUNK
-from logitstore.schemes import make_scheme
-from logitstore.spec import ROW_CHUNK, ModelSpec, TargetSpec
-from logitstore.tokens import encode_tokens
+from logitstore.format import layout, zarr_objects
+from logitstore.format.layout import ENTRY_CHUNK
+from logitstore.format.schemes import make_scheme
+from logitstore.format.spec import ROW_CHUNK, ModelSpec, TargetSpec
+from logitstore.rows import codec
+from logitstore.rows.codec import MANTISSA_BITS, round_mantissa
+from logitstore.rows.tokens import encode_tokens
 
 BATCH_ROWS = 2048
 """Rows that are laid out as one rectangle."""
@@ -62,7 +63,7 @@ class Ours:
     def encode(self, arrays):
         """Returns the objects of a shard."""
         sizes = self._sizes(len(arrays["counts"]))
-        return {array.name: objects.encode(arrays[array.name], array, **sizes) for array in layout.TARGET}
+        return {array.name: zarr_objects.encode(arrays[array.name], array, **sizes) for array in layout.TARGET}
 
     def _sizes(self, num_rows):
         return {"shard_rows": -(-num_rows // ENTRY_CHUNK) * ENTRY_CHUNK, "k": self.spec.room}
@@ -71,7 +72,7 @@ class Ours:
         """Reads objects and lays out all rows in batches."""
         sizes = self._sizes(len(counts))
         lengths = {"row": len(counts), "entry": int(counts.sum(dtype=np.int64))}
-        arrays = {a.name: objects.decode(held[a.name], lengths[a.per], a, **sizes) for a in layout.TARGET}
+        arrays = {a.name: zarr_objects.decode(held[a.name], lengths[a.per], a, **sizes) for a in layout.TARGET}
         rows = codec.decode(arrays, self.spec)
         for start in range(0, len(counts), BATCH_ROWS):
             rows.padded(np.arange(start, min(start + BATCH_ROWS, len(counts))))
@@ -88,5 +89,5 @@ def token_bytes(source, num_rows):
     ids, masks = zip(*documents, strict=True)
     values = encode_tokens(np.concatenate(ids), np.concatenate(masks), np.array([len(part) for part in ids]))
     room = -(-len(values["ids"]) // ROW_CHUNK) * ROW_CHUNK
-    held = [objects.encode(values[array.name], array, shard_rows=room, k=1) for array in layout.TOKENS]
+    held = [zarr_objects.encode(values[array.name], array, shard_rows=room, k=1) for array in layout.TOKENS]
     return sum(len(data or b"") for data in held) / counted, len(values["ids"]) / counted

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from benchmarks import _torture_rows as rows
 from benchmarks import _torture_writer as writing
-from logitstore import layout
-from logitstore.local_files import PARTIAL
-from logitstore.reader import Store
-from logitstore.storage import Storage
-from logitstore.verify import repair, sweep, take_back, verify
+from logitstore.format import layout
+from logitstore.storage.local_disk import PARTIAL
+from logitstore.storage.storage import Storage
+from logitstore.store.reader import Store
+from logitstore.store.take_back import sweep, take_back
+from logitstore.verify import repair, verify
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 STALLED_S = 300
@@ -139,7 +140,7 @@ class WriterRound:
             self._fill(append=True)
             self._totals.events["documents appended to a store"] += 1
         left = self._left()
-        self._totals.events["leftovers swept"] += sweep(self._store())
+        self._totals.events["leftovers swept"] += sweep(self._store().storage)
         if self._options is None:  # a day later they would be swept, too
             self._totals.events["half files of killed writers"] += len(list(Path(self._url).rglob(f"*{PARTIAL}")))
         verdict = self._oracle.compare(self._url, self._direct)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import fsspec
 import numpy as np
 
-from logitstore.commits import names_of
 from logitstore.errors import LogitStoreError
-from logitstore.layout import layer_arrays
-from logitstore.local_files import PARTIAL
-from logitstore.reader import Store
-from logitstore.storage import Storage
+from logitstore.format.layout import layer_arrays
+from logitstore.storage.local_disk import PARTIAL
+from logitstore.storage.storage import Storage
+from logitstore.store.commits.index import commit_names
+from logitstore.store.reader import Store
 from logitstore.verify import verify
 
 PLACE = re.compile(r"(?:commits/)?(tokens|target|losses/[^/]+)/(?:[^/]+/c/([0-9]+)|([0-9]+)-[^/]*\.json)")
@@ -51,7 +51,10 @@ class Oracle:
         self._layers = list(self._stores[0].layers)
         self._num_shards = self._stores[0].num_shards
         self._arrays = [
-            [{layer: store.read_arrays(layer, shard) for layer in self._layers} for shard in range(self._num_shards)]
+            [
+                {layer: store.reader.read_arrays(layer, shard) for layer in self._layers}
+                for shard in range(self._num_shards)
+            ]
             for store in self._stores
         ]
 
@@ -99,11 +102,11 @@ class Oracle:
             wanted.update(documents(arrays))
             read = {}
             for layer in self._layers:
-                if len(records := names_of(store.storage, layer, shard)) > 1:
+                if len(records := commit_names(store.storage, layer, shard)) > 1:
                     verdict.doubled += num_rows
                     verdict.differences.append(f"{layer}/{shard} has {len(records)} records")
                 try:
-                    read[layer] = store.read_arrays(layer, shard)
+                    read[layer] = store.reader.read_arrays(layer, shard)
                 except LogitStoreError as error:
                     verdict.lost += num_rows if layer != "tokens" else 0  # those are counted by document
                     verdict.differences.append(f"{layer}/{shard} cannot be read: {error}")

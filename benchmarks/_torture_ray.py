@@ -22,9 +22,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks._torture_attack import TortureError
-from logitstore.reader import Store
-from logitstore.storage import Storage
-from logitstore.verify import sweep
+from logitstore.storage.storage import Storage
+from logitstore.store.take_back import sweep
 
 ROOT = Path(__file__).parent.parent
 MAX_RUNS = 12
@@ -130,7 +129,7 @@ class RayRound:
         self._quiet()
         if zombies:  # of killed drivers: what they staged after the last job had cleaned up is nobody's
             self._totals.events["actors that outlived the last job"] += len(zombies)
-            self._totals.events["leftovers swept"] += sweep(Store(self._storage))
+            self._totals.events["leftovers swept"] += sweep(self._storage)
         return self._oracle.compare(self._url, self._direct)
 
     def undisturbed(self):

@@ -11,9 +11,9 @@ import dataclasses
 
 import numpy as np
 
-from logitstore.schemes import Scheme
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
-from logitstore.tokens import encode_tokens
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.rows.tokens import encode_tokens
 
 LOSSES = "losses/reference"
 LAYERS = ("tokens", "target", LOSSES)

@@ -16,11 +16,12 @@ from pathlib import Path
 import s3fs  # noqa: F401 - imported before forking, as it takes a second
 
 from benchmarks import _torture_rows as rows
-from logitstore import commits, writer
 from logitstore.dump.parts import write_part
 from logitstore.errors import StorageError, StorageRefusedError, StoreNotFoundError
-from logitstore.reader import Store
-from logitstore.storage import Storage
+from logitstore.format.commit import layer_digest
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.reader import Store
 
 GAVE_UP = 75
 """Exit status of a process for which the bucket failed too often: it is to be started again."""
@@ -136,8 +137,8 @@ def write_shard(storage, writers, shard, variant):
     commit = writers["tokens"].write(shard, own, computed_from=None, **size)
     own = rows.target(shard, variant)
     commit = writers["target"].write(shard, own, computed_from=commit.digest, **size)
-    if commit.digest != commits.digest("target", own):
-        own = Store(storage).read_arrays("target", shard)
+    if commit.digest != layer_digest("target", own):
+        own = Store(storage).reader.read_arrays("target", shard)
     writers[rows.LOSSES].write(shard, rows.losses(own), computed_from=commit.digest, **size)
 
 
@@ -173,8 +174,8 @@ def _read(storage, rng):
         if not there:
             continue
         shard = rng.choice(sorted(there))
-        values = store.read_stored(shard, layers)
-        store.assemble(values)
+        values = store.reader.read_layers(shard, layers)
+        store.reader.assemble(values)
         read = {name: value.arrays for name, value in values.items()}
         if not rows.same(read["tokens"], rows.tokens(shard)):
             raise ValueError(f"tokens of shard {shard} must be as written, got others")

@@ -30,17 +30,17 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from logitstore import writer
-from logitstore.batches import batches
 from logitstore.dump.schedule import SHARDS_IN_FLIGHT
 from logitstore.dump.scoring import score_target
 from logitstore.dump.worker import ModelSource, ShardDumper
-from logitstore.reader import Store
-from logitstore.schemes import OPTIONS, make_scheme
-from logitstore.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
-from logitstore.storage import Storage
-from logitstore.tokens import encode_tokens
-from logitstore.verify import take_back
+from logitstore.format.schemes import OPTIONS, make_scheme
+from logitstore.format.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.rows.batches import batches
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.reader import Store
+from logitstore.store.take_back import take_back
 
 
 def make_model(folder, args):
@@ -185,7 +185,10 @@ def main(argv=None):
         if args.profile:
             profile(dumper, storage, args)
         store = Store(storage)
-        rows, entries = store.num_rows, sum(store.commit("target", shard).entries for shard in range(args.shards))
+        rows, entries = (
+            store.num_rows,
+            sum(store.reader.commit("target", shard).entries for shard in range(args.shards)),
+        )
     median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     result = {
         "parameters": parameters,

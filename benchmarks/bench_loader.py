@@ -35,13 +35,13 @@ from demo_models import DRAFTS, MAX_LENGTH, TARGET, save_new_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import logitstore
-from logitstore import writer
 from logitstore.causal_lm import load_model, tokenizer_spec
 from logitstore.dump.worker import ModelSource, ShardDumper
-from logitstore.schemes import make_scheme
-from logitstore.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec
-from logitstore.storage import Storage
-from logitstore.tokens import encode_tokens
+from logitstore.format.schemes import make_scheme
+from logitstore.format.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
 from trainer import DocumentDataset, DraftModule, DraftTrainer
 from trainer.deal import Deal
 from trainer.objectives import make_objective
@@ -169,7 +169,7 @@ def run(folder, server, args):
     values = {"tokens": shard_tokens(tokenizer, pairs)}
     make_store(str(folder / "one.zarr"), None, tokenizer, str(folder / "target"), values, 1)
     one = logitstore.open(str(folder / "one.zarr"))
-    values["target"] = one.read_arrays("target", 0)
+    values["target"] = one.reader.read_arrays("target", 0)
     entries = len(values["target"]["gaps"]) / one.num_counted
     server.make_bucket("bench")
     places = {"folder": (str(folder / "cache.zarr"), None), "bucket": (BUCKET, s3_options(server.url))}

@@ -33,10 +33,13 @@ from pathlib import Path
 import numpy as np
 
 import logitstore
-from logitstore import commits, layout, writer
-from logitstore.schemes import Scheme
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec, maker
-from logitstore.storage import Storage
+from logitstore.format import layout
+from logitstore.format.commit import Commit, commit_bytes
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec, maker
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits.index import commits_folder, find_commit
 
 LAYERS = ("tokens", "target", "losses/reference")
 BUCKET = "s3://bucket/cache.zarr"
@@ -68,14 +71,14 @@ def record(spec, layer, shard):
     below = layout.below(layer)
     own = {"tokens": spec, "target": spec.target}.get(layer, spec.losses["reference"])
     rows = 2**18 - shard % 512
-    commit = commits.Commit(
+    commit = Commit(
         layer=layer, shard=shard, documents=900 + shard % 100, rows=rows, counted=rows // 2,
         entries=rows * 10 if layer == "target" else 0, digest=digest(layer, shard),
         computed_from=None if below is None else digest(below, shard), made_by=maker(own), seconds=12.345,
         checksums={array.name: f"{shard:08x}" for array in layout.layer_arrays(layer)},
         writer="node-0123:45678", written="2026-11-21T12:00:00+00:00",
     )  # fmt: skip
-    return f"{commits.folder(layer)}/{commit.name}", commits.to_bytes(commit)
+    return f"{commits_folder(layer)}/{commit.name}", commit_bytes(commit)
 
 
 def digest(layer, shard):
@@ -85,7 +88,7 @@ def digest(layer, shard):
 def fill_folder(root, spec):
     """Writes all records, without the care that a store takes."""
     for layer in LAYERS:
-        Path(root, commits.folder(layer)).mkdir(parents=True)
+        Path(root, commits_folder(layer)).mkdir(parents=True)
         for shard in range(spec.num_shards):
             path, data = record(spec, layer, shard)
             with open(f"{root}/{path}", "xb") as file:
@@ -114,9 +117,9 @@ def measure_open(url, options=None):
     for place in places:
         store.locate(place)
     located = time.perf_counter()
-    store.commit("tokens", store.num_shards // 2)
+    store.reader.commit("tokens", store.num_shards // 2)
     read = time.perf_counter()
-    commits.find(store.storage, "tokens", store.num_shards // 2)
+    find_commit(store.storage, "tokens", store.num_shards // 2)
     found = time.perf_counter()
     result = {
         "open_s": opened - started,
@@ -144,7 +147,7 @@ def measure_allocations(url):
 def measure_floor(root):
     """Lists the folders that opening lists, and does nothing with the names."""
     started, busy = time.perf_counter(), time.process_time()
-    names = [os.listdir(f"{root}/{commits.folder(layer)}") for layer in LAYERS]
+    names = [os.listdir(f"{root}/{commits_folder(layer)}") for layer in LAYERS]
     taken, cpu = time.perf_counter() - started, time.process_time() - busy
     print(json.dumps({"listdir_s": taken, "listdir_cpu_s": cpu, "names": sum(map(len, names))}))
 

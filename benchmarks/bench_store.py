@@ -36,8 +36,8 @@ from benchmarks._formats import Drawn, ParquetLists, RawNumPy, RsKd, Top, distil
 from benchmarks._measures import Exact, Seen, angle, compare
 from benchmarks._ngrams import NGramDistribution
 from benchmarks._ours import BATCH_ROWS, Ours, token_bytes
-from logitstore import codec
-from logitstore.rows import Rows
+from logitstore.rows import codec
+from logitstore.rows.rows import Rows
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMES = [

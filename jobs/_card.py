@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from _runs import RUN, SETTINGS, figures
 
-from logitstore.drivers import without_credentials
+from logitstore.storage.options import without_credentials
 from trainer.card import Training, model_card
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _train_arguments import RunArguments
     from transformers import TrainerState, TrainingArguments
 
-    from logitstore.spec import StoreSpec
+    from logitstore.format.spec import StoreSpec
 
 CARD = "README.md"
 LOGGED = ("kl", "alpha", "label_nll")

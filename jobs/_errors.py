@@ -7,8 +7,8 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from logitstore.drivers import is_refusal
 from logitstore.errors import LogitStoreError, StorageError
+from logitstore.storage.failures import is_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,7 +22,7 @@ from _runs import RUN, STATE, Held, held_in
 from transformers import TrainerState
 
 from logitstore.errors import StorageRefusedError
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
 from trainer import checkpoints
 from trainer.checkpoints import DamagedCheckpointError, Remote
 

@@ -23,7 +23,7 @@ from fsspec.config import conf
 from transformers import TrainerState
 
 from logitstore.errors import LogitStoreError
-from logitstore.options import VARIABLE, storage_options
+from logitstore.storage.options import VARIABLE, storage_options
 from logitstore.weights import loading_bars
 
 if TYPE_CHECKING:

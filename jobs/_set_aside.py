@@ -6,7 +6,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from logitstore.layers import runs, spans
+from logitstore.store.catalog import runs, spans
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

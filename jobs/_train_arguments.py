@@ -22,7 +22,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from logitstore.arguments import RaisingErrors
-from logitstore.drivers import without_credentials
+from logitstore.storage.options import without_credentials
 from trainer.drafts import DraftSource
 from trainer.evaluating import greater_is_better
 from trainer.lora import Lora

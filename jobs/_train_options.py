@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from logitstore.reader import CACHE_BYTES
+from logitstore.store.reader import CACHE_BYTES
 from trainer.lora import ALL_LINEAR
 from trainer.objectives import OBJECTIVES
 from trainer.order import MAX_WINDOW

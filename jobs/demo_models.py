@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from logitstore import Store
-    from logitstore.shards import Shard
+    from logitstore.rows.shard import Shard
 
 MAX_LENGTH = 256
 """Tokens of a document of the store, and of a packed sequence that the target is trained on."""

@@ -23,22 +23,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _errors import end, refusals, user_errors
-from _options import options_for
 from _set_aside import explain
 
 from logitstore.arguments import Parser
-from logitstore.attributes import read_attributes
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.errors import LayerNotFoundError, LogitStoreError
-from logitstore.layout import losses_layer
-from logitstore.options import storage_options
-from logitstore.reader import Store
-from logitstore.schemes import OPTIONS, Scheme, make_scheme
-from logitstore.set_aside import explain_missing
-from logitstore.spec import LossSpec, ModelSpec, TargetSpec, TokenizerSpec, check_room, maker
-from logitstore.storage import Storage
-from logitstore.verify import sweep
-from logitstore.writer import add_layer, check_layer
+from logitstore.format.layout import losses_layer
+from logitstore.format.schemes import OPTIONS, Scheme, make_scheme
+from logitstore.format.spec import LossSpec, ModelSpec, TargetSpec, TokenizerSpec, check_room, maker
+from logitstore.storage.options import options_for, storage_options
+from logitstore.storage.storage import Storage
+from logitstore.store.catalog import read_attributes
+from logitstore.store.commits.set_aside import explain_missing
+from logitstore.store.reader import Store
+from logitstore.store.take_back import sweep
+from logitstore.store.writer import add_layer, check_layer
 
 if TYPE_CHECKING:
     from logitstore.dump.worker import ModelSource
@@ -171,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     if not wanted:
         with refusals():
-            sweep(store)
+            sweep(storage)
         return summary
     try:
         if needs_models(storage, plan) and not ray.is_initialized():

@@ -20,15 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _errors import user_errors
-from _options import options_for
 from tqdm import tqdm
 
 import logitstore
 from logitstore.arguments import Parser
 from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
-from logitstore.options import storage_options
-from logitstore.schemes import Scheme, describe
-from logitstore.views import smaller
+from logitstore.format.schemes import Scheme, describe
+from logitstore.storage.options import options_for, storage_options
 from logitstore.weights import load_weights, loading_bars
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
 from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from logitstore import Store
-    from logitstore.spec import ModelSpec
+    from logitstore.format.spec import ModelSpec
 
 RULES = (
     "alpha: accepted / (accepted + target calls with a rejection); tokens after a rejection are not counted",
@@ -184,7 +182,7 @@ def _check(args: argparse.Namespace) -> _Plan:
     options = storage_options(args.storage_options)
     if args.store is None and (args.k, args.mass) != (None, None):
         raise ValueError("store must be given with --k or --mass, got none; add --store, or leave them out")
-    store = None if args.store is None else smaller(_open_store(args.store, options), k=args.k, mass=args.mass)
+    store = None if args.store is None else _open_store(args.store, options).read_smaller(k=args.k, mass=args.mass)
     if store is None:
         target_tokenizer = load_tokenizer(args.target, what="target", revision=args.revision, trust_remote_code=remote)
         made, max_length = tokenizer_spec(target_tokenizer, uses_chat_template=False), None

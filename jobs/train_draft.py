@@ -40,9 +40,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import EarlyStoppingCallback, TrainerState
 
 import logitstore
-from logitstore.drivers import without_credentials
-from logitstore.options import storage_options
-from logitstore.views import smaller
+from logitstore.storage.options import storage_options, without_credentials
 from logitstore.weights import loading_bars
 from trainer.deal import make_deal
 from trainer.draft_trainer import DraftTrainer
@@ -108,7 +106,7 @@ def prepare(run: RunArguments, training: TrainingArguments) -> Prepared:
     stores = [
         logitstore.open(url, options, cache_dir=asked.cache_dir, cache_bytes=asked.cache_bytes) for url in asked.store
     ]
-    stores = [smaller(store, k=asked.k, mass=asked.mass) for store in stores]
+    stores = [store.read_smaller(k=asked.k, mass=asked.mass) for store in stores]
     for store in stores:
         objective.check(store.spec.target)
         rule.selection.check(store.spec.target, run.loss.selection)

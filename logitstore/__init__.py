@@ -4,10 +4,10 @@ Reading a store needs NumPy, zarr and fsspec alone: this package loads neither t
 """
 
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError, LogitStoreError
-from logitstore.reader import Store, open
-from logitstore.rows import Rows
-from logitstore.shards import Document, Shard
-from logitstore.spec import StoreSpec
+from logitstore.format.spec import StoreSpec
+from logitstore.rows.rows import Rows
+from logitstore.rows.shard import Document, Shard
+from logitstore.store.reader import Store, open
 from logitstore.verify import verify
 
 __all__ = [

@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from logitstore.schemes import Scheme
+    from logitstore.format.schemes import Scheme
 
 ENTROPY = (1.2, 3.0)
 """Mean entropy of a row, nats, of the two targets that the tables are of: one sure of itself, one that is not."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from logitstore.reader import Store
+    from logitstore.store.reader import Store
 
 NUM_BINS = 15
 """Of confidence, equally wide: as usual since arXiv 1706.04599."""

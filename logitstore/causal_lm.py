@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.generic import is_flash_attention_requested
 
-from logitstore.spec import ModelSpec, TokenizerSpec
+from logitstore.format.spec import ModelSpec, TokenizerSpec
 from logitstore.split_checks import check_halves, check_packing
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from logitstore import export, fidelity, fidelity_plot, info, plan, rerun
 from logitstore.arguments import Parser
 from logitstore.errors import LogitStoreError, MissingDriverError
-from logitstore.options import storage_options
-from logitstore.reader import Store
-from logitstore.storage import Storage
+from logitstore.storage.options import storage_options
+from logitstore.storage.storage import Storage
+from logitstore.store.reader import Store
 from logitstore.verify import check_num_threads, places, repair, verify
 
 if TYPE_CHECKING:

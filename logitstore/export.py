@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from logitstore.reader import Store
+    from logitstore.store.reader import Store
 
 
 def dense(store: Store, shard: int) -> dict[str, NDArray[Any]]:

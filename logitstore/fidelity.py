@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore import calibration, measures, schemes
-from logitstore.codec import LARGEST_TAIL
+from logitstore import calibration
 from logitstore.errors import LayerNotFoundError
-from logitstore.layout import layer_arrays
+from logitstore.format import schemes
+from logitstore.format.layout import layer_arrays
+from logitstore.measures import Measured, evenly_spaced, read_measured
+from logitstore.rows.codec import LARGEST_TAIL
 from logitstore.verify import places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from logitstore.layers import Layer
-    from logitstore.reader import Store
-    from logitstore.spec import TargetSpec
+    from logitstore.format.spec import TargetSpec
+    from logitstore.store.catalog import Layer
+    from logitstore.store.reader import Store
 
 TAIL_SHARDS = 8
 """Shards whose tails are read for the distribution of the kept mass."""
@@ -90,7 +92,7 @@ def describe(store: Store, *, sample: float = 1.0, seed: int = 0) -> dict[str, A
 
 
 def _measured(store: Store, layer: Layer, shards: list[int]) -> dict[str, Any]:
-    found = measures.read(store, layer.name, shards)
+    found = read_measured(store, layer.name, shards)
     return {
         "shards": len(shards),
         "shards_measured": found.shards,
@@ -120,7 +122,7 @@ def _kept_mass(store: Store, shards: list[int]) -> dict[str, Any]:
     """Reads what the rows of a few of these shards keep."""
     read = _some(store, shards, TAIL_SHARDS)
     of = {"shards": len(read), "shards_committed": _num_committed(store, store.layers["target"])}
-    tails = [store.read_arrays("target", shard)["tail"] for shard in read]
+    tails = [store.reader.read_arrays("target", shard)["tail"] for shard in read]
     tail = np.concatenate([np.zeros(0, dtype=np.float32), *tails])
     kept = np.sort(1.0 - np.minimum(np.exp(tail[~np.isnan(tail)].astype(np.float64)), LARGEST_TAIL))
     if not len(kept):
@@ -150,7 +152,7 @@ def _some(store: Store, shards: list[int], most: int) -> list[int]:
     """Returns a few of these shards, evenly over them, but for those whose target rows cannot be read."""
     layer = store.layers["target"]
     useless = layer.stale | layer.index.contested
-    return measures.evenly([shard for shard in shards if shard not in useless], most)
+    return evenly_spaced([shard for shard in shards if shard not in useless], most)
 
 
 def render(facts: dict[str, Any]) -> Iterator[str]:
@@ -215,7 +217,7 @@ def _line(text: str, value: str, beside: str = "") -> str:
     return f"  {text:<48}{value:>10}  {beside:>10}".rstrip()
 
 
-def summary(measured: measures.Measured, target: TargetSpec | None, num_shards: int) -> str | None:
+def summary(measured: Measured, target: TargetSpec | None, num_shards: int) -> str | None:
     """Returns what was measured of a layer in one line; None if nothing was.
 
     Args:

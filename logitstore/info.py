@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore import fidelity, measures, schemes
-from logitstore.appends import pending_append
+from logitstore import fidelity
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
-from logitstore.layers import runs, spans
-from logitstore.layout import layer_arrays
-from logitstore.set_aside import read_set_aside
-from logitstore.spec import LossSpec, TargetSpec
+from logitstore.format import schemes
+from logitstore.format.layout import layer_arrays
+from logitstore.format.spec import LossSpec, TargetSpec
+from logitstore.measures import read_measured, spread_shards
+from logitstore.store.catalog import runs, spans
+from logitstore.store.commits.appends import pending_append
+from logitstore.store.commits.set_aside import read_set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from logitstore.layers import Layer
-    from logitstore.reader import Store
+    from logitstore.store.catalog import Layer
+    from logitstore.store.reader import Store
 
 MEASURED_SHARDS = 16
 """Whose records are read for the line on fidelity, of each layer."""
@@ -128,7 +130,7 @@ def _layer(store: Store, layer: Layer) -> dict[str, Any]:
     if isinstance(layer.spec, TargetSpec):
         facts["scheme"] = {"line": schemes.describe(layer.spec.scheme), **dataclasses.asdict(layer.spec.scheme)}
     if layer.name != "tokens":
-        measured = measures.read(store, layer.name, measures.spread(store, layer.name, MEASURED_SHARDS))
+        measured = read_measured(store, layer.name, spread_shards(store, layer.name, MEASURED_SHARDS))
         target = layer.spec if isinstance(layer.spec, TargetSpec) else None
         facts["fidelity"] = fidelity.summary(measured, target, len(index))
     return facts
@@ -143,7 +145,7 @@ def _documents_set_aside(store: Store, layer: Layer) -> list[dict[str, Any]]:
         if len(found) >= MAX_SHOWN:
             break
         try:
-            commit = store.commit(layer.name, shard)
+            commit = store.reader.commit(layer.name, shard)
         except (DamagedShardError, IdentityError, LayerNotFoundError):
             continue  # `verify` tells more
         first = int(documents[:shard].sum())

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from logitstore import commits, layout, objects
-from logitstore.appends import FOLDER, stray_appends
-from logitstore.attributes import read_attributes
 from logitstore.errors import FormatError
-from logitstore.shards import entries_per_row
-from logitstore.storage import parse_json
-from logitstore.writer import make_room
+from logitstore.format import layout, zarr_objects
+from logitstore.format.strict_json import parse_json
+from logitstore.rows.shard_arrays import entries_per_row
+from logitstore.store.catalog import read_attributes
+from logitstore.store.commits.appends import FOLDER, stray_appends
+from logitstore.store.commits.index import commits_folder, read_index
+from logitstore.store.writer import make_room
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from logitstore.reader import Store
+    from logitstore.store.reader import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def check_metadata(store: Store) -> Iterator[Problem]:
 def write_anew(store: Store, layer: str) -> None:
     """Writes what is missing of the metadata of a layer whose spec is there."""
     if (path := plain_group(layer)) is not None:
-        store.storage.create(path, objects.group_metadata({}))
+        store.storage.create(path, zarr_objects.group_metadata({}))
     make_room(store.storage, store.spec, layer)
 
 
@@ -71,7 +72,7 @@ def _check_names(store: Store, layer: str) -> Iterator[Problem]:
     """Names that look like those of records and are none."""
     for name in store.layers[layer].index.unknown:
         if name.endswith(".json"):
-            path = f"{commits.folder(layer)}/{name}"
+            path = f"{commits_folder(layer)}/{name}"
             yield Problem(layer=layer, shard=None, reason=f"{path} is named as no commit record is", path=path)
 
 
@@ -79,7 +80,7 @@ def _check_unseen(store: Store) -> Iterator[Problem]:
     """Layers that have records but no spec: nobody can read them."""
     names = [name for name in store.storage.names("commits/losses") if layout.is_loss_name(name)]
     for layer in ("target", *(f"losses/{name}" for name in names)):
-        if layer not in store.layers and (num := len(commits.read_index(store.storage, layer))):
+        if layer not in store.layers and (num := len(read_index(store.storage, layer))):
             reason = (
                 f"{layer}/zarr.json is not there, so that nobody sees its {num} shards; restore it from a copy of the "
                 "store, or run the dump again with the same model and options, which writes it anew"
@@ -105,7 +106,7 @@ def _array_problem(store: Store, layer: str, array: layout.ArraySpec) -> str | N
     except FormatError:
         return "is not JSON"
     k = entries_per_row(store.spec, layer)
-    room = objects.num_shards_of(found, array, shard_rows=store.spec.shard_rows, k=k)
+    room = zarr_objects.num_shards_of(found, array, shard_rows=store.spec.shard_rows, k=k)
     if not room:
         return "describes another array"
     committed = store.layers[layer].index.upto(store.spec.num_shards).shards

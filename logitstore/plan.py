@@ -8,17 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from logitstore import assumptions, layout, objects
+from logitstore import assumptions
 from logitstore.assumptions import Range
-from logitstore.schemes import OPTIONS, describe, make_scheme
+from logitstore.format import layout, zarr_objects
+from logitstore.format.schemes import OPTIONS, describe, make_scheme
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping, Sequence
 
     from logitstore.assumptions import Cost
-    from logitstore.schemes import Scheme
-    from logitstore.spec import TargetSpec
+    from logitstore.format.schemes import Scheme
+    from logitstore.format.spec import TargetSpec
 
 RECORD_BYTES = {"tokens": 800, "target": 1600, "losses": 1000}
 """Of a commit record, about; by layer."""
@@ -154,9 +155,9 @@ def _scheme(
     for layer, k in layers.items():
         sizes = {"shard_rows": corpus.shard_rows, "k": k}
         for array in layout.layer_arrays(layer):
-            num_bytes += Range.exactly(len(objects.array_metadata(array, num_shards=1, **sizes)))
+            num_bytes += Range.exactly(len(zarr_objects.array_metadata(array, num_shards=1, **sizes)))
         arrays = [a for a in layout.layer_arrays(layer) if a.name != "draws" or spec.scheme.name == "sample"]
-        fixed = sum(objects.index_bytes(array, **sizes) for array in arrays)
+        fixed = sum(zarr_objects.index_bytes(array, **sizes) for array in arrays)
         num_bytes += corpus.shards * (fixed + RECORD_BYTES[layer.partition("/")[0]])
         num_objects += corpus.shards * (len(arrays) + 1)
     hours = None

@@ -6,14 +6,14 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from logitstore import schemes
-from logitstore.spec import StoreSpec
+from logitstore.format import schemes
+from logitstore.format.spec import StoreSpec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from logitstore.reader import Store
-    from logitstore.spec import ModelSpec, TargetSpec
+    from logitstore.format.spec import ModelSpec, TargetSpec
+    from logitstore.store.reader import Store
 
 JOB = "python jobs/dump_logits.py"
 

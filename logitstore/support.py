@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from logitstore.rows import Padded
+    from logitstore.rows.rows import Padded
 
 TAIL_FLOOR = 1e-6
 """The model's tail probability never counts as less: a float32 sum of kept probabilities is no truer."""

@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from logitstore import commits, layout, shards
-from logitstore.appends import FOLDER, drop_claim, late_claim, pending_append
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
-from logitstore.layers import runs, spans
+from logitstore.format import layout
+from logitstore.format.commit import layer_digest, parse_commit, short_digest
 from logitstore.metadata import Problem, check_metadata, write_anew
-from logitstore.publish import STAGING, clean
-from logitstore.reader import Store
-from logitstore.tokens import document_digests
+from logitstore.rows.shard_arrays import MAX_COMMIT_BYTES, Part, decode_layer, object_paths
+from logitstore.rows.tokens import document_digests
+from logitstore.store.catalog import runs, spans
+from logitstore.store.commits.appends import FOLDER, pending_append
+from logitstore.store.commits.index import commits_folder
+from logitstore.store.reader import Store
+from logitstore.store.take_back import give_up_append, sweep, take_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from logitstore.commits import Commit
-    from logitstore.storage import Storage
+    from logitstore.format.commit import Commit
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -117,8 +119,8 @@ def places(store: Store, sample: float = 1.0, seed: int = 0) -> list[tuple[str, 
 def check_shard(store: Store, layer: str, shard: int) -> Problem | None:
     """Reads one shard of a layer, and all that its values must agree with."""
     try:
-        values = store.read_stored(shard, layers=(layer,))
-        store.assemble(values)
+        values = store.reader.read_layers(shard, layers=(layer,))
+        store.reader.assemble(values)
         arrays, commit = values[layer]
         _check_digests(commit, arrays)
     except DamagedShardError as error:
@@ -135,8 +137,8 @@ def _check_alone(store: Store, layer: str, shard: int) -> Problem | None:
     """Compares a shard with its own record only: what it was computed from is not there, or not as it should be."""
     try:
         commit = _record(store, layer, shard)
-        data = store.storage.get_many(*shards.paths(store.spec, shards.Part(layer, shard)))
-        _check_digests(commit, shards.decode_layer(store.spec, commit, data))
+        data = store.storage.get_many(*object_paths(store.spec, Part(layer, shard)))
+        _check_digests(commit, decode_layer(store.spec, commit, data))
         if commit.made_by != (made_by := store.layers[layer].made_by):
             raise DamagedShardError(layer, shard, f"values made by {commit.made_by[:19]}, not by {made_by[:19]}")
     except DamagedShardError as error:
@@ -147,7 +149,7 @@ def _check_alone(store: Store, layer: str, shard: int) -> Problem | None:
         origin = _record(store, below, shard)
     except DamagedShardError:
         return None
-    was, now = commits.identity(commit.computed_from), commits.identity(origin.digest)
+    was, now = short_digest(commit.computed_from), short_digest(origin.digest)
     return Problem(layer=layer, shard=shard, reason=f"stale values, computed from {below} {was}, which is {now} now")
 
 
@@ -157,16 +159,16 @@ def _record(store: Store, layer: str, shard: int) -> Commit:
     if (place := index.find(shard)) is None or shard in index.contested:
         raise DamagedShardError(layer, shard, "several commit records")
     name = index.name(place)
-    (data,) = store.storage.get_many([f"{commits.folder(layer)}/{name}"], [shards.MAX_COMMIT_BYTES])
-    if data is None or len(data) > shards.MAX_COMMIT_BYTES:
+    (data,) = store.storage.get_many([f"{commits_folder(layer)}/{name}"], [MAX_COMMIT_BYTES])
+    if data is None or len(data) > MAX_COMMIT_BYTES:
         what = "is listed but not there" if data is None else "is too long to be one"
         raise DamagedShardError(layer, shard, f"a commit record that {what}")
-    return commits.parse(data, layer, shard, name)
+    return parse_commit(data, layer, shard, name)
 
 
 def _check_digests(commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Checks what only `verify` computes: a shard's identity, and those of its documents."""
-    if (digest := commits.digest(commit.layer, arrays)) != commit.digest:
+    if (digest := layer_digest(commit.layer, arrays)) != commit.digest:
         reason = f"values with digest {digest[:19]}, not {commit.digest[:19]}"
         raise DamagedShardError(commit.layer, commit.shard, reason)
     if commit.layer == "tokens":
@@ -227,64 +229,12 @@ def repair(store: Store, problems: list[Problem]) -> list[str]:
     done += [f"{path}: {'written anew' if path.endswith('zarr.json') else 'removed'}" for path in paths]
     if (source := give_up_append(storage)) is not None:
         done.append(f"append of {source}: given up")
-    if num_swept := sweep(Store(storage)):
+    if num_swept := sweep(storage):
         done.append(f"leftovers of killed writers: {num_swept} removed")
     return done
 
 
-def take_back(storage: Storage, layer: str, shard: int) -> bool:
-    """Uncommits a shard: removes its records, and what was staged for it and for what is computed from it.
-
-    Returns:
-        Whether there was a record.
-    """
-    names = commits.names_of(storage, layer, shard)
-    storage.for_each(storage.remove, [f"{commits.folder(layer)}/{name}" for name in names])
-    clean(storage, layer, shard)
-    if layer in ("tokens", "target"):
-        # Else the next writer would finish what another began with the values that were here.
-        for name in ["target", *(f"losses/{name}" for name in storage.names(f"{STAGING}/losses"))]:
-            clean(storage, name, shard)
-    return bool(names)
 
 
-def give_up_append(storage: Storage) -> str | None:
-    """Removes what there is of an append that was not finished, or came too late.
-
-    Shards that other layers were computed for stay: they belonged to the store, and what said so is gone.
-
-    Returns:
-        Of which documents, or None if no append was under way.
-    """
-    store = Store(storage)
-    appends = store.spec.appends
-    if (pending := pending_append(storage, appends) or late_claim(storage, appends)) is None:
-        return None
-    begun = {int(name) for name in storage.names(f"{STAGING}/tokens") if name.isdecimal()}
-    computed = {shard for name, layer in store.layers.items() if name != "tokens" for shard in layer.committed}
-    for shard in sorted((begun | store.layers["tokens"].committed) - computed):
-        if shard >= store.spec.num_shards:
-            take_back(storage, "tokens", shard)
-    # Last: as long as the claim is there, nobody adds other documents to what is left.
-    drop_claim(storage, pending.number)
-    return "unknown documents" if pending.append is None else pending.append.data.source
 
 
-def sweep(store: Store) -> int:
-    """Removes what killed writers left that nobody looks for: staged values of committed shards, claims, half a file.
-
-    Returns:
-        Of how many shards and appends, and how many files.
-    """
-    claims = [f"{number:06d}.claim" for number in range(1, len(store.spec.appends) + 1)]
-    left = sorted(set(claims).intersection(store.storage.names(FOLDER)))
-    store.storage.for_each(store.storage.remove, [f"{FOLDER}/{name}" for name in left])
-    swept = len(left)
-    for name, layer in store.layers.items():
-        for shard in [int(shard) for shard in store.storage.names(f"{STAGING}/{name}") if shard.isdecimal()]:
-            if shard in layer.index:
-                clean(store.storage, name, shard)
-                swept += 1
-        arrays = [f"{name}/{array.name}" for array in layout.layer_arrays(name)]
-        swept += sum(map(store.storage.remove_partials, [commits.folder(name), name, *arrays]))
-    return swept + sum(map(store.storage.remove_partials, ["", FOLDER]))

@@ -128,12 +128,14 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
         tokenizer: its tokenizer.
         losses: {name: model}, each adds losses/name by float64 arithmetic on the decoded support.
     """
-    from logitstore import Rows, codec, writer
+    from logitstore import Rows
     from logitstore.causal_lm import tokenizer_spec
-    from logitstore.schemes import Scheme
-    from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec
-    from logitstore.storage import Storage
-    from logitstore.tokens import encode_tokens
+    from logitstore.format.schemes import Scheme
+    from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec
+    from logitstore.rows import codec
+    from logitstore.rows.tokens import encode_tokens
+    from logitstore.storage.storage import Storage
+    from logitstore.store import writer
 
     shards, room = [[]], shard_rows
     for ids, mask in documents:

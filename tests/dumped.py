@@ -15,10 +15,10 @@ import logitstore
 from logitstore.causal_lm import check_model
 from logitstore.dump.documents import prepare
 from logitstore.dump.worker import ModelSource, ShardDumper
-from logitstore.schemes import Scheme
-from logitstore.spec import LossSpec, TargetSpec
-from logitstore.storage import Storage
-from logitstore.writer import LayerWriter, add_layer
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import LossSpec, TargetSpec
+from logitstore.storage.storage import Storage
+from logitstore.store.writer import LayerWriter, add_layer
 
 MAX_LENGTH = 64
 SHARD_ROWS = 128
@@ -118,10 +118,10 @@ def write_missing(url: Path, made: Dumped) -> None:
     prepare_tokens(url, made)
     whole, store = logitstore.open(made.url), logitstore.open(url)
     for layer, shard in sorted(missing(url)):
-        commit = whole.commit(layer, shard)
+        commit = whole.reader.commit(layer, shard)
         LayerWriter(store.storage, store.spec, layer).write(
             shard,
-            whole.read_arrays(layer, shard),
+            whole.reader.read_arrays(layer, shard),
             documents=commit.documents,
             rows=commit.rows,
             counted=commit.counted,
@@ -138,12 +138,12 @@ def record(url: Path, layer: str, shard: int) -> Path:
 
 def edit_record(path: Path, **changes: Any) -> None:
     """Changes fields of a commit record, and its checksum to fit."""
-    from logitstore import commits
+    from logitstore.format.commit import CHECKSUM_FIELD, record_checksum
 
     values = json.loads(path.read_text())
-    del values[commits.CHECKSUM]
+    del values[CHECKSUM_FIELD]
     values |= changes
-    path.write_text(json.dumps({commits.CHECKSUM: commits.checksum_of(values)} | values))
+    path.write_text(json.dumps({CHECKSUM_FIELD: record_checksum(values)} | values))
 
 
 def contents(url: Path) -> dict[str, bytes]:

@@ -32,10 +32,16 @@ import atheris
 
 with atheris.instrument_imports(include=["logitstore"]):
     import logitstore
-    from logitstore import appends, attributes, commits, info, layout, objects, publish, set_aside, spec
+    from logitstore import info
     from logitstore.errors import LogitStoreError
-    from logitstore.reader import Store
-    from logitstore.storage import Storage, parse_json, to_json_bytes
+    from logitstore.format import layout, spec, zarr_objects
+    from logitstore.format.commit import CHECKSUM_FIELD, Commit, commit_bytes, parse_commit
+    from logitstore.format.strict_json import parse_json, to_json_bytes
+    from logitstore.storage.storage import Storage
+    from logitstore.store.catalog import stored_spec
+    from logitstore.store.commits import appends, protocol, set_aside
+    from logitstore.store.commits.index import index_from_names
+    from logitstore.store.reader import Store
 
 import stores
 
@@ -58,7 +64,7 @@ def decode(data: bytes) -> None:
     room = layout.capacity(array, rows, k)
     for num in {0, 1, room // 2, room}:
         try:
-            values = objects.decode(content, num, array, shard_rows=rows, k=k)
+            values = zarr_objects.decode(content, num, array, shard_rows=rows, k=k)
         except ValueError:
             continue
         if len(values) != num or values.dtype.str != array.dtype:
@@ -75,10 +81,10 @@ def patched(content: bytes, array: layout.ArraySpec, length: int, chunks: int, *
         for offset, size in found.index:
             if size >= 20 and offset + size <= len(found.body):
                 numbers = b"".join(n.to_bytes(4, "little") for n in (num_bytes, num_bytes, size - 4))
-                stored = found.body[offset + 2] & objects.BLOSC_STORED
-                flags = objects.BLOSC_FLAGS | stored
+                stored = found.body[offset + 2] & zarr_objects.BLOSC_STORED
+                flags = zarr_objects.BLOSC_FLAGS | stored
                 found.body[offset : offset + 16] = (
-                    bytes([*objects.BLOSC_VERSIONS, flags, int(array.dtype[2:])]) + numbers
+                    bytes([*zarr_objects.BLOSC_VERSIONS, flags, int(array.dtype[2:])]) + numbers
                 )
     return found.to_bytes()
 
@@ -89,7 +95,7 @@ def commits_of(data: bytes) -> None:
         return
     layer, content = stores.LAYERS[data[0] % len(stores.LAYERS)], data[1:]
     names = [part.decode(errors="surrogateescape") for part in content.split(b"\n")]
-    index = commits.index_names(layer, sorted(set(names)))
+    index = index_from_names(layer, sorted(set(names)))
     for place in range(len(index)):
         if index.name(place) not in names:
             raise AssertionError("a name that was not there")
@@ -98,17 +104,17 @@ def commits_of(data: bytes) -> None:
     except LogitStoreError:
         value = None
     if isinstance(value, dict):
-        value.pop(commits.CHECKSUM, None)
+        value.pop(CHECKSUM_FIELD, None)
         path = stores.put_record(FOLDER, layer, 1, value)
         name, content = path.name, path.read_bytes()
         path.unlink()
     else:
         name = "000001-1d-1r-0c-0e-0s-000000000000-000000000000.json"
     try:
-        commit = commits.parse(content, layer, 1, name)
+        commit = parse_commit(content, layer, 1, name)
     except LogitStoreError:
         return
-    if commits.parse(commits.to_bytes(commit), layer, 1, commit.name) != commit:
+    if parse_commit(commit_bytes(commit), layer, 1, commit.name) != commit:
         raise AssertionError("a record that does not survive being written")
 
 
@@ -126,16 +132,16 @@ def specs(data: bytes) -> None:
             if cls is spec.Append:
                 spec.from_json(cls, values, "append")
             elif isinstance(values, dict):
-                made = attributes.stored_spec(cls, values, "x")
+                made = stored_spec(cls, values, "x")
                 again = spec.from_json(cls, parse_json("x", to_json_bytes(spec.to_json(made))), "x")
                 if again != made or spec.maker(again) != spec.maker(made):
                     raise AssertionError("a spec that does not survive being written")
         except LogitStoreError:
             pass
     array = layout.TARGET[data[0] % len(layout.TARGET)]
-    objects.num_shards_of(value, array, shard_rows=64, k=4)
+    zarr_objects.num_shards_of(value, array, shard_rows=64, k=4)
     with contextlib.suppress(LogitStoreError):
-        publish._parse(value, COMMIT)
+        protocol._parse(value, COMMIT)
 
 
 def store(data: bytes) -> None:
@@ -154,7 +160,7 @@ def store(data: bytes) -> None:
         if name.startswith("commits") and data[0] & 128:
             value = parse_json("x", content)
             if isinstance(value, dict):
-                value.pop(commits.CHECKSUM, None)
+                value.pop(CHECKSUM_FIELD, None)
                 made = stores.put_record(FOLDER, name.removeprefix("commits/").rpartition("/")[0], 1, value)
         if made is path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +240,7 @@ TARGETS = {"decode": decode, "commits": commits_of, "specs": specs, "store": sto
 FOLDER = ""
 STORAGE: Storage
 NAMES: list[str] = []
-COMMIT: commits.Commit
+COMMIT: Commit
 
 
 def prepare() -> None:

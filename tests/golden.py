@@ -18,11 +18,16 @@ import google_crc32c
 import numpy as np
 
 import logitstore
-from logitstore import Rows, appends, codec, commits, layout, objects, set_aside, writer
-from logitstore.schemes import Scheme
-from logitstore.spec import Append, DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
-from logitstore.storage import Storage
-from logitstore.tokens import encode_tokens
+from logitstore import Rows
+from logitstore.format import layout, zarr_objects
+from logitstore.format.commit import CHECKSUM_FIELD, layer_digest
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import Append, DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.rows import codec
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits import appends, set_aside
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -201,7 +206,7 @@ def values_of(arrays):
 def all_values(store):
     """Every stored value, by layer and shard."""
     return {
-        f"{name}/{shard}": values_of(store.read_arrays(name, shard))
+        f"{name}/{shard}": values_of(store.reader.read_arrays(name, shard))
         for name, layer in store.layers.items()
         for shard in sorted(layer.committed)
     }
@@ -220,7 +225,7 @@ def generate(name):
     ]
 
     def data(source, shards):
-        joined = "".join(commits.digest("tokens", tokens[shard]) for shard in shards)
+        joined = "".join(layer_digest("tokens", tokens[shard]) for shard in shards)
         documents = f"sha256:{hashlib.sha256(joined.encode()).hexdigest()}"
         return DataSpec(
             source=source, digest=None, columns="prompt_response", mask_policy="response", documents=documents
@@ -245,7 +250,7 @@ def generate(name):
         writer.add_layer(storage, spec, f"losses/{loss}", LossSpec(model=model(loss)))
     spec = logitstore.open(store).spec
     for shard in range(3):
-        computed_from = commits.digest("tokens", tokens[shard])
+        computed_from = layer_digest("tokens", tokens[shard])
         arrays = target_arrays(name, shard)
         computed_from = write(storage, spec, "target", shard, arrays, tokens[shard], computed_from)
         for loss in MODELS:
@@ -263,10 +268,10 @@ def generate(name):
     said = {"writer": "node-1:4242", "written": "2026-11-21T08:50:47+00:00", "when": "2026-11-21T08:50:47+00:00"}
     for path in [*store.glob("commits/**/*.json"), *store.glob("set_aside/**/*.json")]:
         value = json.loads(path.read_text())
-        signed = value.pop(commits.CHECKSUM, None)
+        signed = value.pop(CHECKSUM_FIELD, None)
         value |= {field: text for field, text in (said | {"seconds": 0.016}).items() if field in value}
         if signed is not None:
-            value[commits.CHECKSUM] = f"{google_crc32c.value(json.dumps(value, sort_keys=True).encode()):08x}"
+            value[CHECKSUM_FIELD] = f"{google_crc32c.value(json.dumps(value, sort_keys=True).encode()):08x}"
         path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
     files = {
@@ -283,5 +288,5 @@ def generate_objects():
     encoded = {}
     for name, (layer, array, shard_rows, k, content) in OBJECTS.items():
         spec = next(spec for spec in layout.layer_arrays(layer) if spec.name == array)
-        encoded[name] = objects.encode(content.astype(spec.dtype), spec, shard_rows=shard_rows, k=k).hex()
+        encoded[name] = zarr_objects.encode(content.astype(spec.dtype), spec, shard_rows=shard_rows, k=k).hex()
     (FOLDER / "objects_v1.json").write_text(json.dumps(encoded) + "\n")

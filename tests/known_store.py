@@ -11,9 +11,9 @@ import fsspec
 from stepping import Process, SteppedStorage, watch
 from store_model import LAYERS
 
-from logitstore import commits
-from logitstore.reader import Store
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
+from logitstore.store.commits.index import commits_folder
+from logitstore.store.reader import Store
 from logitstore.verify import check_shard
 
 told = Counter()
@@ -53,7 +53,7 @@ class KnownStore:
         return Process(lambda: function(storage, *args))
 
     def records(self, key):
-        names = Storage(self.url).names(commits.folder(key[0]))
+        names = Storage(self.url).names(commits_folder(key[0]))
         return [name for name in names if name.startswith(f"{key[1]:06d}-") and name.endswith(".json")]
 
     def forget(self, key):

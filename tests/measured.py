@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import logitstore
-from logitstore import writer
 from logitstore.dump.worker import ModelSource, ShardDumper
-from logitstore.schemes import Scheme
-from logitstore.storage import Storage
+from logitstore.format.schemes import Scheme
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
 
 SCHEMES = {
     "topk": Scheme(k=12),

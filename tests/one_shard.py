@@ -9,12 +9,15 @@ import shutil
 import numpy as np
 from stepping import Process, content, put_back, stepped_storage, stepped_url
 
-from logitstore import commits, layout, objects, publish, writer
 from logitstore.errors import LayerNotFoundError
-from logitstore.reader import Store
-from logitstore.spec import DataSpec, StoreSpec, TokenizerSpec, maker
-from logitstore.storage import Storage
-from logitstore.tokens import encode_tokens
+from logitstore.format import layout, zarr_objects
+from logitstore.format.commit import commit_bytes, layer_digest, make_commit
+from logitstore.format.spec import DataSpec, StoreSpec, TokenizerSpec, maker
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits import protocol
+from logitstore.store.reader import Store
 from logitstore.verify import verify
 
 SPEC = StoreSpec(
@@ -27,9 +30,9 @@ SPEC = StoreSpec(
 def attempt(ids, mask, lengths):
     """What one writer would commit as shard 0: its record and its objects."""
     values = encode_tokens(np.array(ids), np.array(mask), np.array(lengths))
-    encoded = {array.name: objects.encode(values[array.name], array, shard_rows=8, k=1) for array in layout.TOKENS}
+    encoded = {array.name: zarr_objects.encode(values[array.name], array, shard_rows=8, k=1) for array in layout.TOKENS}
     sizes = {"documents": len(lengths), "rows": len(ids), "counted": sum(mask), "computed_from": None, "seconds": 0.0}
-    return commits.describe("tokens", 0, values, made_by=maker(SPEC), **sizes), encoded
+    return make_commit("tokens", 0, values, made_by=maker(SPEC), **sizes), encoded
 
 
 # Of other lengths, and B without an object for its loss mask: an array that is all fill value has none.
@@ -53,7 +56,7 @@ class World:
         return Process(lambda: function(stepped, *args))
 
     def writer(self, attempt, storage=None):
-        return self.process(publish.publish, *attempt, storage=storage)
+        return self.process(protocol.publish, *attempt, storage=storage)
 
     def content(self):
         return content(self.url)
@@ -81,12 +84,12 @@ def whose(world, candidates=EVERYBODY):
     """Opens the store as a reader and tells whose shard is there, whole; None if there is none."""
     store = Store(Storage(world.url))
     try:
-        arrays = store.read_arrays("tokens", 0)
+        arrays = store.reader.read_arrays("tokens", 0)
     except LayerNotFoundError:
         return None
-    commit = store.commit("tokens", 0)
+    commit = store.reader.commit("tokens", 0)
     (found,) = [candidate for candidate in candidates if candidate[0] == commit]
-    assert commits.digest("tokens", arrays) == commit.digest
+    assert layer_digest("tokens", arrays) == commit.digest
     assert store.num_rows == commit.rows
     return found
 
@@ -99,7 +102,7 @@ def check_finished(world, candidates=EVERYBODY, *, stopped=False):
     commit, encoded = whose(world, candidates)
     expected = {layout.object_path("tokens", array, 0): encoded[array.name] for array in layout.TOKENS}
     expected = {path: data for path, data in expected.items() if data is not None}
-    expected |= {f"commits/tokens/{commit.name}": commits.to_bytes(commit)} | world._empty
+    expected |= {f"commits/tokens/{commit.name}": commit_bytes(commit)} | world._empty
     content = world.content()
     if stopped:
         content = {path: data for path, data in content.items() if not re.fullmatch("commits/.*[.]partial", path)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from conftest import functions
 
 from logitstore.dump.documents import prepare
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
 
 CHAT = (
     "{% for m in messages %}<pad>{{ m.role }}{{ '\n' }}{{ m.content }}<eos>{{ '\n' }}{% endfor %}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fsspec
 
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
 
 CALLS = frozenset(
     {"open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir", "shutil.rmtree"}

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from stores import likeliest, target_values
 
-from logitstore import appends, codec, commits, layout, writer
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
-from logitstore.schemes import Scheme
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
-from logitstore.tokens import encode_tokens
+from logitstore.format import layout
+from logitstore.format.commit import layer_digest, make_commit
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.rows import codec
+from logitstore.rows.tokens import encode_tokens
+from logitstore.store import writer
+from logitstore.store.commits import appends
 
 VOCAB, K, SHARD_ROWS, MAX_LENGTH = 8, 2, 16, 5
 LAYERS = ("tokens", "target", "losses/a", "losses/b")
@@ -47,7 +51,7 @@ class Attempt:
 
     @property
     def digest(self):
-        return commits.digest(self.key[0], self.arrays)
+        return layer_digest(self.key[0], self.arrays)
 
     @property
     def sizes(self):
@@ -59,7 +63,7 @@ class Attempt:
     @property
     def name(self):
         """Of its commit record."""
-        return commits.describe(*self.key, self.arrays, made_by="", seconds=0.0, **self.sizes).name
+        return make_commit(*self.key, self.arrays, made_by="", seconds=0.0, **self.sizes).name
 
     def write(self, storage, spec):
         """Writes it as the dump does; returns the record that is committed then."""

@@ -13,11 +13,16 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from logitstore import Rows, codec, commits, layout, objects, writer
-from logitstore.schemes import Scheme
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
-from logitstore.storage import Storage
-from logitstore.tokens import document_digests, encode_tokens
+from logitstore import Rows
+from logitstore.format import layout, zarr_objects
+from logitstore.format.commit import CHECKSUM_FIELD, NO_DIGEST, SHA256_DIGEST, short_digest
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.rows import codec
+from logitstore.rows.tokens import document_digests, encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits.index import commit_names, commits_folder, find_commit
 
 VOCAB = 16
 K = 4
@@ -160,9 +165,9 @@ def write_shard(storage, spec, shard, values, *, set_aside=None, **changes):
     computed_from = None
     for layer, arrays in values.items():
         if layer.startswith("losses/"):
-            computed_from = commits.find(storage, "target", shard).digest
+            computed_from = find_commit(storage, "target", shard).digest
         elif layer == "target":
-            computed_from = commits.find(storage, "tokens", shard).digest
+            computed_from = find_commit(storage, "tokens", shard).digest
         sizes = {
             "documents": len(tokens["lengths"]), "rows": len(tokens["ids"]),
             "counted": num_counted(tokens, () if layer == "tokens" else set_aside or ()),
@@ -205,28 +210,28 @@ def change_values(url, layer, shard, **arrays):
         tokens["digests"] = document_digests(tokens["ids"], tokens["loss_mask"], tokens["lengths"])
     for name in LAYERS[LAYERS.index(layer) :]:
         values, commit = old[name]
-        for record in commits.names_of(storage, name, shard):
-            storage.remove(f"{commits.folder(name)}/{record}")
+        for record in commit_names(storage, name, shard):
+            storage.remove(f"{commits_folder(name)}/{record}")
         below = layout.below(name)
         writer.LayerWriter(storage, spec, name).write(
             shard, values, documents=commit.documents, rows=commit.rows,
             counted=num_counted(old["tokens"][0], () if name == "tokens" else old["target"][1].set_aside),
             started=time.monotonic(), set_aside=commit.set_aside,
-            computed_from=None if below is None else commits.find(storage, below, shard).digest,
+            computed_from=None if below is None else find_commit(storage, below, shard).digest,
         )  # fmt: skip
 
 
 def read(url, layer, shard):
     """The arrays of a shard and its commit, by the package's own parts but none of its checks of what values mean."""
     import logitstore
-    from logitstore import shards
+    from logitstore.rows.shard_arrays import Part, decode_layer, object_paths
 
     storage = Storage(url)
-    commit = commits.find(storage, layer, shard)
+    commit = find_commit(storage, layer, shard)
     spec = logitstore.open(url).spec
-    paths, _ = shards.paths(spec, shards.Part(layer, shard))
+    paths, _ = object_paths(spec, Part(layer, shard))
     data = [Path(url, path).read_bytes() if Path(url, path).is_file() else None for path in paths]
-    return shards.decode_layer(spec, commit, data), commit
+    return decode_layer(spec, commit, data), commit
 
 
 def record(url, layer, shard):
@@ -238,7 +243,7 @@ def change_record(url, layer, shard, change):
     """Changes a commit record, signs it anew and gives it the name that fits, as far as there is one."""
     path = record(url, layer, shard)
     value = json.loads(path.read_text())
-    del value[commits.CHECKSUM]
+    del value[CHECKSUM_FIELD]
     changed = change(value)
     path.unlink()
     return put_record(url, layer, shard, value if changed is None else changed)
@@ -249,14 +254,14 @@ def put_record(url, layer, shard, value):
     whole = value
     if isinstance(value, dict):
         text = json.dumps(value, sort_keys=True)
-        whole = value | {commits.CHECKSUM: f"{google_crc32c.value(text.encode()):08x}"}
+        whole = value | {CHECKSUM_FIELD: f"{google_crc32c.value(text.encode()):08x}"}
     else:
         value = {}
     counts = [value.get(name) for name in ("documents", "rows", "counted", "entries")]
     counts = [count if type(count) is int and 0 <= count < 10**10 else 1 for count in counts]
     aside = len(value["set_aside"]) if isinstance(value.get("set_aside"), dict) else 0
     digests = [
-        commits.identity(digest) if isinstance(digest, str) and commits.DIGEST.fullmatch(digest) else commits.NOTHING
+        short_digest(digest) if isinstance(digest, str) and SHA256_DIGEST.fullmatch(digest) else NO_DIGEST
         for digest in (value.get("digest"), value.get("computed_from"))
     ]
     documents, rows, counted, entries = counts
@@ -319,4 +324,4 @@ def one_chunk(chunk, before=b""):
 
 
 def encoded(values, layer, name, shard_rows=SHARD_ROWS, k=K):
-    return objects.encode(values, array_of(layer, name), shard_rows=shard_rows, k=k)
+    return zarr_objects.encode(values, array_of(layer, name), shard_rows=shard_rows, k=k)

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
-from logitstore import LayerNotFoundError, Rows, codec
-from logitstore.schemes import Scheme
-from logitstore.spec import TargetSpec
+from logitstore import LayerNotFoundError, Rows
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import TargetSpec
+from logitstore.rows import codec
 from logitstore.support import Support
 from trainer.acceptance import cached_acceptance, expected_tokens_per_call, read_documents, row_acceptance
 
@@ -167,7 +168,7 @@ def test_where_the_likeliest_token_is_sure_to_be_kept_it_is(measured, models, sc
     found = cached_acceptance(models["draft"], store)
     right, rows, spec = [], 0, store.spec.target
     for shard in range(store.num_shards):
-        arrays = store.read_arrays("target", shard)
+        arrays = store.reader.read_arrays("target", shard)
         parts = [codec.decode(arrays, spec), *codec.decode_bounds(arrays, spec.codebook)]
         read = store.read_shard(shard, layers=())
         p = np.concatenate([conftest.dense_logprobs(models["target"], read.document(i).ids) for i in range(len(read))])

@@ -11,15 +11,15 @@ import pytest
 from conftest import functions, write_jsonl
 
 import logitstore
-from logitstore import publish
-from logitstore.appends import FOLDER
 from logitstore.dump.documents import prepare
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.errors import FormatError, IdentityError, LayerNotFoundError
-from logitstore.schemes import Scheme
-from logitstore.spec import LossSpec, ModelSpec, TargetSpec
-from logitstore.storage import Storage
-from logitstore.writer import add_layer
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import LossSpec, ModelSpec, TargetSpec
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import protocol
+from logitstore.store.commits.appends import FOLDER
+from logitstore.store.writer import add_layer
 
 SIZES = {"max_length": 64, "shard_rows": 128, "num_proc": 1, "progress": False}
 
@@ -135,7 +135,7 @@ def test_an_append_that_was_killed_is_unseen_and_goes_on(tmp_path, tokenizer, da
     shards = total - logitstore.open(url).num_shards
     assert shards >= 3
     committed = []
-    real = publish.publish
+    real = protocol.publish
 
     def killed(storage, commit, objects):
         if len(committed) % 2 == 1:
@@ -145,7 +145,7 @@ def test_an_append_that_was_killed_is_unseen_and_goes_on(tmp_path, tokenizer, da
         return real(storage, commit, objects)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "publish", killed)
+        patch.setattr(protocol, "publish", killed)
         for _ in range(shards - 1):
             with pytest.raises(KeyboardInterrupt):
                 run(url, data[1], tokenizer, append=True)

@@ -11,8 +11,8 @@ from benchmarks._formats import DistillKit, Drawn, ParquetLists, RawNumPy, RsKd,
 from benchmarks._measures import Exact, Seen, angle, compare
 from benchmarks._ours import Ours
 from benchmarks.bench_store import encoded
-from logitstore import codec
 from logitstore.dump import fidelity
+from logitstore.rows import codec
 
 VOCAB_SIZE = 128256
 SMALL = 300

@@ -17,7 +17,7 @@ import fsspec
 import pytest
 from faults import S3Server, s3_options
 
-from logitstore.cache import ReadThroughCache, fetch
+from logitstore.storage.cache import ReadThroughCache, fetch
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_an_object_beyond_the_bound_is_read_and_evicts_nothing(local, tmp_path):
 
 
 def test_a_large_folder_is_looked_at_now_and_then(local, tmp_path, monkeypatch):
-    monkeypatch.setattr("logitstore.cache.FILES_PER_LOOK", 100)
+    monkeypatch.setattr("logitstore.storage.cache.FILES_PER_LOOK", 100)
     folder = tmp_path / "cache"
     folder.mkdir()
     for i in range(250):

@@ -17,11 +17,13 @@ import pytest
 from dumped import documents, make, prepare_tokens, record, write_data
 
 import logitstore
-from logitstore import cli, info, rerun, set_aside, writer
-from logitstore.schemes import OPTIONS, Scheme, make_scheme
-from logitstore.spec import Append, ModelSpec
-from logitstore.storage import Storage
-from logitstore.verify import take_back
+from logitstore import cli, info, rerun
+from logitstore.format.schemes import OPTIONS, Scheme, make_scheme
+from logitstore.format.spec import Append, ModelSpec
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits import set_aside
+from logitstore.store.take_back import take_back
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +46,7 @@ def shown(url, capsys, *options):
 def set_documents_aside(url, shard, reasons):
     """Writes a shard of the target again, without some documents."""
     store = logitstore.open(url)
-    commit, arrays = store.commit("target", shard), store.read_arrays("target", shard)
+    commit, arrays = store.reader.commit("target", shard), store.reader.read_arrays("target", shard)
     take_back(store.storage, "target", shard)
     writer.LayerWriter(store.storage, store.spec, "target").write(
         shard, arrays, documents=commit.documents, rows=commit.rows, counted=commit.counted,

@@ -14,11 +14,12 @@ import stores
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from logitstore import Rows, codec
-from logitstore.codec import LEVELS, Codebook
+from logitstore import Rows
 from logitstore.errors import FormatError
-from logitstore.schemes import Scheme
-from logitstore.spec import TargetSpec, from_json, to_json
+from logitstore.format.codebook import LEVELS, Codebook
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import TargetSpec, from_json, to_json
+from logitstore.rows import codec
 
 LARGEST_ID = 2**32 - 1
 IDS = st.one_of(st.integers(0, 40), st.integers(0, LARGEST_ID), st.integers(LARGEST_ID - 40, LARGEST_ID))

@@ -27,10 +27,14 @@ from dumped import (
 )
 
 import logitstore
-from logitstore import cli, commits, layout, objects, shards, writer
+from logitstore import cli
 from logitstore.errors import DamagedShardError, LayerNotFoundError
-from logitstore.storage import Storage
-from logitstore.tokens import encode_tokens
+from logitstore.format import layout, zarr_objects
+from logitstore.format.commit import num_values, parse_commit
+from logitstore.rows.shard_arrays import entries_per_row
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
 
 ROOT = Path(__file__).parent.parent
 FIRST, SECOND = 2, 3
@@ -207,12 +211,12 @@ def test_a_record_under_a_name_that_is_none(url, made, layer):
 def test_every_flipped_bit_of_a_record_is_found(made, layer):
     path = record(made.url, layer, FIRST)
     data = path.read_bytes()
-    commits.parse(data, layer, FIRST, path.name)
+    parse_commit(data, layer, FIRST, path.name)
     for bit in range(8 * len(data)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         with contextlib.suppress(DamagedShardError):
-            pytest.fail(f"bit {bit}: {commits.parse(bytes(changed), layer, FIRST, path.name)}")
+            pytest.fail(f"bit {bit}: {parse_commit(bytes(changed), layer, FIRST, path.name)}")
 
 
 @pytest.mark.parametrize("array", ARRAYS)
@@ -220,16 +224,16 @@ def test_a_flipped_bit_of_any_byte_of_an_object_is_found(made, array):
     store = logitstore.open(made.url)
     layer, _, name = array.rpartition("/")
     (spec,) = [spec for spec in layout.layer_arrays(layer) if spec.name == name]
-    commit = store.commit(layer, FIRST)
+    commit = store.reader.commit(layer, FIRST)
     data = (made.url / array / "c" / str(FIRST)).read_bytes()
-    sizes = {"shard_rows": store.spec.shard_rows, "k": shards.entries_per_row(store.spec, layer)}
-    length = commits.length(commit, spec.per)
-    objects.decode(data, length, spec, **sizes)
+    sizes = {"shard_rows": store.spec.shard_rows, "k": entries_per_row(store.spec, layer)}
+    length = num_values(commit, spec.per)
+    zarr_objects.decode(data, length, spec, **sizes)
     for place in range(len(data)):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         with pytest.raises(ValueError, match=r"chunk|index"):
-            objects.decode(bytes(changed), length, spec, **sizes)
+            zarr_objects.decode(bytes(changed), length, spec, **sizes)
 
 
 def test_an_array_of_fill_values_has_no_object_and_needs_none(url, made):
@@ -251,7 +255,7 @@ def write_masked(url, made):
     for shard in range(2):
         digest = None
         for layer in LAYERS:
-            commit, arrays = whole.commit(layer, shard), whole.read_arrays(layer, shard)
+            commit, arrays = whole.reader.commit(layer, shard), whole.reader.read_arrays(layer, shard)
             if shard == 1:
                 blank = {a.name for a in layout.layer_arrays(layer)} - {"ids", "lengths"}
                 arrays |= {name: np.full_like(arrays[name], np.nan if arrays[name].dtype.kind == "f" else 0)

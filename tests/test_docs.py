@@ -70,11 +70,12 @@ def example_rows():
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """URL of the worked example's store: two documents in one shard, and the losses of a uniform model."""
-    from logitstore import codec, writer
-    from logitstore.schemes import Scheme
-    from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
-    from logitstore.storage import Storage
-    from logitstore.tokens import encode_tokens
+    from logitstore.format.schemes import Scheme
+    from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+    from logitstore.rows import codec
+    from logitstore.rows.tokens import encode_tokens
+    from logitstore.storage.storage import Storage
+    from logitstore.store import writer
 
     def model(name):
         return ModelSpec(name=name, revision="0", dtype="float32", padded_vocab_size=8)
@@ -121,10 +122,10 @@ def drawn_line(name):
     """What a row of the example would keep by each scheme, drawn and decoded as in a dump."""
     import torch
 
-    from logitstore import codec
     from logitstore.dump.truncation import truncate, uniforms
-    from logitstore.schemes import make_scheme
-    from logitstore.spec import ModelSpec, TargetSpec
+    from logitstore.format.schemes import make_scheme
+    from logitstore.format.spec import ModelSpec, TargetSpec
+    from logitstore.rows import codec
 
     given = {"topk": {"k": 2}, "nucleus": {"k": 3, "mass": 0.8}}.get(name, {"num_draws": 4})
     model = ModelSpec(name="example/target", revision="0", dtype="float32", padded_vocab_size=8)
@@ -155,12 +156,12 @@ def drawn_line(name):
 def shown(url):
     """What the blocks of the example must say, by name."""
     import logitstore
-    from logitstore.codec import Codebook
+    from logitstore.format.codebook import Codebook
 
     store = logitstore.open(url)
     texts = {}
     for layer in ("tokens", "target", "losses/uniform"):
-        texts[f"text {layer}"] = "".join(line(*item) for item in store.read_arrays(layer, 0).items())
+        texts[f"text {layer}"] = "".join(line(*item) for item in store.reader.read_arrays(layer, 0).items())
     rows = store.read_shard(0).rows
     decoded = []
     for i in np.flatnonzero(LOSS_MASK):
@@ -259,8 +260,8 @@ def test_reader_in_the_document_needs_no_logitstore_code(request, which):
 @pytest.mark.parametrize("name", ["sample", "hybrid"])
 def test_random_numbers_of_the_document_are_those_of_the_dump(name):
     from logitstore.dump.truncation import uniforms
-    from logitstore.schemes import make_scheme
-    from logitstore.spec import ModelSpec, TargetSpec
+    from logitstore.format.schemes import make_scheme
+    from logitstore.format.spec import ModelSpec, TargetSpec
 
     scheme = make_scheme(name, {"num_draws": 5, "seed": 2**63 - 1})
     model = ModelSpec(name="m", revision="0", dtype="float32", padded_vocab_size=8)
@@ -282,9 +283,10 @@ def test_plain_zarr_reads_the_arrays(example):
 
 
 def test_decoded_logprobs_are_within_the_stated_error():
-    from logitstore import Rows, codec
-    from logitstore.schemes import Scheme
-    from logitstore.spec import ModelSpec, TargetSpec
+    from logitstore import Rows
+    from logitstore.format.schemes import Scheme
+    from logitstore.format.spec import ModelSpec, TargetSpec
+    from logitstore.rows import codec
 
     rng = np.random.default_rng(0)
     logits = rng.normal(scale=rng.uniform(0.5, 4.0, size=(500, 1)), size=(500, 200))

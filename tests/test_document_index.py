@@ -14,12 +14,13 @@ from faults import FaultyProxy, S3Server, s3_options
 from golden import document_digest
 
 import logitstore
-from logitstore import cli, document_index
+from logitstore import cli
 from logitstore.dump.documents import prepare
 from logitstore.errors import DamagedShardError, LayerNotFoundError
-from logitstore.schemes import Scheme
-from logitstore.storage import Storage
-from logitstore.tokens import document_digests, encode_tokens
+from logitstore.format.schemes import Scheme
+from logitstore.rows.tokens import document_digests, encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import reader
 from logitstore.verify import check_shard
 
 
@@ -49,10 +50,10 @@ def test_lengths_and_digests_are_those_of_the_documents(tiny_store):
 
 def test_documents_that_were_set_aside_keep_their_place(small_store):
     store = logitstore.open(small_store)
-    assert store.commit("target", 1).set_aside
+    assert store.reader.commit("target", 1).set_aside
     index, (start, stop) = store.documents(), (10, 17)
     assert index.first_document[1:3].tolist() == [start, stop]
-    values = store.read_arrays("tokens", 1)
+    values = store.reader.read_arrays("tokens", 1)
     parts = [np.split(values[name], np.cumsum(values["lengths"])[:-1]) for name in ("ids", "loss_mask")]
     assert index.digests[start:stop].tolist() == [document_digest(*document) for document in zip(*parts, strict=True)]
 
@@ -60,7 +61,7 @@ def test_documents_that_were_set_aside_keep_their_place(small_store):
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
 def test_shards_are_read_a_few_at_a_time(small_store, monkeypatch, at_once):
     expected = logitstore.open(small_store).documents()
-    monkeypatch.setattr(document_index, "SHARDS_AT_ONCE", at_once)
+    monkeypatch.setattr(reader, "SHARDS_AT_ONCE", at_once)
     assert same(logitstore.open(small_store).documents(), expected)
 
 

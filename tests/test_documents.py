@@ -20,11 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prepared import CHAT, TURNS, arrays_of, pairs, run
 
-from logitstore import commits, layout, publish
 from logitstore.dump import documents
 from logitstore.dump.documents import assign_shards
 from logitstore.dump.encoding import response_spans, split
-from logitstore.storage import Storage
+from logitstore.format import layout
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import protocol
+from logitstore.store.commits.index import read_index
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -286,7 +288,7 @@ def test_an_interrupted_prepare_is_finished_identically(tokenizer, tmp_path, mon
     data = write_jsonl(tmp_path / "d.jsonl", pairs(12))
     run(data, tokenizer, tmp_path / "whole")
     url = tmp_path / "s"
-    whole = publish.publish
+    whole = protocol.publish
 
     def killed(storage, commit, objects):
         if commit.shard >= survivors:
@@ -294,10 +296,10 @@ def test_an_interrupted_prepare_is_finished_identically(tokenizer, tmp_path, mon
         return whole(storage, commit, objects)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "publish", killed)
+        patch.setattr(protocol, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             run(data, tokenizer, url)
-    assert commits.read_index(Storage(url), "tokens").committed == set(range(survivors))
+    assert read_index(Storage(url), "tokens").committed == set(range(survivors))
     kept = [url / f"tokens/{array.name}/c/{shard}" for shard in range(survivors) for array in layout.TOKENS]
     before = [file.stat().st_mtime_ns for file in kept]
     store = run(data, tokenizer, url)

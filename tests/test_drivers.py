@@ -11,10 +11,11 @@ import stores
 from fsspec.implementations.memory import MemoryFileSystem
 
 import logitstore
-from logitstore import storage as storage_module
-from logitstore.drivers import is_refusal, may_pass, without_credentials
 from logitstore.errors import StorageError
-from logitstore.tokens import encode_tokens
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage import storage as storage_module
+from logitstore.storage.failures import is_refusal, may_pass
+from logitstore.storage.options import without_credentials
 
 
 class LateCopies(MemoryFileSystem):

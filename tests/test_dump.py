@@ -16,7 +16,7 @@ from conftest import functions, write_jsonl
 from dump_jobs import arguments, in_process, left_in_staging, payload, private_folders, records, start_job
 
 import logitstore
-from logitstore.schemes import make_scheme
+from logitstore.format.schemes import make_scheme
 
 
 @pytest.fixture(scope="module")

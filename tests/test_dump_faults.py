@@ -18,10 +18,11 @@ from dump_jobs import arguments, in_process, left_in_staging, payload, private_f
 from dumped import edit_record
 
 import logitstore
-from logitstore import commits, set_aside
 from logitstore.dump import schedule
-from logitstore.storage import Storage
-from logitstore.verify import take_back
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import set_aside
+from logitstore.store.commits.index import find_commit
+from logitstore.store.take_back import take_back
 
 LOADING = """
 load, run = FailingForCausalLM.__init__, before
@@ -241,7 +242,7 @@ def test_stale_losses_are_replaced_and_no_others(run, failing, undisturbed, tmp_
     assert (first.status, first.summary["shards_done"], first.summary["stale"]) == (0, 1, {})
     assert "losses/ref: 1 stale shards are computed again: 1" in first.log
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert commits.find(Storage(url), "losses/ref", 1).digest == undisturbed.commit("losses/ref", 1).digest
+    assert find_commit(Storage(url), "losses/ref", 1).digest == undisturbed.reader.commit("losses/ref", 1).digest
     assert payload(url) == payload(failing.url)
     assert left_in_staging(url) == []
 

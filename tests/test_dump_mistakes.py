@@ -11,9 +11,9 @@ import pytest
 from conftest import make_model, make_tokenizer
 
 import logitstore
-from logitstore.spec import LossSpec
-from logitstore.storage import Storage
-from logitstore.writer import add_layer
+from logitstore.format.spec import LossSpec
+from logitstore.storage.storage import Storage
+from logitstore.store.writer import add_layer
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,9 +22,9 @@ from dump_jobs import ROOT, arguments, in_process, left_in_staging, payload, pri
 from faults import FaultyProxy, S3Server, s3_options
 
 import logitstore
-from logitstore import commits
 from logitstore.errors import StorageRefusedError
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
+from logitstore.store.commits.index import find_commit
 
 pytestmark = pytest.mark.long
 
@@ -203,7 +203,7 @@ def test_of_two_jobs_with_different_targets_one_wins_and_no_rows_are_mixed(slow,
     assert store.spec.target.model.name == (slow.target if loser else tiny.draft)
     assert not store.layers["target"].missing
     assert logitstore.verify(store) == []
-    makers = {commits.find(store.storage, "target", shard).made_by for shard in range(store.num_shards)}
+    makers = {find_commit(store.storage, "target", shard).made_by for shard in range(store.num_shards)}
     assert makers == {store.layers["target"].made_by}
     assert left_in_staging(url) == []
     if loser:

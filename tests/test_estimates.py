@@ -15,10 +15,10 @@ import pytest
 import stores
 import torch
 
-from logitstore import codec
 from logitstore.dump.truncation import truncate, uniforms
-from logitstore.schemes import Scheme
-from logitstore.spec import TargetSpec
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import TargetSpec
+from logitstore.rows import codec
 from logitstore.support import Support, estimated_cross_entropy, on_support
 from trainer.acceptance import row_acceptance
 

@@ -9,13 +9,13 @@ import conftest
 import datasets
 import evaluate_draft as job
 import pytest
-from _options import options_for
 from _prompts import read_prompts
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from logitstore.arguments import Parser
 from logitstore.dump.encoding import response_spans
+from logitstore.storage.options import options_for
 
 V = conftest.VOCAB_SIZE
 CACHE_ALONE = {"--target": None, "--data": None, "--store": "{store}"}

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import logitstore
 from logitstore.causal_lm import SplitLM
 from logitstore.dump.documents import prepare
-from logitstore.storage import Storage
-from logitstore.views import smaller
+from logitstore.storage.storage import Storage
 from trainer import DocumentDataset, evaluating
 from trainer.evaluating import GREATER_IS_BETTER, HeldOut, greater_is_better
 
@@ -103,7 +102,7 @@ def oracle(data, documents, model, target):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_figures_are_those_of_plain_arithmetic(k, batch_size, draft, tiny, tiny_store, accelerator):
     """To 1e-5 of float64, of the store as it is and as one with fewer entries."""
-    data = dataset(smaller(logitstore.open(tiny_store), k=k, mass=None))
+    data = dataset(logitstore.open(tiny_store).read_smaller(k=k, mass=None))
     held_out = HeldOut(data, batch_size=batch_size)
     draft.train()
     found = held_out.evaluate(SplitLM(draft, VOCAB_SIZE), accelerator)

@@ -15,15 +15,16 @@ from measured import LAYERS, SCHEMES, dumper, emptied
 from transformers import AutoModelForCausalLM
 
 import logitstore
-from logitstore import Rows, measures
-from logitstore.batches import batches
+from logitstore import Rows
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import fidelity
 from logitstore.dump.running import without
 from logitstore.dump.scoring import score_again
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.errors import DamagedShardError
-from logitstore.storage import Storage
+from logitstore.measures import read_measured
+from logitstore.rows.batches import batches
+from logitstore.storage.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_every_number_of_the_target_equals_the_dense_oracle(measured, dense, sch
     for shard in range(3):
         rows = store.read_shard(shard, layers=("target",)).rows
         expected = [target_oracle(dense[shard][0][i], rows, i) for i in measured_rows(store, shard)]
-        found = store.commit("target", shard).fidelity
+        found = store.reader.commit("target", shard).fidelity
         assert {name for name in found if not name.startswith("control")} == set(expected[0])
         for name in expected[0]:
             assert found[name] == pytest.approx(sum(row[name] for row in expected), rel=2e-4, abs=1e-6), name
@@ -103,7 +104,7 @@ def test_every_number_of_the_losses_equals_the_dense_oracle(measured, dense, sch
         expected, wanted, gradients = zip(
             *(losses_oracle(p[i], q[i], rows, i) for i in measured_rows(store, shard)), strict=True
         )
-        found = store.commit("losses/reference", shard).fidelity
+        found = store.reader.commit("losses/reference", shard).fidelity
         for name in expected[0]:
             assert found[name] == pytest.approx(sum(row[name] for row in expected), rel=2e-4), name
         assert found["angle_shard"] == pytest.approx(degrees(sum(wanted), sum(gradients)), rel=2e-4)
@@ -120,7 +121,7 @@ def test_what_is_lost_adds_up_to_the_whole_divergence(measured, dense):
         kept, _, tail = stored_row(rows, i)
         model = np.where(kept > 0, kept, tail / (kept == 0).sum())
         whole += (p[i] * np.log(p[i] / model)).sum()
-    found = store.commit("target", 0).fidelity
+    found = store.reader.commit("target", 0).fidelity
     assert found["kl_codes"] + found["kl_tail"] == pytest.approx(whole, rel=1e-5)
 
 
@@ -162,7 +163,7 @@ def test_another_actor_measures_the_same(measured, tiny, tiny_store, tmp_path, b
     """The same to the last digit where batches are alike, but for floating noise where they are not."""
     url = emptied(tiny_store, tmp_path / "cache.zarr", SCHEMES["hybrid"])
     found = dumper(url, tiny, batch_tokens=batch_tokens).dump(0, LAYERS)
-    first = [logitstore.open(measured["hybrid"]).commit(layer, 0) for layer in LAYERS]
+    first = [logitstore.open(measured["hybrid"]).reader.commit(layer, 0) for layer in LAYERS]
     for new, old in zip(found, first, strict=True):
         assert batch_tokens != 700 or (new.name, new.fidelity) == (old.name, old.fidelity)
         for name, value in old.fidelity.items():
@@ -178,7 +179,7 @@ def test_the_control_is_the_targets_own_noise(tiny, tiny_store, tmp_path):
         for shard in range(3):
             sums = found.dump(shard, ["target"])[0].fidelity
             assert 0 < sums["control_rows"] <= sums["rows"]
-        means[dtype] = measures.read(logitstore.open(url), "target", range(3)).means()
+        means[dtype] = read_measured(logitstore.open(url), "target", range(3)).means()
     assert abs(means["float32"]["control_kl"]) < 1e-9
     assert means["float32"]["control_tv"] < 1e-5
     assert 1e-7 < means["bfloat16"]["control_kl"] < 1e-2
@@ -273,8 +274,8 @@ def test_nothing_is_measured_of_losses_without_the_target(measured, tiny, tmp_pa
     (commit,) = later.dump(0, ["losses/reference"])
     assert commit.fidelity == {}
     assert "fidelity" not in json.loads(record(url, "losses/reference", 0).read_text())
-    assert logitstore.open(url).commit("losses/reference", 0) == commit
-    assert commit.name == logitstore.open(measured["topk"]).commit("losses/reference", 0).name
+    assert logitstore.open(url).reader.commit("losses/reference", 0) == commit
+    assert commit.name == logitstore.open(measured["topk"]).reader.commit("losses/reference", 0).name
 
 
 @pytest.mark.parametrize(
@@ -287,16 +288,16 @@ def test_nothing_is_measured_of_losses_without_the_target(measured, tiny, tmp_pa
 )  # fmt: skip
 def test_a_record_with_what_cannot_be_measured_is_damage(measured, tmp_path, found):
     url = shutil.copytree(measured["topk"], tmp_path / "cache.zarr")
-    good = logitstore.open(url).commit("target", 1).fidelity
+    good = logitstore.open(url).reader.commit("target", 1).fidelity
     for values in (good | found, found, [1]):
         edit_record(record(url, "target", 1), fidelity=values)
         with pytest.raises(DamagedShardError, match="fidelity"):
-            logitstore.open(url).commit("target", 1)
+            logitstore.open(url).reader.commit("target", 1)
     edit_record(record(url, "target", 1), fidelity=good)
-    assert logitstore.open(url).commit("target", 1).fidelity == good
+    assert logitstore.open(url).reader.commit("target", 1).fidelity == good
     edit_record(record(url, "tokens", 1), fidelity={"rows": 1})
     with pytest.raises(DamagedShardError, match="malformed fidelity"):
-        logitstore.open(url).commit("tokens", 1)
+        logitstore.open(url).reader.commit("tokens", 1)
 
 
 def test_a_sum_that_was_changed_is_damage(measured, tmp_path):
@@ -306,4 +307,4 @@ def test_a_sum_that_was_changed_is_damage(measured, tmp_path):
     values["fidelity"]["kl_codes"] /= 2
     path.write_text(json.dumps(values))
     with pytest.raises(DamagedShardError, match="checksum"):
-        logitstore.open(url).commit("target", 1)
+        logitstore.open(url).reader.commit("target", 1)

@@ -15,15 +15,16 @@ from dumped import record
 from measured import LAYERS, SCHEMES, dumper, emptied
 
 import logitstore
-from logitstore import calibration, cli, fidelity, fidelity_plot, info, measures
+from logitstore import calibration, cli, fidelity, fidelity_plot, info
 from logitstore.errors import FidelityError
-from logitstore.storage import Storage
+from logitstore.measures import Measured
+from logitstore.storage.storage import Storage
 from logitstore.verify import places
 
 
 @pytest.mark.parametrize("scheme", ["topk", "nucleus"])
 def test_a_shard_above_the_budget_is_not_written(measured, tiny, tiny_store, tmp_path, scheme):
-    sums = logitstore.open(measured[scheme]).commit("target", 0).fidelity
+    sums = logitstore.open(measured[scheme]).reader.commit("target", 0).fidelity
     lost = (sums["kl_codes"] + sums["kl_tail"]) / sums["rows"]
     url = emptied(tiny_store, tmp_path / "cache.zarr", SCHEMES[scheme])
     message = rf"max_kl=\S+ where the {sums['rows']:.0f} rows measured of shard 0 lose {lost:.3g} nats each"
@@ -86,13 +87,13 @@ def run(capsys, *args):
 def test_means_are_over_all_rows_of_all_shards(measured, capsys):
     store = logitstore.open(measured["sample"])
     facts = json.loads(run(capsys, measured["sample"], "--json").out)
-    sums = [store.commit("target", shard).fidelity for shard in range(3)]
+    sums = [store.reader.commit("target", shard).fidelity for shard in range(3)]
     layer = facts["layers"]["target"]
     assert layer["rows"] == sum(s["rows"] for s in sums)
     for name, count in {"kl_codes": "rows", "tv_draws": "rows", "control_tv": "control_rows"}.items():
         expected = sum(s[name] for s in sums) / sum(s[count] for s in sums)
         assert layer["means"][name] == pytest.approx(expected, abs=1e-15)
-    angles = [store.commit("losses/reference", shard).fidelity["angle_shard"] for shard in range(3)]
+    angles = [store.reader.commit("losses/reference", shard).fidelity["angle_shard"] for shard in range(3)]
     assert facts["layers"]["losses/reference"]["means"]["angle_shard"] == pytest.approx(np.mean(angles))
     rows = [store.read_shard(shard, layers=("target",)).rows for shard in range(3)]
     tails = np.concatenate([r.tail_mass[r.counts > 0] for r in rows]).astype(float)
@@ -107,9 +108,9 @@ def test_the_table_says_what_was_measured(measured, capsys):
     lines = [" ".join(line.split()) for line in found.out.splitlines()]
     assert lines[0].startswith(f"{measured['hybrid']}: hybrid, num_draws 20, seed 3; ")
     store = logitstore.open(measured["hybrid"])
-    total = sum(store.storage.num_bytes(f"target/{name}") for name in store.read_arrays("target", 0))
+    total = sum(store.storage.num_bytes(f"target/{name}") for name in store.reader.read_arrays("target", 0))
     assert f"bytes a counted row {total / store.num_counted:.2f}" in lines
-    sums = [store.commit("target", shard).fidelity for shard in range(3)]
+    sums = [store.reader.commit("target", shard).fidelity for shard in range(3)]
     rows, again = (int(sum(s[name] for s in sums)) for name in ("rows", "control_rows"))
     assert f"target: measured on {rows} rows of 3 of 3 shards, {again} of them run twice" in lines
     kl, control = sum(s["kl_codes"] for s in sums) / rows, sum(s["control_kl"] for s in sums) / again
@@ -194,7 +195,7 @@ def test_of_a_sample_nothing_else_is_read_and_the_table_says_how_much_it_is(meas
             path.write_bytes(b"")
     options = ["--sample", "0.3", "--seed", "1"]
     facts = json.loads(run(capsys, url, "--json", *options).out)
-    counted = logitstore.open(url).commit("target", chosen["target"]).counted
+    counted = logitstore.open(url).reader.commit("target", chosen["target"]).counted
     assert facts["kept_mass"]["rows"] == facts["calibration"]["rows"] == counted
     text = " ".join(run(capsys, url, *options).out.split())
     rows = facts["layers"]["target"]["rows"]
@@ -235,10 +236,10 @@ def test_info_shows_one_line_of_it_and_of_how_many_rows(measured, tiny_store, ca
     assert lines[1].startswith("  fidelity  alpha 0.")
     store = logitstore.open(measured["topk"])
     for line, layer in zip(lines, LAYERS, strict=True):
-        rows = sum(store.commit(layer, shard).fidelity["rows"] for shard in range(3))
+        rows = sum(store.reader.commit(layer, shard).fidelity["rows"] for shard in range(3))
         assert line.endswith(f" ({rows:.0f} rows of 3 of 3 shards)")
     monkeypatch.setattr(info, "MEASURED_SHARDS", 2)
-    rows = sum(store.commit("target", shard).fidelity["rows"] for shard in (0, 2))
+    rows = sum(store.reader.commit("target", shard).fidelity["rows"] for shard in (0, 2))
     assert cli.main(["info", str(measured["topk"])]) == 0
     assert f" ({rows:.0f} rows of 2 of 3 shards)\n" in capsys.readouterr().out
     assert cli.main(["info", str(tiny_store)]) == 0
@@ -285,7 +286,7 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_read(tiny_sto
 
 
 def test_sums_without_rows_have_no_means():
-    assert measures.Measured(shards=0, sums={}).means() == {}
-    assert measures.Measured(shards=1, sums={"rows": 2, "mass": 1.5, "control_rows": 0, "control_kl": 0.0}).means() == {
+    assert Measured(shards=0, sums={}).means() == {}
+    assert Measured(shards=1, sums={"rows": 2, "mass": 1.5, "control_rows": 0, "control_kl": 0.0}).means() == {
         "mass": 0.75
     }

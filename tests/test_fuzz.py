@@ -16,8 +16,11 @@ from hostile import MOST_SECONDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logitstore import commits, layout, publish, writer
-from logitstore.storage import Storage
+from logitstore.format import layout
+from logitstore.format.commit import CHECKSUM_FIELD
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits import protocol
 
 FIXED = settings(
     max_examples=50,
@@ -149,7 +152,7 @@ def test_commits(reader, small_store, tmp_path, data):
     path = stores.record(url, layer, 1)
     if data.draw(st.integers(0, 4)):
         value = json.loads(path.read_text())
-        del value[commits.CHECKSUM]
+        del value[CHECKSUM_FIELD]
         path.unlink()
         stores.put_record(url, layer, 1, data.draw(changed(value)))
     else:
@@ -230,8 +233,8 @@ def test_winners_that_somebody_left(small_store, tmp_path, data):
     winner = {"attempt": "0" * 32, "objects": ["tail"], "name": record.name, "commit": record.read_text()}
     values, commit = stores.read(small_store, "target", 1)
     record.unlink()
-    folder = url / publish.staging("target", 1)
-    replace(folder / f"{publish.WINNER}-0.json", data.draw(changed(winner)))
+    folder = url / protocol.staging("target", 1)
+    replace(folder / f"{protocol.WINNER}-0.json", data.draw(changed(winner)))
     spec = stores.spec_of(3, scheme=stores.SAMPLE)
     sizes = {name: getattr(commit, name) for name in ("documents", "rows", "counted", "set_aside", "computed_from")}
     written = writer.LayerWriter(Storage(url), spec, "target").write(1, values, started=0.0, **sizes)

@@ -20,9 +20,11 @@ import zarr
 from golden import LAST, MAX_LENGTH, MISSING, MODELS, OBJECTS, SCHEMES, SET_ASIDE, SHARD_ROWS, SHARDS, SIXTEENTHS
 
 import logitstore
-from logitstore import cli, commits, layout, objects, schemes
+from logitstore import cli
 from logitstore.errors import LayerNotFoundError
-from logitstore.storage import Storage
+from logitstore.format import layout, schemes, zarr_objects
+from logitstore.format.commit import layer_digest
+from logitstore.storage.storage import Storage
 
 STEP = 0.07
 """Nats by which the code of a logprob above -4 can be off, twice: its own error, and that of the row."""
@@ -153,7 +155,7 @@ def test_losses_are_those_of_their_models(store, name, loss):
 
 def test_what_was_set_aside_is_named(store, folder, name, capsys):
     found = {
-        (layer, shard): store.commit(layer, shard).set_aside
+        (layer, shard): store.reader.commit(layer, shard).set_aside
         for layer, found in store.layers.items()
         for shard in sorted(found.committed)
     }
@@ -168,7 +170,7 @@ def test_what_was_set_aside_is_named(store, folder, name, capsys):
 def test_what_was_measured_is_in_the_records(store):
     for layer, found in store.layers.items():
         for shard in sorted(found.committed):
-            assert store.commit(layer, shard).fidelity == golden.FIDELITY.get((layer, shard), {})
+            assert store.reader.commit(layer, shard).fidelity == golden.FIDELITY.get((layer, shard), {})
 
 
 def test_it_is_intact_and_reading_it_changes_nothing(store, folder, expected):
@@ -185,7 +187,7 @@ def test_larger_objects_are_read(kind):
     layer, array, shard_rows, k, values = OBJECTS[kind]
     data = bytes.fromhex(json.loads((golden.FOLDER / "objects_v1.json").read_text())[kind])
     spec = next(spec for spec in layout.layer_arrays(layer) if spec.name == array)
-    found = objects.decode(data, len(values), spec, shard_rows=shard_rows, k=k)
+    found = zarr_objects.decode(data, len(values), spec, shard_rows=shard_rows, k=k)
     np.testing.assert_array_equal(found, values.astype(spec.dtype))
 
 
@@ -193,8 +195,8 @@ def test_identities_stay_what_they_are(store):
     """Later versions must find the same digests in the same values and specs, or they would refuse what is there."""
     for layer, found in store.layers.items():
         for shard in sorted(found.committed):
-            commit = store.commit(layer, shard)
-            assert commits.digest(layer, store.read_arrays(layer, shard)) == commit.digest
+            commit = store.reader.commit(layer, shard)
+            assert layer_digest(layer, store.reader.read_arrays(layer, shard)) == commit.digest
             assert found.made_by == commit.made_by
 
 
@@ -202,9 +204,9 @@ def test_a_copy_of_it_can_be_finished(folder, name, tmp_path):
     url = shutil.copytree(folder, tmp_path / "cache.zarr")
     before = {path: path.read_bytes() for path in url.rglob("*") if path.is_file()}
     store = logitstore.open(url)
-    values = store.read_arrays("tokens", 3)
+    values = store.reader.read_arrays("tokens", 3)
     arrays = golden.target_arrays(name, 3, dict([LAST]))
-    golden.write(Storage(url), store.spec, "target", 3, arrays, values, store.commit("tokens", 3).digest)
+    golden.write(Storage(url), store.spec, "target", 3, arrays, values, store.reader.commit("tokens", 3).digest)
     again = logitstore.open(url)
     assert again.layers["target"].missing == []
     assert again[6].rows.token_ids.tolist() == [0, 1]

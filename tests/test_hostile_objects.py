@@ -12,8 +12,8 @@ import stores
 from hostile import check, damaged, refused
 from numcodecs import blosc
 
-from logitstore import layout, objects
-from logitstore.tokens import encode_tokens
+from logitstore.format import layout, zarr_objects
+from logitstore.rows.tokens import encode_tokens
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def test_whatever_is_written_is_read(shard_rows, k):
         ):
             for num in {1, room // 3, room}:
                 used = values[:num].astype(array.dtype)
-                data = objects.encode(used, array, shard_rows=shard_rows, k=k)
-                assert data is None or len(data) <= objects.most_bytes(array, shard_rows=shard_rows, k=k)
-                found = objects.decode(data, num, array, shard_rows=shard_rows, k=k)
+                data = zarr_objects.encode(used, array, shard_rows=shard_rows, k=k)
+                assert data is None or len(data) <= zarr_objects.most_bytes(array, shard_rows=shard_rows, k=k)
+                found = zarr_objects.decode(data, num, array, shard_rows=shard_rows, k=k)
                 np.testing.assert_array_equal(found, used)
 
 
@@ -202,7 +202,7 @@ def test_chunks_that_lie_in_the_same_bytes_are_damage(case):
     assert stores.num_chunks(array, 2**17, 64) == 128
     found = stores.Object(bytearray(2**19), entries + [[ABSENT, ABSENT]] * (128 - len(entries)))
     with pytest.raises(ValueError, match=message):
-        objects.decode(found.to_bytes(), 2**23, array, shard_rows=2**17, k=64)
+        zarr_objects.decode(found.to_bytes(), 2**23, array, shard_rows=2**17, k=64)
 
 
 def test_blocks_that_all_lie_in_the_same_bytes_are_damage():
@@ -213,7 +213,7 @@ def test_blocks_that_all_lie_in_the_same_bytes_are_damage():
     payload = struct.pack("<I", 16 + 4 * 2**12) * 2**12 + struct.pack("<i", 9 * 4000) + empty * 4000
     chunk = header(values=2**16, block=16, payload=payload)
     with pytest.raises(ValueError, match="chunk 0 for 65536 bytes"):
-        objects.decode(stores.one_chunk(chunk), 2**14, array, shard_rows=2**14, k=1)
+        zarr_objects.decode(stores.one_chunk(chunk), 2**14, array, shard_rows=2**14, k=1)
 
 
 def test_nothing_that_stands_for_millions_of_entries_is_read_in_bounded_memory(reader, tmp_path):

@@ -15,10 +15,12 @@ import stores
 from hostile import FILES, check, listing
 
 import logitstore
-from logitstore import layout, publish, writer
 from logitstore.errors import LogitStoreError, StorageRefusedError
-from logitstore.spec import LossSpec
-from logitstore.storage import Storage
+from logitstore.format import layout
+from logitstore.format.spec import LossSpec
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits import protocol
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,7 +135,7 @@ def test_nothing_outside_is_written_or_deleted_through_a_link(url, tmp_path):
     before = listing(victim)
     storage = Storage(url)
     for action in (
-        lambda: publish.clean(storage, "target", 1),
+        lambda: protocol.clean(storage, "target", 1),
         lambda: storage.put("target/tail/c/1", b"x"),
         lambda: storage.create("target/tail/c/7", b"x"),
         lambda: storage.copy("tokens/ids/c/1", "target/tail/c/1"),
@@ -184,9 +186,9 @@ def test_a_winner_that_is_none_is_replaced(url, small_store, tmp_path, winner):
     stores.record(url, "target", 1).unlink()
     for layer in ("losses/ref", "losses/draft"):
         stores.record(url, layer, 1).unlink()
-    folder = Path(url, publish.staging("target", 1))
+    folder = Path(url, protocol.staging("target", 1))
     folder.mkdir(parents=True)
-    (folder / f"{publish.WINNER}-0.json").write_text(json.dumps(winner))
+    (folder / f"{protocol.WINNER}-0.json").write_text(json.dumps(winner))
     before = {path for path in tmp_path.rglob("*") if Path(url) not in path.parents}
     values, commit = stores.read(small_store, "target", 1)
     sizes = {name: getattr(commit, name) for name in ("documents", "rows", "counted", "set_aside", "computed_from")}

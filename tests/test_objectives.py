@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_estimates import target as target_of
 
-from logitstore.schemes import Scheme
+from logitstore.format.schemes import Scheme
 from logitstore.support import Support, on_support
 from trainer.objectives import OBJECTIVES, make_objective
 

@@ -15,8 +15,8 @@ from faults import S3Server, s3_options
 
 import logitstore
 from logitstore.errors import StorageError
-from logitstore.options import VARIABLE, storage_options
-from logitstore.storage import Storage
+from logitstore.storage.options import VARIABLE, storage_options
+from logitstore.storage.storage import Storage
 
 OPTIONS = {"key": "k", "secret": "hunter2", "client_kwargs": {"region_name": "eu-west-1"}}
 
@@ -120,7 +120,7 @@ def test_options_given_in_the_place_of_a_path_are_not_shown():
 
 PICKLE_STORAGE = """
 import pickle, sys
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
 sys.stdout.buffer.write(pickle.dumps(Storage("s3://bucket/c", {"endpoint_url": sys.argv[1]})))
 """
 USE_PICKLED_STORAGE = """
@@ -148,7 +148,7 @@ def test_a_pickled_storage_takes_the_configuration_of_fsspec_along(tmp_path):
 
 
 def test_nothing_that_is_printed_shows_options(tmp_path, tiny_store, monkeypatch):
-    monkeypatch.setattr("logitstore.storage.FIRST_PATIENCE_S", 0.1)
+    monkeypatch.setattr("logitstore.storage.storage.FIRST_PATIENCE_S", 0.1)
     with S3Server() as server:
         server.make_bucket("bucket")
         options = s3_options(server.url) | {"client_kwargs": {"region_name": "eu-hunter2-1"}}
@@ -159,7 +159,7 @@ def test_nothing_that_is_printed_shows_options(tmp_path, tiny_store, monkeypatch
             lambda: logitstore.open("s3://bucket/no.zarr", options),
             lambda: logitstore.open("s3://nobucket/no.zarr", options),
             lambda: Storage("s3://nobucket/no.zarr", options).put("zarr.json", b""),
-            lambda: store.commit("target", 1000),
+            lambda: store.reader.commit("target", 1000),
             lambda: store.loss("nobody"),
             lambda: store[10**6],
             lambda: logitstore.open("s3://bucket/c.zarr", options | {"endpoint": "unknown"}),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitstore.document_index import DocumentIndex
+from logitstore.store.documents import DocumentIndex
 from trainer.deal import Deal, Position
 from trainer.order import PackOrder
 

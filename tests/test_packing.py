@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import logitstore
-from logitstore.document_index import DocumentIndex
+from logitstore.store.documents import DocumentIndex
 from trainer import DocumentDataset, DraftModule
 from trainer.deal import Deal
 from trainer.objectives import make_objective

@@ -17,10 +17,10 @@ from logitstore.causal_lm import check_model
 from logitstore.dump import planning
 from logitstore.dump.documents import prepare
 from logitstore.dump.worker import ModelSource, ShardDumper
-from logitstore.schemes import OPTIONS, Scheme, make_scheme
-from logitstore.spec import LossSpec, TargetSpec
-from logitstore.storage import Storage
-from logitstore.writer import add_layer
+from logitstore.format.schemes import OPTIONS, Scheme, make_scheme
+from logitstore.format.spec import LossSpec, TargetSpec
+from logitstore.storage.storage import Storage
+from logitstore.store.writer import add_layer
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from logitstore import cli
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import calibrating, planning
-from logitstore.schemes import Scheme
-from logitstore.spec import ModelSpec, TargetSpec
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import ModelSpec, TargetSpec
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

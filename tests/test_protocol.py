@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 from one_shard import EVERYBODY, A, B, C, check_finished, make_world, num_steps, whose
 from stepping import SteppedStorage, current
 
-from logitstore import commits, local_files, publish
 from logitstore.errors import LayerNotFoundError
-from logitstore.reader import Store
-from logitstore.storage import Storage
-from logitstore.verify import sweep
+from logitstore.format.commit import layer_digest
+from logitstore.storage import local_disk
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import protocol
+from logitstore.store.commits.index import find_commit
+from logitstore.store.reader import Store
+from logitstore.store.take_back import sweep
 
 LONG = os.environ.get("LOGITSTORE_LONG") == "1"
 
@@ -44,8 +47,8 @@ def pairs(world, first, second):
 def test_a_writer_that_is_killed_anywhere_leaves_nothing_wrong(world, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(local_files, "ABANDONED_S", 0)
-    steps = num_steps(world, publish.publish, *A)
+    monkeypatch.setattr(local_disk, "ABANDONED_S", 0)
+    steps = num_steps(world, protocol.publish, *A)
     assert steps > 12
     for n in range(1, steps + 1):
         world.restore()
@@ -54,7 +57,7 @@ def test_a_writer_that_is_killed_anywhere_leaves_nothing_wrong(world, monkeypatc
         first.kill()
         assert whose(world) in (None, A)
         assert world.writer(B).run() == check_finished(world, stopped=True)
-        sweep(Store(Storage(world.url)))
+        sweep(Storage(world.url))
         check_finished(world)
 
 
@@ -78,7 +81,7 @@ def test_only_files_without_a_final_name_are_written(world, monkeypatch, links):
 @pytest.mark.parametrize("world", ["local"], indirect=True)
 def test_a_folder_that_is_cleaned_while_another_writes_to_it(world):
     """The one place where two changes to one folder meet."""
-    staging, whole = (num_steps(world, function, *A) for function in (stage_only, publish.publish))
+    staging, whole = (num_steps(world, function, *A) for function in (stage_only, protocol.publish))
     for n, m in itertools.product(range(whole - 8, whole + 1), range(2, staging + 1, 1 if LONG else 2)):
         world.restore()
         first, second = world.writer(A), world.writer(B)
@@ -89,12 +92,12 @@ def test_a_folder_that_is_cleaned_while_another_writes_to_it(world):
 
 
 def stage_only(storage, commit, encoded):
-    commits.find(storage, "tokens", 0)
-    publish._stage(storage, publish.Winner(attempt="0" * 32, objects=tuple(encoded), commit=commit), encoded)
+    find_commit(storage, "tokens", 0)
+    protocol._stage(storage, protocol.Winner(attempt="0" * 32, objects=tuple(encoded), commit=commit), encoded)
 
 
 def test_a_writer_that_goes_on_after_another_has_finished_changes_nothing(world):
-    for n in range(1, num_steps(world, publish.publish, *A) + 1):
+    for n in range(1, num_steps(world, protocol.publish, *A) + 1):
         world.restore()
         first, second = world.writer(A), world.writer(B)
         first.advance(n)
@@ -107,7 +110,7 @@ def test_a_writer_that_goes_on_after_another_has_finished_changes_nothing(world)
 
 @pytest.mark.parametrize("world", ["local"], indirect=True)
 def test_two_writers_stopped_anywhere_and_a_third(world):
-    first, second = (num_steps(world, publish.publish, *attempt) for attempt in (A, B))
+    first, second = (num_steps(world, protocol.publish, *attempt) for attempt in (A, B))
     for n, m in pairs(world, first, second):
         for third_is_last in (False, True):
             world.restore()
@@ -127,14 +130,14 @@ def test_two_writers_stopped_anywhere_and_a_third(world):
 def test_a_reader_that_is_stopped_anywhere_sees_nothing_or_a_whole_shard(world):
     def read(storage):
         try:
-            return commits.digest("tokens", Store(storage).read_arrays("tokens", 0))
+            return layer_digest("tokens", Store(storage).reader.read_arrays("tokens", 0))
         except LayerNotFoundError:
             return None
 
     world.writer(A).run()
     reading = world.process(read)
     assert reading.run() == A[0].digest
-    for n, m in pairs(world, num_steps(world, publish.publish, *A), len(reading.steps)):
+    for n, m in pairs(world, num_steps(world, protocol.publish, *A), len(reading.steps)):
         world.restore()
         first, second, reader = world.writer(A), world.writer(B), world.process(read)
         first.advance(n)
@@ -176,7 +179,7 @@ def test_every_interleaving_of_two_writers(world, monkeypatch):
                 stores.add(state[0])
                 assert whose(world) in (None, A, B)
                 # As if both were killed now.
-                assert publish.publish(Storage(world.url), *C) == check_finished(world)
+                assert protocol.publish(Storage(world.url), *C) == check_finished(world)
                 world.restore(content)
             pending += [(*schedule, number) for number in going[1:]]
             schedule = (*schedule, going[0])
@@ -218,7 +221,7 @@ class Echo(SteppedStorage):
 
 @pytest.mark.parametrize("world", ["memory"], indirect=True)
 def test_a_winner_that_is_not_told_so_wins(world):
-    for n in range(num_steps(world, publish.publish, *A) + 1):
+    for n in range(num_steps(world, protocol.publish, *A) + 1):
         world.restore()
         first, second = (world.writer(attempt, storage=Echo(world.url)) for attempt in (A, B))
         first.advance(n)

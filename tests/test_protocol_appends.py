@@ -21,14 +21,15 @@ from hypothesis import strategies as st
 from stepping import Process, SteppedStorage, content, put_back, stepped_storage, stepped_url
 
 import logitstore
-from logitstore import appends
 from logitstore.dump.parts import write_part
 from logitstore.errors import IdentityError
-from logitstore.reader import Store
-from logitstore.spec import DataSpec, StoreSpec, TokenizerSpec
-from logitstore.storage import Storage
-from logitstore.tokens import encode_tokens
-from logitstore.verify import repair, sweep, verify
+from logitstore.format.spec import DataSpec, StoreSpec, TokenizerSpec
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import appends
+from logitstore.store.reader import Store
+from logitstore.store.take_back import sweep
+from logitstore.verify import repair, verify
 
 LONG = os.environ.get("LOGITSTORE_LONG") == "1"
 SHARD_ROWS = 8
@@ -136,7 +137,7 @@ def finish(world, *wanted):
     """Runs commands that were killed or refused again, until all are done: a round lets at least one in."""
     for _ in wanted:
         done = [add(Storage(world.url), documents) for documents in wanted]
-        sweep(Store(Storage(world.url)))  # as jobs do in the end
+        sweep(Storage(world.url))  # as jobs do in the end
         if all(done):
             break
     check(world, *wanted)

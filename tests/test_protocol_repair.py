@@ -13,12 +13,15 @@ import pytest
 from one_shard import SPEC, A, B, C, World, check_finished, make_world, num_steps, whose
 from stepping import SteppedStorage
 
-from logitstore import commits, layout, publish
 from logitstore.errors import DamagedShardError
-from logitstore.reader import Store
-from logitstore.spec import maker
-from logitstore.storage import Storage
-from logitstore.verify import repair, take_back, verify
+from logitstore.format import layout
+from logitstore.format.commit import commit_bytes, make_commit
+from logitstore.format.spec import maker
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import protocol
+from logitstore.store.reader import Store
+from logitstore.store.take_back import take_back
+from logitstore.verify import repair, verify
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -66,7 +69,7 @@ def test_a_request_that_is_carried_out_late_does_no_harm(world, monkeypatch):
 def stop_after_election(world, attempt):
     """Returns a writer that was elected and has published nothing."""
     process = world.writer(attempt)
-    winner = f"{publish.staging(attempt[0].layer, attempt[0].shard)}/winner-0.json"
+    winner = f"{protocol.staging(attempt[0].layer, attempt[0].shard)}/winner-0.json"
     while winner not in world.content():
         process.advance()
     return process
@@ -96,7 +99,7 @@ DAMAGE = {
     "an attempt elsewhere": change_field("attempt", "../../tokens/ids/c/0"),
     "no objects": change_field("objects", 7),
     "objects of no layer": change_field("objects", [["ids"]]),
-    "another record": change_field("commit", commits.to_bytes(C[0]).decode()),
+    "another record": change_field("commit", commit_bytes(C[0]).decode()),
     "no record": change_field("commit", None),
 }
 
@@ -115,7 +118,7 @@ def test_damage_to_what_is_staged_stops_nobody(world, damage):
 def test_two_writers_that_both_find_a_useless_winner_agree_on_the_next(world, damage):
     stop_after_election(world, A).kill()
     damaged = DAMAGE[damage](world.content())
-    most = num_steps(world, publish.publish, *B) + 5
+    most = num_steps(world, protocol.publish, *B) + 5
     for n, m in itertools.product(range(1, most), repeat=2):
         world.restore(damaged)
         b, c = world.writer(B), world.writer(C)
@@ -132,12 +135,12 @@ def test_what_was_staged_of_a_shard_computed_from_one_that_is_taken_back_is_gone
     for layer in ("target", "losses/x"):
         values = {array.name: np.zeros(0, array.dtype) for array in layout.layer_arrays(layer)}
         sizes = {"documents": 0, "rows": 0, "counted": 0, "seconds": 0.0, "made_by": maker(SPEC)}
-        commit = commits.describe(layer, 0, values, computed_from=tokens.digest, **sizes)
+        commit = make_commit(layer, 0, values, computed_from=tokens.digest, **sizes)
         stop_after_election(world, (commit, dict.fromkeys(values, b"x"))).kill()
-    assert len(storage.names(publish.staging("target", 0))) == 1 + len(layout.TARGET)
-    assert len(storage.names(publish.staging("losses/x", 0))) == 1 + len(layout.LOSSES)
+    assert len(storage.names(protocol.staging("target", 0))) == 1 + len(layout.TARGET)
+    assert len(storage.names(protocol.staging("losses/x", 0))) == 1 + len(layout.LOSSES)
     take_back(storage, "target", 0)
-    assert storage.names(publish.staging("losses/x", 0)) == []
+    assert storage.names(protocol.staging("losses/x", 0)) == []
     stop_after_election(world, (commit, dict.fromkeys(values, b"x"))).kill()
     take_back(storage, "tokens", 0)
     assert all("staging" not in path for path in world.content())
@@ -146,7 +149,7 @@ def test_what_was_staged_of_a_shard_computed_from_one_that_is_taken_back_is_gone
 def test_a_zombie_from_before_a_repair_can_only_do_what_is_seen(world):
     """The one thing that the protocol cannot prevent: such a shard is refused, and repaired by another round."""
     outcomes = Counter()
-    for n in range(1, num_steps(world, publish.publish, *B) + 1):
+    for n in range(1, num_steps(world, protocol.publish, *B) + 1):
         world.restore()
         zombie = world.writer(B)
         zombie.advance(n)
@@ -201,6 +204,6 @@ def test_links_out_of_the_store_are_not_followed_by_cleaning(tmp_path):
     (staged / "000000/link").symlink_to(outside)
     (staged / "000001").symlink_to(outside)
     for shard in (0, 1):
-        publish.clean(Storage(tmp_path / "s"), "tokens", shard)
+        protocol.clean(Storage(tmp_path / "s"), "tokens", shard)
     assert list(staged.iterdir()) == []
     assert (outside / "file").read_text() == "mine"

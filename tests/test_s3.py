@@ -16,8 +16,8 @@ from faults import FaultyProxy, S3Server, s3_options
 import logitstore
 from logitstore import cli
 from logitstore.errors import StorageError, StorageRefusedError
-from logitstore.storage import Storage
-from logitstore.writer import LayerWriter, create_store
+from logitstore.storage.storage import Storage
+from logitstore.store.writer import LayerWriter, create_store
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def test_a_store_written_to_a_bucket_reads_the_same(bucket, tiny_store):
     create_store(storage, local.spec)
     tokens = LayerWriter(storage, local.spec, "tokens")
     for shard in range(local.num_shards):
-        commit = local.commit("tokens", shard)
+        commit = local.reader.commit("tokens", shard)
         tokens.write(
-            shard, local.read_arrays("tokens", shard), documents=commit.documents, rows=commit.rows,
+            shard, local.reader.read_arrays("tokens", shard), documents=commit.documents, rows=commit.rows,
             counted=commit.counted, computed_from=None, started=0.0,
         )  # fmt: skip
     remote = logitstore.open("s3://bucket/deep/cache.zarr", storage_options=bucket)
@@ -143,7 +143,7 @@ def test_the_driver_tries_nothing_again_by_itself(proxy, monkeypatch):
     """Or a server that hangs would be waited for as often as s3fs, botocore and Storage multiply to."""
     storage = Storage("s3://bucket/once", s3_options(proxy.url))
     storage.put("zarr.json", b"{}")
-    monkeypatch.setattr("logitstore.storage.PATIENCE_S", 0.0)
+    monkeypatch.setattr("logitstore.storage.storage.PATIENCE_S", 0.0)
     for kind in ("error_500", "slow_down_503"):
         proxy.set(rate=1.0, kinds=(kind,))
         proxy.requests = 0
@@ -163,7 +163,7 @@ def test_a_users_own_number_of_tries_is_heeded(proxy, monkeypatch):
     options = s3_options(proxy.url) | {"config_kwargs": {"retries": {"total_max_attempts": 3, "mode": "standard"}}}
     storage = Storage("s3://bucket/thrice", options)
     proxy.set(rate=1.0, kinds=("error_500",))
-    monkeypatch.setattr("logitstore.storage.FIRST_PATIENCE_S", 0.0)
+    monkeypatch.setattr("logitstore.storage.storage.FIRST_PATIENCE_S", 0.0)
     with pytest.raises(StorageError):
         storage.put("zarr.json", b"{}")
     assert proxy.requests == 3
@@ -171,7 +171,7 @@ def test_a_users_own_number_of_tries_is_heeded(proxy, monkeypatch):
 
 @pytest.mark.parametrize("listens", [False, True])
 def test_an_address_where_nothing_answers_is_told_soon(monkeypatch, listens):
-    monkeypatch.setattr("logitstore.storage.FIRST_PATIENCE_S", 0.5)
+    monkeypatch.setattr("logitstore.storage.storage.FIRST_PATIENCE_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as there:
         options = s3_options(f"http://127.0.0.1:{there.getsockname()[1]}") | {"config_kwargs": {"read_timeout": 1}}
         if not listens:
@@ -184,7 +184,7 @@ def test_an_address_where_nothing_answers_is_told_soon(monkeypatch, listens):
 
 def test_a_bucket_that_has_answered_is_waited_for(proxy, monkeypatch):
     """Also by the copy of a Storage in another process: an actor that starts while the bucket is busy."""
-    monkeypatch.setattr("logitstore.storage.FIRST_PATIENCE_S", 0.0)
+    monkeypatch.setattr("logitstore.storage.storage.FIRST_PATIENCE_S", 0.0)
     storage = Storage("s3://bucket/patient", s3_options(proxy.url))
     storage.put("zarr.json", b"{}")
     for one in (storage, pickle.loads(pickle.dumps(storage))):

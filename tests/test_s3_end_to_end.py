@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from watching import Watch
 
 import logitstore
-from logitstore.layout import layer_arrays
-from logitstore.reader import CACHED_SHARDS
+from logitstore.format.layout import layer_arrays
+from logitstore.store.reader import CACHED_SHARDS
 
 pytestmark = pytest.mark.long
 

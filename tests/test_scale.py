@@ -21,12 +21,13 @@ import pytest
 from faults import FaultyProxy, S3Server, s3_options
 
 import logitstore
-from logitstore import commits, writer
-from logitstore.commits import NOTHING, index_names
-from logitstore.schemes import Scheme
-from logitstore.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
-from logitstore.storage import Storage
-from logitstore.tokens import encode_tokens
+from logitstore.format.commit import NO_DIGEST
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits.index import commits_folder, index_from_names
 
 NUM_SHARDS = 20_000
 LAYERS = ("tokens", "target", "losses/reference")
@@ -81,7 +82,7 @@ def large(tmp_path_factory):
     for layer in LAYERS:
         digests = {shard: digits(rng) for shard in range(NUM_SHARDS) if shard not in gaps[layer]}
         old = set() if below is None else set(rng.sample(sorted(digests), 150))
-        origins = dict.fromkeys(digests, NOTHING) if below is None else {s: below.get(s, "a" * 12) for s in digests}
+        origins = dict.fromkeys(digests, NO_DIGEST) if below is None else {s: below.get(s, "a" * 12) for s in digests}
         origins |= {shard: digits(rng) for shard in old}
         names[layer] = [name(s, documents[s], digest, origins[s]) for s, digest in digests.items()]
         # What has nothing below it cannot be compared.
@@ -157,7 +158,7 @@ def test_an_index_says_of_any_names_what_a_plain_loop_says():
         f"{shard:06d}-{d}d-{r}r-{c}c-{e}e-{s}s-{digits(rng)}-{digits(rng)}.json"
         for shard, (d, r, c, e, s) in zip(numbers, counts, strict=True)
     )
-    index = index_names("target", sorted([*names, *STRANGE]))
+    index = index_from_names("target", sorted([*names, *STRANGE]))
     kept = {int(name.split("-")[0]): name for name in names}  # of several the last
     assert index.shards.tolist() == sorted(set(numbers))
     assert [index.name(place) for place in range(len(index))] == [kept[shard] for shard in sorted(kept)]
@@ -173,7 +174,7 @@ def test_an_index_says_of_any_names_what_a_plain_loop_says():
 
 
 def test_an_index_of_no_names_is_empty():
-    index = index_names("target", [])
+    index = index_from_names("target", [])
     assert (len(index), 0 in index, index.committed, index.upto(3)) == (0, False, frozenset(), index)
 
 
@@ -208,7 +209,7 @@ def test_a_bucket_is_asked_once_for_every_1000_records_and_a_few_times_besides()
         in_an_empty_store = requests(writer_of_tokens.write, 0, tokens, **size)
         fs = fsspec.filesystem("s3", **s3_options(server.url))
         empty = {
-            f"bucket/cache.zarr/{commits.folder(layer)}/{name(shard, 2, 'c' * 12, NOTHING)}": b""
+            f"bucket/cache.zarr/{commits_folder(layer)}/{name(shard, 2, 'c' * 12, NO_DIGEST)}": b""
             for layer, number in sizes.items()
             for shard in range(1 if layer == "tokens" else 0, number)
         }

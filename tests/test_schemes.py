@@ -10,8 +10,8 @@ import pytest
 import stores
 
 from logitstore.errors import FormatError, IdentityError
-from logitstore.schemes import OPTIONS, Scheme, describe, flags, make_scheme
-from logitstore.spec import TargetSpec, check_same, from_json, maker, to_json
+from logitstore.format.schemes import OPTIONS, Scheme, describe, flags, make_scheme
+from logitstore.format.spec import TargetSpec, check_same, from_json, maker, to_json
 
 DEFAULTS = {
     "topk": Scheme(name="topk", k=64),

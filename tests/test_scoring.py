@@ -12,11 +12,11 @@ from stores import max_errors
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import logitstore
-from logitstore import codec
-from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import scoring
-from logitstore.schemes import Scheme
+from logitstore.format.schemes import Scheme
+from logitstore.rows import codec
+from logitstore.rows.batches import batches
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_estimates import target as target_of
 
-from logitstore.schemes import Scheme
+from logitstore.format.schemes import Scheme
 from trainer.selection import COLUMNS, LOOKS, SELECTIONS, Candidates, choose, make_rule, quantile
 
 SCORED = [name for name, selection in SELECTIONS.items() if selection.score is not None]

@@ -11,12 +11,12 @@ from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, dense_logprobs
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import logitstore
-from logitstore import codec
-from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import scoring
 from logitstore.dump.running import documents_of, without
-from logitstore.schemes import Scheme
+from logitstore.format.schemes import Scheme
+from logitstore.rows import codec
+from logitstore.rows.batches import batches
 
 TOGETHER, GROUPED, ALONE = 10**6, 700, 1
 """Tokens of a batch: the whole shard is one, some are several documents, each document is one."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import logitstore
-from logitstore import set_aside
 from logitstore.dump.schedule import MAX_ATTEMPTS, MAX_IN_A_ROW, Schedule
 from logitstore.errors import DamagedShardError, StorageRefusedError
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import set_aside
 
 
 def handed_out(schedule):

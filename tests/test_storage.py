@@ -10,7 +10,7 @@ import pytest
 
 import logitstore
 from logitstore import cli
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
 
 
 @pytest.mark.parametrize("url", ["", " ", "file://", "s3://"])

@@ -19,13 +19,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import logitstore
-from logitstore import cli, codec, commits, writer
-from logitstore.codec import Codebook
-from logitstore.drivers import without_credentials
+from logitstore import cli
 from logitstore.errors import FormatError, MissingDriverError, StoreNotFoundError
-from logitstore.schemes import Scheme
-from logitstore.spec import TargetSpec, from_json
-from logitstore.storage import Storage
+from logitstore.format.codebook import Codebook
+from logitstore.format.commit import make_commit
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import TargetSpec, from_json
+from logitstore.rows import codec
+from logitstore.storage.options import without_credentials
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def test_a_shard_is_not_there_without_its_commit(copy):
     with pytest.raises(logitstore.LayerNotFoundError, match=r"got shard=1 of layer 'target'.* of 3 are"):
         store.read_shard(1)
     with pytest.raises(logitstore.LayerNotFoundError, match="shard=1"):
-        store[int(store._first_document[1])]
+        store[int(store.catalog.first_document[1])]
 
 
 def test_a_shard_read_without_layers_is_not_taken_for_the_whole(tiny_store):
@@ -147,8 +150,8 @@ def test_a_store_whose_tokens_are_not_all_there_ends_at_the_first_gap(copy):
 def test_writing_again_gives_the_same_bytes(copy):
     store = logitstore.open(copy)
     before = {path: path.read_bytes() for path in (Path(copy) / "target").rglob("c/*")}
-    arrays = store.read_arrays("target", 1)
-    commit = store.commit("target", 1)
+    arrays = store.reader.read_arrays("target", 1)
+    commit = store.reader.commit("target", 1)
     again = writer.LayerWriter(Storage(copy), store.spec, "target").write(
         1,
         arrays,
@@ -165,8 +168,8 @@ def test_writing_again_gives_the_same_bytes(copy):
 def test_a_shorter_shard_leaves_nothing_of_a_longer_one(copy):
     """What a killed writer left behind is replaced as a whole."""
     store = logitstore.open(copy)
-    arrays = store.read_arrays("target", 1)
-    commit = store.commit("target", 1)
+    arrays = store.reader.read_arrays("target", 1)
+    commit = store.reader.commit("target", 1)
     half = {**arrays, **{name: arrays[name][: commit.entries // 2] for name in ("gaps", "logprobs", "draws")}}
     size = {"documents": commit.documents, "rows": commit.rows, "counted": 1, "computed_from": None, "started": 0.0}
     record(copy, "target", 1).unlink()
@@ -220,7 +223,7 @@ def test_what_is_no_scheme_is_told_and_the_way_out_is_also_that_of_the_api(tiny_
 @pytest.mark.parametrize("shard", [-1, 3])
 def test_a_shard_beyond_the_store_is_not_one_that_is_still_to_come(copy, shard):
     store = logitstore.open(copy)
-    for read in (store.read_shard, lambda number: store.commit("target", number)):
+    for read in (store.read_shard, lambda number: store.reader.commit("target", number)):
         with pytest.raises(logitstore.LayerNotFoundError, match=f"^shard must be from 0 to 2, got shard={shard}; "):
             read(shard)
     record(copy, "target", 2).unlink()
@@ -311,7 +314,7 @@ def test_a_store_of_another_target_tokenizer_or_scheme_is_refused(copy):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "x" * 65, "zarr.json", "a b"])
 def test_reference_names_cannot_leave_the_store(copy, name):
-    from logitstore.layout import losses_layer
+    from logitstore.format.layout import losses_layer
 
     with pytest.raises(ValueError, match="got name="):
         losses_layer(name)
@@ -323,7 +326,7 @@ def test_credentials_in_a_url_are_dropped():
 
 
 def test_specs_survive_json(tiny_store):
-    from logitstore.spec import StoreSpec, TargetSpec, to_json
+    from logitstore.format.spec import StoreSpec, TargetSpec, to_json
 
     spec = logitstore.open(tiny_store).spec
     assert from_json(TargetSpec, json.loads(json.dumps(to_json(spec.target))), "target") == spec.target
@@ -370,11 +373,11 @@ def test_decoded_rows_sum_to_one_with_their_tail(seed, num_rows, k):
 
 def test_commit_digest_tells_any_change(tiny_store):
     store = logitstore.open(tiny_store)
-    arrays = store.read_arrays("losses/reference", 0)
+    arrays = store.reader.read_arrays("losses/reference", 0)
     size = {"documents": 1, "rows": len(arrays["ce"]), "counted": 0, "computed_from": None, "seconds": 0.0}
     size["made_by"] = store.layers["losses/reference"].made_by
-    first = commits.describe("losses/reference", 0, arrays, **size)
-    assert first.digest == store.commit("losses/reference", 0).digest
+    first = make_commit("losses/reference", 0, arrays, **size)
+    assert first.digest == store.reader.commit("losses/reference", 0).digest
     changed = {name: values.copy() for name, values in arrays.items()}
     changed["ce"][np.flatnonzero(np.isfinite(changed["ce"]))[0]] += 0.5
-    assert commits.describe("losses/reference", 0, changed, **size).digest != first.digest
+    assert make_commit("losses/reference", 0, changed, **size).digest != first.digest

@@ -28,12 +28,16 @@ from hypothesis.stateful import (
 from known_store import KnownStore, told
 from store_model import LAYERS, StoreModel, add_documents, computed_attempt, data_spec, equal, spec_of
 
-from logitstore import appends, commits, layout, writer
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
-from logitstore.reader import Store
-from logitstore.spec import Append
-from logitstore.storage import Storage
-from logitstore.verify import repair, take_back, verify
+from logitstore.format import layout
+from logitstore.format.spec import Append
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits import appends
+from logitstore.store.commits.index import commits_folder
+from logitstore.store.reader import Store
+from logitstore.store.take_back import take_back
+from logitstore.verify import repair, verify
 
 EXAMPLES = os.environ.get("LOGITSTORE_EXAMPLES")
 MOST_SHARDS = 5
@@ -199,7 +203,7 @@ class StoreMachine(KnownStore, RuleBasedStateMachine):
         key = self.choose(which, self.model.committed)
         if not (found := self.records(key)):
             return
-        path = f"{commits.folder(key[0])}/{found[0]}"
+        path = f"{commits_folder(key[0])}/{found[0]}"
         data = bytearray(Storage(self.url).get(path))
         if not data:
             return
@@ -300,8 +304,8 @@ class StoreMachine(KnownStore, RuleBasedStateMachine):
         assert store.num_documents == sum(len(seen["tokens", shard].lengths) for shard in range(extent))
         for key in [(layer, shard) for layer in LAYERS for shard in range(extent)]:
             try:
-                values = store.read_stored(key[1], (key[0],))
-                store.assemble(values)
+                values = store.reader.read_layers(key[1], (key[0],))
+                store.reader.assemble(values)
             except (LayerNotFoundError, DamagedShardError, IdentityError):
                 changed = any(seen.get(link) is not self.model.committed.get(link) for link in self.model.chain(key))
                 assert changed or self.model.errors(key)
@@ -323,10 +327,10 @@ class StoreMachine(KnownStore, RuleBasedStateMachine):
         for key in [(layer, shard) for layer in LAYERS for shard in range(self.model.num_shards)]:
             if errors := self.model.errors(key):
                 with pytest.raises(errors):
-                    store.assemble(store.read_stored(key[1], (key[0],)))
+                    store.reader.assemble(store.reader.read_layers(key[1], (key[0],)))
             else:
-                values = store.read_stored(key[1], (key[0],))
-                shard = store.assemble(values)
+                values = store.reader.read_layers(key[1], (key[0],))
+                shard = store.reader.assemble(values)
                 assert equal(values[key[0]].arrays, self.model.committed[key].arrays)
                 np.testing.assert_array_equal(shard.loss_mask, self.model.committed[key].mask)
 

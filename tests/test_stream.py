@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
-from logitstore.reader import Store
+from logitstore.store.reader import Store
 from trainer.deal import Deal
 from trainer.stream import DocumentDataset, RankBatches, make_loader
 

@@ -20,11 +20,12 @@ from benchmarks._torture_attack import TortureError, Totals, WriterRound
 from benchmarks._torture_oracle import Verdict
 from benchmarks._torture_ray import RayRound
 from benchmarks._torture_run import make_oracles, torture
-from logitstore import commits, layout
-from logitstore.reader import Store
-from logitstore.storage import Storage
-from logitstore.verify import take_back
-from logitstore.writer import LayerWriter
+from logitstore.format import layout
+from logitstore.format.commit import layer_digest
+from logitstore.storage.storage import Storage
+from logitstore.store.reader import Store
+from logitstore.store.take_back import take_back
+from logitstore.store.writer import LayerWriter
 
 ROWS = [len(rows.tokens(shard)["ids"]) for shard in range(rows.NUM_SHARDS)]
 
@@ -73,9 +74,9 @@ def test_shards_of_different_writers_are_no_difference_as_long_as_each_is_one_wr
     oracle, _ = undisturbed
     assert oracle.compare(url) == Verdict(rows=3 * sum(ROWS))
     own = rows.target(3, variant=1)
-    write_anew(url, "target", 3, own, commits.digest("tokens", rows.tokens(3)))
+    write_anew(url, "target", 3, own, layer_digest("tokens", rows.tokens(3)))
     assert oracle.compare(url).lost == ROWS[3]  # the losses are still those of the other rows, and stale
-    write_anew(url, rows.LOSSES, 3, rows.losses(own), commits.digest("target", own))
+    write_anew(url, rows.LOSSES, 3, rows.losses(own), layer_digest("target", own))
     assert oracle.compare(url) == Verdict(rows=3 * sum(ROWS))
 
 
@@ -99,15 +100,15 @@ def put_another_writers_object_under_a_commit(url, others):
 def mix_rows_of_two_writers(url, others):
     one, other = rows.target(3, 0), rows.target(3, 1)
     mixed = one | {"tail": np.concatenate([one["tail"][:50], other["tail"][50:]])}
-    write_anew(url, "target", 3, mixed, commits.digest("tokens", rows.tokens(3)))
-    write_anew(url, rows.LOSSES, 3, rows.losses(mixed), commits.digest("target", mixed))
+    write_anew(url, "target", 3, mixed, layer_digest("tokens", rows.tokens(3)))
+    write_anew(url, rows.LOSSES, 3, rows.losses(mixed), layer_digest("target", mixed))
     num = int((rows.tokens(3)["loss_mask"][50:] == 1).sum())
     return 0, 0, 2 * num
 
 
 def compute_losses_from_another_writers_rows(url, others):
     write_anew(url, rows.LOSSES, 3, rows.losses(rows.target(3, 0)) | {"ce": rows.losses(rows.target(3, 1))["ce"]},
-               commits.digest("target", rows.target(3, 0)))  # fmt: skip
+               layer_digest("target", rows.target(3, 0)))  # fmt: skip
     return 0, 0, int(rows.tokens(3)["loss_mask"].sum())
 
 

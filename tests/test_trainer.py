@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 import logitstore
-from logitstore import set_aside
 from logitstore.causal_lm import tokenizer_spec
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import set_aside
 
 QUIET = ["--disable_tqdm", "true", "--use_cpu", "true"]
 FAST = [*QUIET, "--learning_rate", "0.01", "--per_device_train_batch_size", "6", "--logging_steps", "2"]

@@ -9,8 +9,8 @@ import torch
 
 from logitstore.dump import truncation
 from logitstore.dump.truncation import truncate, uniforms
-from logitstore.schemes import make_scheme
-from logitstore.spec import TargetSpec
+from logitstore.format.schemes import make_scheme
+from logitstore.format.spec import TargetSpec
 from logitstore.support import normalised
 
 LARGEST = 262_144

@@ -22,10 +22,12 @@ from dumped import (
 )
 
 import logitstore
-from logitstore import cli, writer
+from logitstore import cli
 from logitstore.errors import IdentityError, LayerNotFoundError
-from logitstore.storage import Storage
-from logitstore.verify import places, repair, sweep, take_back
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.take_back import sweep, take_back
+from logitstore.verify import places, repair
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_a_root_whose_spec_is_gone_comes_back_with_the_same_documents_only(url, 
 def make_stale(url):
     """Gives target/2 other values than losses/reference/2 was computed from. Returns the digests, short."""
     store = logitstore.open(url)
-    commit, arrays = store.commit("target", 2), store.read_arrays("target", 2)
+    commit, arrays = store.reader.commit("target", 2), store.reader.read_arrays("target", 2)
     take_back(store.storage, "target", 2)
     arrays["entropy"] = arrays["entropy"] + np.float32(0.5)
     new = writer.LayerWriter(store.storage, store.spec, "target").write(
@@ -211,7 +213,7 @@ def test_leftovers_of_killed_writers_are_swept(url, made, capsys):
     assert verify(url, "--repair") == 0
     assert "repaired: leftovers of killed writers: 1 removed" in capsys.readouterr().out
     assert sorted(path.name for path in url.glob("staging/target/*")) == ["000002"]
-    assert sweep(logitstore.open(url)) == 0
+    assert sweep(logitstore.open(url).storage) == 0
 
 
 def test_foreign_files_beside_the_records_mean_nothing(url):

@@ -20,10 +20,11 @@ from dumped import (
 )
 
 import logitstore
-from logitstore import cli, publish
+from logitstore import cli
 from logitstore.errors import FormatError, IdentityError
-from logitstore.reader import Store
-from logitstore.storage import Storage
+from logitstore.storage.storage import Storage
+from logitstore.store.commits import protocol
+from logitstore.store.reader import Store
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +60,17 @@ def verify(url, *options):
 @pytest.fixture
 def half(url, made, more, monkeypatch):
     """A store to which documents were being appended when the job was killed, in the middle of a shard."""
-    real = publish.publish
+    real = protocol.publish
     num = []
 
     def killed(storage, commit, objects):
         num.append(commit.shard)
         if len(num) == 2:
-            monkeypatch.setattr(publish, "_copy", lambda *_: 1 / 0)
+            monkeypatch.setattr(protocol, "_copy", lambda *_: 1 / 0)
         return real(storage, commit, objects)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "publish", killed)
+        patch.setattr(protocol, "publish", killed)
         with pytest.raises(ZeroDivisionError):
             prepare_tokens(url, made, more, append=True)
     monkeypatch.undo()

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
-from logitstore import codec, views
-from logitstore.codec import MANTISSA_BITS, round_mantissa
 from logitstore.dump.truncation import truncate, uniforms
 from logitstore.errors import IdentityError, LayerNotFoundError
-from logitstore.schemes import Scheme
-from logitstore.spec import TargetSpec
+from logitstore.format import schemes
+from logitstore.format.schemes import Scheme
+from logitstore.format.spec import TargetSpec
+from logitstore.rows import codec, truncating
+from logitstore.rows.codec import MANTISSA_BITS, round_mantissa
 from trainer.acceptance import cached_acceptance
 from trainer.stream import DocumentDataset
 
@@ -59,8 +60,8 @@ def dumped(logits, scheme, masked=0):
 def seen(arrays, stored, scheme):
     """The rows of a view, and which of the stored entries they are."""
     rows = codec.decode(arrays, spec_of(stored))
-    chosen = views.kept(rows, arrays["logprobs"], spec_of(stored), scheme)
-    return views.drop(rows, chosen), chosen
+    chosen = truncating.kept(rows, arrays["logprobs"], spec_of(stored), scheme)
+    return truncating.drop(rows, chosen), chosen
 
 
 def random_logits(seed, num_rows, sharpness, levels):
@@ -170,7 +171,7 @@ def test_bounds_of_a_view_hold_the_exact_rows(seed, num_rows, masked, sharpness,
     stored, scheme = SCHEMES["topk"], Scheme(name="nucleus", k=k, mass=mass, k_min=min(k, k_min))
     arrays = dumped(logits, stored, masked)
     _, chosen = seen(arrays, stored, scheme)
-    least, most = (views.drop(rows, chosen) for rows in codec.decode_bounds(arrays, spec_of(stored).codebook))
+    least, most = (truncating.drop(rows, chosen) for rows in codec.decode_bounds(arrays, spec_of(stored).codebook))
     p = torch.from_numpy(logits).double().softmax(-1).numpy()
     for i in range(num_rows):
         low, high = (rows.slice(masked + i, masked + i + 1) for rows in (least, most))
@@ -262,11 +263,11 @@ def test_a_nucleus_of_the_same_mass_keeps_what_the_exact_probabilities_needed():
 )
 def test_what_the_stored_rows_do_not_hold_is_refused(stored, scheme, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        views.check_smaller(stored, scheme)
+        schemes.check_smaller(stored, scheme)
 
 
 def test_a_top_k_up_to_k_min_is_in_every_nucleus():
-    views.check_smaller(SCHEMES["nucleus"], Scheme(k=5))
+    schemes.check_smaller(SCHEMES["nucleus"], Scheme(k=5))
 
 
 def test_a_view_says_what_it_is(tiny_store):
@@ -294,16 +295,16 @@ def whole_topk(rows, k):
 
 def test_a_view_of_a_view_asks_of_what_is_stored(tiny_store):
     store = logitstore.open(tiny_store)
-    view = views.truncated(store, Scheme(k=4))
-    assert views.truncated(view, Scheme(k=4)) is view
-    for narrow in (view, pickle.loads(pickle.dumps(view)), views.truncated(view, Scheme(k=2))):
-        wider = views.truncated(narrow, Scheme(k=8))
-        assert repr(wider) == repr(views.truncated(store, Scheme(k=8)))
+    view = store.read_as(Scheme(k=4))
+    assert view.read_as(Scheme(k=4)) is view
+    for narrow in (view, pickle.loads(pickle.dumps(view)), view.read_as(Scheme(k=2))):
+        wider = narrow.read_as(Scheme(k=8))
+        assert repr(wider) == repr(store.read_as(Scheme(k=8)))
         np.testing.assert_array_equal(wider.shard(0).rows.token_ids, whole_topk(store.shard(0).rows, 8))
-        assert views.smaller(narrow, k=None, mass=0.9).spec == views.smaller(store, k=None, mass=0.9).spec
+        assert narrow.read_smaller(k=None, mass=0.9).spec == store.read_smaller(k=None, mass=0.9).spec
         with pytest.raises(ValueError, match="k must be at most 16, which the store keeps, got k=17"):
-            views.truncated(narrow, Scheme(k=17))
-        whole = views.truncated(narrow, Scheme(k=16))
+            narrow.read_as(Scheme(k=17))
+        whole = narrow.read_as(Scheme(k=16))
         assert (repr(whole), whole.spec) == (repr(store), store.spec)
         np.testing.assert_array_equal(whole.loss("reference")[5], store.loss("reference")[5])
         np.testing.assert_array_equal(whole[5].rows.logprobs, store[5].rows.logprobs)
@@ -311,7 +312,7 @@ def test_a_view_of_a_view_asks_of_what_is_stored(tiny_store):
 
 
 def test_losses_of_a_view_are_refused(tiny_store):
-    view = views.smaller(logitstore.open(tiny_store), k=None, mass=0.8)
+    view = logitstore.open(tiny_store).read_smaller(k=None, mass=0.8)
     expected = (
         r"losses must be of the rows that are read, got reference of rows with topk, k 16 while they are read as "
         r"nucleus, k 16, mass 0\.8, k_min 4; read the store as it is, or dump target and losses with the smaller"
@@ -327,15 +328,15 @@ def test_losses_of_a_view_are_refused(tiny_store):
 
 def test_flags_ask_for_a_view(tiny_store):
     store = logitstore.open(tiny_store)
-    assert views.smaller(store, k=None, mass=None) is store
-    assert views.smaller(store, k=3, mass=None).spec.target.scheme == Scheme(k=3)
-    nucleus = views.smaller(store, k=None, mass=0.9)
+    assert store.read_smaller(k=None, mass=None) is store
+    assert store.read_smaller(k=3, mass=None).spec.target.scheme == Scheme(k=3)
+    nucleus = store.read_smaller(k=None, mass=0.9)
     assert nucleus.spec.target.scheme == Scheme(name="nucleus", k=16, mass=0.9, k_min=4)
-    assert views.smaller(store, k=2, mass=0.9).spec.target.scheme == Scheme(name="nucleus", k=2, mass=0.9, k_min=2)
+    assert store.read_smaller(k=2, mass=0.9).spec.target.scheme == Scheme(name="nucleus", k=2, mass=0.9, k_min=2)
     with pytest.raises(ValueError, match="k must be at most 16, which the store keeps, got k=17"):
-        views.smaller(store, k=17, mass=None)
+        store.read_smaller(k=17, mass=None)
     with pytest.raises(ValueError, match="k must be between 1 and 65535, got k=0"):
-        views.smaller(store, k=0, mass=None)
+        store.read_smaller(k=0, mass=None)
 
 
 def test_a_store_without_a_target_has_no_view(tiny_store, tmp_path):

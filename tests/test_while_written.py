@@ -13,9 +13,10 @@ from faults import S3Server, s3_options
 from watching import Watch, counts
 
 import logitstore
-from logitstore import appends, writer
-from logitstore.spec import Append
-from logitstore.storage import Storage
+from logitstore.format.spec import Append
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits import appends
 
 LOCAL_SHARDS, S3_SHARDS, APPENDED = 15, 3, 1
 

@@ -14,15 +14,16 @@ from conftest import VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
 import logitstore
-from logitstore import commits, writer
 from logitstore.causal_lm import SplitLM
 from logitstore.dump import scoring
 from logitstore.dump.todo import find_todo
 from logitstore.dump.worker import ModelSource, ShardDumper
 from logitstore.errors import IdentityError
-from logitstore.spec import LossSpec
-from logitstore.storage import Storage
-from logitstore.verify import take_back
+from logitstore.format.spec import LossSpec
+from logitstore.storage.storage import Storage
+from logitstore.store import writer
+from logitstore.store.commits.index import commits_folder, find_commit
+from logitstore.store.take_back import take_back
 
 BATCH_TOKENS = 700
 LAYERS = ("tokens", "target", "losses/reference")
@@ -88,7 +89,7 @@ def test_documents_set_aside_are_in_the_commit_of_the_layer_that_lost_them(stora
         ("target", tokens.with_last), ("losses/reference", own)
     ]  # fmt: skip
     store = logitstore.open(storage.url)
-    assert store.commit("target", 0).set_aside == records[0].set_aside
+    assert store.reader.commit("target", 0).set_aside == records[0].set_aside
     shard = store.read_shard(0, layers=LAYERS)
     counted = [tokens.shard.document(i).loss_mask.sum() for i in range(len(shard))]
     for i in range(len(shard)):
@@ -114,7 +115,7 @@ def test_losses_from_the_store_equal_those_of_the_same_call(storage, tokens, tin
 def test_a_shard_dumped_again_is_the_same(storage, tokens, tiny, tmp_path):
     target = broken(tiny.target, tmp_path / "target", lambda weight: weight.__setitem__(tokens.last, float("inf")))
     (first,) = dumper(storage, target).dump(0, ["target"])
-    storage.remove(f"{commits.folder('target')}/{first.name}")
+    storage.remove(f"{commits_folder('target')}/{first.name}")
     (second,) = dumper(storage, target).dump(0, ["target"])
     assert (first.name, first.set_aside, first.checksums) == (second.name, second.set_aside, second.checksums)
     assert list(first.set_aside) == tokens.with_last
@@ -154,12 +155,12 @@ def test_losses_can_follow_a_target_that_was_committed_since(storage, tiny):
     early = dumper(storage, None, reference=ModelSource(name=tiny.reference))
     dumper(storage, ModelSource(name=tiny.target)).dump(1, ["target"])
     (record,) = early.dump(1, ["losses/reference"])
-    assert record.computed_from == logitstore.open(storage.url).commit("target", 1).digest
+    assert record.computed_from == logitstore.open(storage.url).reader.commit("target", 1).digest
 
 
 def names(storage, shard=0):
     """The record of a shard in each layer that has one."""
-    found = {layer: commits.find(storage, layer, shard) for layer in ("target", "losses/reference")}
+    found = {layer: find_commit(storage, layer, shard) for layer in ("target", "losses/reference")}
     return {layer: commit.name for layer, commit in found.items() if commit is not None}
 
 
@@ -230,7 +231,7 @@ def test_a_retry_that_fails_with_more_leaves_the_commit_as_it_is(storage, tokens
 
     worse._score_target = fail_with_more
     worse.dump(0, ["target"], retry=[lacking.name])
-    assert logitstore.open(storage.url).commit("target", 0) == lacking
+    assert logitstore.open(storage.url).reader.commit("target", 0) == lacking
 
 
 def test_losses_alone_are_tried_again_beside_a_target_that_stays(storage, tokens, tiny, tmp_path):
@@ -253,7 +254,7 @@ def test_stale_losses_are_replaced_and_no_one_elses(storage, tiny):
     assert logitstore.open(storage.url).layers["losses/reference"].stale == {0}
     (record,) = both.dump(0, ["target", "losses/reference"])
     assert record.layer == "losses/reference"
-    assert record.computed_from == logitstore.open(storage.url).commit("target", 0).digest
+    assert record.computed_from == logitstore.open(storage.url).reader.commit("target", 0).digest
     assert not logitstore.open(storage.url).layers["losses/reference"].stale
     assert both.dump(1, ["target", "losses/reference"]) == []
     assert names(storage, 1) == kept
@@ -269,11 +270,11 @@ def test_a_late_shard_of_a_job_that_lost_the_layer_is_replaced(storage, tiny):
     owner = dumper(storage, ModelSource(name=tiny.draft))
     late.dump(0, ["target"])
     with pytest.raises(IdentityError, match="must be made by"):
-        logitstore.open(storage.url).commit("target", 0)
+        logitstore.open(storage.url).reader.commit("target", 0)
     todo = find_todo(logitstore.open(storage.url), ["target"], retry_set_aside=False)
     assert list(todo.shards) == [0, 1, 2]
     (record,) = owner.dump(0, ["target"])
-    assert logitstore.open(storage.url).commit("target", 0) == record
+    assert logitstore.open(storage.url).reader.commit("target", 0) == record
     assert logitstore.verify(logitstore.open(storage.url)) == []
     todo = find_todo(logitstore.open(storage.url), ["target"], retry_set_aside=True)
     assert list(todo.shards) == [1, 2]
@@ -284,7 +285,7 @@ def test_a_late_shard_of_a_job_that_lost_the_layer_is_replaced(storage, tiny):
         late.dump(0, ["target"])
     with pytest.raises(IdentityError, match="another job began it anew with another model"):
         late.dump(1, ["target"])
-    assert logitstore.open(storage.url).commit("target", 0) == record
+    assert logitstore.open(storage.url).reader.commit("target", 0) == record
 
 
 def test_of_two_jobs_that_begin_a_layer_anew_the_later_leaves_what_the_first_has_committed(storage, tiny, monkeypatch):
@@ -303,7 +304,7 @@ def test_of_two_jobs_that_begin_a_layer_anew_the_later_leaves_what_the_first_has
     monkeypatch.setattr(writer, "check_layer", check_and_be_late)
     writer.add_layer(storage, spec, "target", anew)
     store = logitstore.open(storage.url)
-    assert [store.commit("target", 0)] == committed
+    assert [store.reader.commit("target", 0)] == committed
     assert logitstore.verify(store) == []
 
 
@@ -319,7 +320,7 @@ def test_losses_of_a_target_that_was_replaced_meanwhile_are_computed_again(stora
     score = both._score_losses
 
     def be_late(*args):
-        if commits.find(storage, "losses/reference", 0) is None:
+        if find_commit(storage, "losses/reference", 0) is None:
             late._writers["losses/reference"].write(
                 0, old.arrays, documents=len(shard), rows=len(shard.ids), counted=int(shard.loss_mask.sum()),
                 computed_from=shard.target_digest, started=0.0,
@@ -328,7 +329,7 @@ def test_losses_of_a_target_that_was_replaced_meanwhile_are_computed_again(stora
 
     both._score_losses = be_late
     (record,) = both.dump(0, ["target", "losses/reference"])
-    assert record.computed_from == logitstore.open(storage.url).commit("target", 0).digest
+    assert record.computed_from == logitstore.open(storage.url).reader.commit("target", 0).digest
     assert logitstore.verify(logitstore.open(storage.url)) == []
 
 

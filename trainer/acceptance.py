@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from logitstore import views
-from logitstore.batches import batches
 from logitstore.causal_lm import SplitLM, check_vocabulary, model_spec
 from logitstore.errors import LayerNotFoundError
-from logitstore.rows import Rows
+from logitstore.rows.batches import batches
+from logitstore.rows.rows import Rows
 from logitstore.support import Support, acceptance_estimate, estimated_cross_entropy, normalised, on_support
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from logitstore import Store
-    from logitstore.batches import Batch
-    from logitstore.shards import Shard
+    from logitstore.rows.batches import Batch
+    from logitstore.rows.shard import Shard
 
 BOUND_SLACK = 1e-5
 """Both bounds are moved outwards by this: more than float32 arithmetic, of the dump and here, errs by."""
@@ -205,13 +204,13 @@ def read_documents(store: Store, index: int, *, reads_target: bool = True) -> St
     Raises:
         LogitStoreError: A layer is missing, unfinished or damaged.
     """
-    stored = store.read_stored(index, layers=("target",) if reads_target else ())
+    stored = store.reader.read_layers(index, layers=("target",) if reads_target else ())
     target, kept_from = store.spec.target, math.inf
     if target is not None and target.scheme.name == "hybrid":
         kept_from = float(np.float32(target.step)) * (1 - 1e-6)
     return StoredDocuments(
-        shard=store.assemble(stored),
-        bounds=views.decode_bounds(store, stored["target"].arrays) if reads_target else None,
+        shard=store.reader.assemble(stored),
+        bounds=store.reader.decode_bounds(stored["target"].arrays) if reads_target else None,
         kept_from=kept_from,
     )
 

@@ -10,13 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logitstore.drivers import without_credentials
-from logitstore.schemes import describe
+from logitstore.format.schemes import describe
+from logitstore.storage.options import without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from logitstore.spec import StoreSpec
+    from logitstore.format.spec import StoreSpec
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PACKAGES = ("logitstore", "torch", "transformers")

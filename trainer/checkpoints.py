@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from fsspec.implementations.local import LocalFileSystem
 from torch import distributed
 
-from logitstore.drivers import is_refusal, open_fs, without_credentials
 from logitstore.errors import LogitStoreError, StorageError, StorageRefusedError
+from logitstore.storage.failures import is_refusal
+from logitstore.storage.filesystems import open_fs
+from logitstore.storage.options import without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence

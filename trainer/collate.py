@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from logitstore.rows import Rows
+from logitstore.rows.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,7 @@ from trainer.reshaping import chosen_layers, cut_config, cut_layers, pad_vocabul
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from logitstore.spec import StoreSpec
+    from logitstore.format.spec import StoreSpec
     from trainer.lora import Lora
 
 LIKE_TARGET = "target"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from logitstore.batches import batches, plan_batches
+from logitstore.rows.batches import batches, plan_batches
 from trainer.acceptance import COMPARED, StoredDocuments, batch_sums, evaluating, read_documents
 from trainer.order import Pack
 

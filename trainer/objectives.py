@@ -23,7 +23,7 @@ from logitstore.support import TAIL_FLOOR, Support, acceptance_estimate, estimat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from logitstore.spec import TargetSpec
+    from logitstore.format.spec import TargetSpec
 
 Divergence = Callable[[Support, "Tensor", "Tensor"], "Tensor"]
 

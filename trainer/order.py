@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from logitstore.document_index import DocumentIndex
+    from logitstore.store.documents import DocumentIndex
 
 MAX_WINDOW = 4
 """Shards among which packs are shuffled, at most: twice as many stay decoded in memory."""

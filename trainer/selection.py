@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from logitstore.spec import TargetSpec
+    from logitstore.format.spec import TargetSpec
     from logitstore.support import Support
 
 Scope = Literal["document", "micro_batch", "step", "queue"]

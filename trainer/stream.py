@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from logitstore.drivers import without_credentials
 from logitstore.errors import IdentityError, LayerNotFoundError
-from logitstore.layout import losses_layer
-from logitstore.set_aside import explain_missing
+from logitstore.format.layout import losses_layer
+from logitstore.storage.options import without_credentials
+from logitstore.store.commits.set_aside import explain_missing
 from trainer.collate import Collator, Sample
 from trainer.order import MAX_WINDOW, ROWS, Pack, PackOrder
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from logitstore import Store
-    from logitstore.shards import Shard
-    from logitstore.spec import ModelSpec
+    from logitstore.format.spec import ModelSpec
+    from logitstore.rows.shard import Shard
     from trainer.deal import Deal
 
 LOSSES = ("reference_ce", "initial_ce")

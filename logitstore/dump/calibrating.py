@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from logitstore import codec, layout, objects
 from logitstore.assumptions import STANDARD_ERRORS, Cost, Range
 from logitstore.dump.running import without
 from logitstore.dump.scoring import score_losses, score_target
-from logitstore.spec import ROW_CHUNK
+from logitstore.format import layout, zarr_objects
+from logitstore.format.spec import ROW_CHUNK
+from logitstore.rows import codec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
     from logitstore.causal_lm import SplitLM
     from logitstore.dump.scoring import Scored
-    from logitstore.shards import Shard
-    from logitstore.spec import TargetSpec
+    from logitstore.format.spec import TargetSpec
+    from logitstore.rows.shard import Shard
 
 WARM_UP_DOCUMENTS = 4
 """How many documents the models take at once before they are timed."""
@@ -58,9 +59,9 @@ def encoded_bytes(layer: str, arrays: Mapping[str, NDArray[Any]], shard_rows: in
     """
     total = 0
     for array in layout.layer_arrays(layer):
-        data = objects.encode(arrays[array.name], array, shard_rows=shard_rows, k=k)
+        data = zarr_objects.encode(arrays[array.name], array, shard_rows=shard_rows, k=k)
         if data is not None:
-            total += len(data) - objects.index_bytes(array, shard_rows=shard_rows, k=k)
+            total += len(data) - zarr_objects.index_bytes(array, shard_rows=shard_rows, k=k)
     return total
 
 

@@ -19,15 +19,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from logitstore import commits, writer
-from logitstore.attributes import read_attributes, stored_spec
 from logitstore.causal_lm import tokenizer_spec
 from logitstore.dump.encoding import COLUMNS, Encoder, Kind, choose_columns
 from logitstore.dump.parts import read_parts, write_part
 from logitstore.dump.sources import find_source, open_records
-from logitstore.reader import Store
-from logitstore.spec import ROW_CHUNK, DataSpec, StoreSpec, check_same
-from logitstore.tokens import encode_tokens
+from logitstore.format.spec import ROW_CHUNK, DataSpec, StoreSpec, check_same
+from logitstore.rows.tokens import encode_tokens
+from logitstore.store import writer
+from logitstore.store.catalog import read_attributes, stored_spec
+from logitstore.store.commits.index import read_index
+from logitstore.store.reader import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from logitstore.dump.sources import Source
-    from logitstore.storage import Storage
+    from logitstore.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def prepare(
         spec = spec_of(stored.data.columns, stored.data.mask_policy)
         check_same(stored, spec, "store", writer.OTHER_STORE)
         if source.digest is not None:
-            index = commits.read_index(storage, "tokens")
+            index = read_index(storage, "tokens")
             for part in read_parts(storage, stored):
                 if part.data.digest == source.digest and all(shard in index for shard in part.shards):
                     return Store(storage)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from logitstore.rows import Rows
-    from logitstore.shards import Shard
-    from logitstore.spec import TargetSpec
+    from logitstore.format.spec import TargetSpec
+    from logitstore.rows.rows import Rows
+    from logitstore.rows.shard import Shard
 
 DOCUMENTS = 4
 """Measured in each shard."""

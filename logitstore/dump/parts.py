@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from logitstore import commits, writer
-from logitstore.appends import claim, drop_claim, read_appends, write_append
-from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import IdentityError, LayerNotFoundError
-from logitstore.spec import Append, DataSpec, StoreSpec, check_same
+from logitstore.format.commit import layer_digest, short_digest
+from logitstore.format.spec import Append, DataSpec, StoreSpec, check_same
+from logitstore.store import writer
+from logitstore.store.catalog import read_attributes, stored_spec
+from logitstore.store.commits.appends import claim, drop_claim, read_appends, write_append
+from logitstore.store.commits.index import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from logitstore.storage import Storage
+    from logitstore.storage.storage import Storage
 
 
 class Shards(Protocol):
@@ -77,7 +79,7 @@ def write_part(storage: Storage, spec: StoreSpec, documents: Shards, *, append: 
         IdentityError: The store has others, and is not to be appended to, or is being appended to by others.
         LayerNotFoundError: Documents are to be appended to a store whose own are not all there.
     """
-    digests = [commits.digest("tokens", documents.shard(number)) for number in range(documents.num_shards)]
+    digests = [layer_digest("tokens", documents.shard(number)) for number in range(documents.num_shards)]
     sha = hashlib.sha256("".join(digests).encode())
     own = dataclasses.replace(spec.data, documents=f"sha256:{sha.hexdigest()}")
     spec = dataclasses.replace(spec, data=own, num_shards=len(digests))
@@ -162,7 +164,7 @@ class _Writing:
         """Writes those shards of the documents that are missing, from a shard on."""
         attributes = read_attributes(self.storage, "") or {}
         tokens = writer.LayerWriter(self.storage, stored_spec(StoreSpec, attributes, "store"), "tokens")
-        index = commits.read_index(self.storage, "tokens")
+        index = read_index(self.storage, "tokens")
         missing = [number for number in range(len(self.digests)) if first_shard + number not in index]
         for number in tqdm(missing, desc="Writing tokens", unit="shard", disable=not self.progress):
             started = time.monotonic()
@@ -191,7 +193,7 @@ class _Writing:
         writer.make_room(self.storage, dataclasses.replace(self.stored, num_shards=end), "tokens")
 
     def _check_complete(self, parts: Sequence[Part]) -> None:
-        index = commits.read_index(self.storage, "tokens")
+        index = read_index(self.storage, "tokens")
         for part in parts:
             if missing := [shard for shard in part.shards if shard not in index]:
                 raise LayerNotFoundError(
@@ -210,8 +212,8 @@ class _Writing:
         Returns:
             False if this append, or another of its number, was published meanwhile.
         """
-        index = commits.read_index(self.storage, "tokens")
-        wanted = dict(enumerate(map(commits.identity, self.digests), end))
+        index = read_index(self.storage, "tokens")
+        wanted = dict(enumerate(map(short_digest, self.digests), end))
         there = index.shards[len(index.upto(end)) :].tolist()
         for shard in sorted({*there, *(wanted if complete else ())}):
             place = index.find(shard)

@@ -15,19 +15,20 @@ import torch
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from tqdm import tqdm
 
-from logitstore import commits, set_aside
 from logitstore.dump.pool import Pool
 from logitstore.dump.schedule import Schedule
 from logitstore.dump.todo import Todo, check_makers, documents_set_aside, find_todo
 from logitstore.errors import DamagedShardError, FidelityError, IdentityError, StorageError, StorageRefusedError
-from logitstore.layers import runs, spans
-from logitstore.reader import Store
-from logitstore.verify import sweep
+from logitstore.store.catalog import runs, spans
+from logitstore.store.commits import set_aside
+from logitstore.store.commits.index import commit_names
+from logitstore.store.reader import Store
+from logitstore.store.take_back import sweep
 
 if TYPE_CHECKING:
-    from logitstore.commits import Commit
     from logitstore.dump.worker import ModelSource
-    from logitstore.storage import Storage
+    from logitstore.format.commit import Commit
+    from logitstore.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ class _Run:
         self.report.failed[shard] = reason[: set_aside.REASON_LENGTH]
         try:
             for layer in self.todo.layers:
-                if not commits.names_of(self.storage, layer, shard):
+                if not commit_names(self.storage, layer, shard):
                     set_aside.record(self.storage, layer, shard, reason, self.schedule.attempts(shard))
         except StorageRefusedError as error:
             raise DumpError(_line(error)) from error
@@ -236,7 +237,7 @@ def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> Dump
     report = _run(store, plan, todo, progress=progress) if todo.shards else DumpReport(shards_skipped=store.num_shards)
     store = Store(storage)
     check_makers(store.storage, plan.made_by)
-    sweep(store)
+    sweep(storage)
     for layer in plan.made_by:
         set_aside.clear_committed(storage, layer)
         if found := int(store.layers[layer].index.upto(store.num_shards).set_aside.sum()):

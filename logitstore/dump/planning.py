@@ -16,17 +16,17 @@ import datasets
 import numpy as np
 import torch
 
-from logitstore import layout
 from logitstore.assumptions import STANDARD_ERRORS, Cost, Range, assumed
 from logitstore.causal_lm import SplitLM, check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.dump.calibrating import calibrate, encoded_bytes, rounded
 from logitstore.dump.documents import assign_shards, open_encoder, progress_bars
 from logitstore.dump.sources import find_source
-from logitstore.options import storage_options
+from logitstore.format import layout
+from logitstore.format.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, check_room
 from logitstore.plan import Corpus, check_arguments, count_of, plan
-from logitstore.shards import Shard
-from logitstore.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, check_room
-from logitstore.tokens import encode_tokens
+from logitstore.rows.shard import Shard
+from logitstore.rows.tokens import encode_tokens
+from logitstore.storage.options import storage_options
 from logitstore.weights import load_weights, loading_bars
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from logitstore.dump.pipeline import DumpPlan
-    from logitstore.storage import Storage
+    from logitstore.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from logitstore.batches import batches
+from logitstore.rows.batches import batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from logitstore.batches import Batch
-    from logitstore.shards import Shard
+    from logitstore.rows.batches import Batch
+    from logitstore.rows.shard import Shard
 
 logger = logging.getLogger(__name__)
 

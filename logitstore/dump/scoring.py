@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from logitstore import codec
-from logitstore.codec import MANTISSA_BITS, round_mantissa
 from logitstore.dump.fidelity import NO_ROWS, Exact, control_of, without
 from logitstore.dump.running import documents_of, rows_of, run_batches
 from logitstore.dump.truncation import truncate, uniforms
+from logitstore.rows import codec
+from logitstore.rows.codec import MANTISSA_BITS, round_mantissa
 from logitstore.support import Support, normalised, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from logitstore.batches import Batch
     from logitstore.causal_lm import SplitLM
-    from logitstore.rows import Rows
-    from logitstore.shards import Shard
-    from logitstore.spec import TargetSpec
+    from logitstore.format.spec import TargetSpec
+    from logitstore.rows.batches import Batch
+    from logitstore.rows.rows import Rows
+    from logitstore.rows.shard import Shard
 
 LOGS_OF_MASS = frozenset({"tail", "label_logprob"})
 """Numbers that may be minus infinity: the log of a probability of 0."""

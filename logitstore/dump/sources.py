@@ -16,8 +16,9 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 
-from logitstore.drivers import open_fs, without_credentials
 from logitstore.errors import LogitStoreError, StorageError
+from logitstore.storage.filesystems import open_fs
+from logitstore.storage.options import without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from logitstore import commits
-from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import DamagedShardError, IdentityError
-from logitstore.set_aside import read_set_aside
-from logitstore.shards import MAX_COMMIT_BYTES
-from logitstore.spec import LossSpec, TargetSpec, maker
+from logitstore.format.commit import parse_commit
+from logitstore.format.spec import LossSpec, TargetSpec, maker
+from logitstore.rows.shard_arrays import MAX_COMMIT_BYTES
+from logitstore.store.catalog import read_attributes, stored_spec
+from logitstore.store.commits.index import commits_folder
+from logitstore.store.commits.set_aside import read_set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from logitstore.commits import Commit
-    from logitstore.layers import Layer
-    from logitstore.reader import Store
-    from logitstore.storage import Storage
+    from logitstore.format.commit import Commit
+    from logitstore.storage.storage import Storage
+    from logitstore.store.catalog import Layer
+    from logitstore.store.reader import Store
 
 FIRST_COMMITS = 256
 """Of each layer: whose they are is looked at before a dump goes on. More than any job writes within a second or two."""
@@ -127,11 +128,11 @@ def _read_commits(store: Store, layer: Layer, places: NDArray[np.intp]) -> Itera
     """Reads records as they are, some at once; those that are damaged or gone are others' business."""
     for start in range(0, len(places), READ_AT_ONCE):
         some = [(int(layer.index.shards[place]), layer.index.name(place)) for place in places[start:][:READ_AT_ONCE]]
-        paths = [f"{commits.folder(layer.name)}/{name}" for _, name in some]
+        paths = [f"{commits_folder(layer.name)}/{name}" for _, name in some]
         found = store.storage.get_many(paths, [MAX_COMMIT_BYTES] * len(paths))
         for (shard, name), data in zip(some, found, strict=True):
             if data is not None and len(data) <= MAX_COMMIT_BYTES:
                 try:
-                    yield commits.parse(data, layer.name, shard, name)
+                    yield parse_commit(data, layer.name, shard, name)
                 except DamagedShardError:
                     continue

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitstore.codec import LEVELS
+from logitstore.format.codebook import LEVELS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from logitstore.spec import TargetSpec
+    from logitstore.format.spec import TargetSpec
 
 
 BLOCK = 256

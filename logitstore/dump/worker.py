@@ -10,25 +10,27 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from logitstore import codec, commits
 from logitstore.causal_lm import SplitLM, load_model
 from logitstore.dump.fidelity import NO_ROWS, NOTHING, Exact, check_budget, choose, measure_losses, measure_target
 from logitstore.dump.running import without
 from logitstore.dump.scoring import Scored, score_again, score_losses, score_target
 from logitstore.dump.todo import check_makers
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
-from logitstore.layout import losses_layer
-from logitstore.reader import Store
-from logitstore.verify import take_back
+from logitstore.format.commit import layer_digest
+from logitstore.format.layout import losses_layer
+from logitstore.rows import codec
+from logitstore.store.commits.index import find_commit
+from logitstore.store.reader import Store
+from logitstore.store.take_back import take_back
+from logitstore.store.writer import LayerWriter
 from logitstore.weights import loading_bars
-from logitstore.writer import LayerWriter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from logitstore.commits import Commit
-    from logitstore.shards import Shard
-    from logitstore.storage import Storage
+    from logitstore.format.commit import Commit
+    from logitstore.rows.shard import Shard
+    from logitstore.storage.storage import Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class ShardDumper:
             torch.AcceleratorError: The device cannot be used any more, nor can this object.
         """
         started = time.monotonic()
-        there = {layer: commits.find(self._storage, layer, shard_number) for layer in layers}
+        there = {layer: find_commit(self._storage, layer, shard_number) for layer in layers}
 
         def is_wanted(layer: str, computed_from: str | None) -> bool:
             if layer not in there:
@@ -193,7 +195,7 @@ class ShardDumper:
         check_budget(scored.fidelity, spec, self._max_kl, shard.index)
         # Losses are computed on what readers will see, not on what the target said.
         rows_read = codec.decode(scored.arrays, spec) if self._references else None
-        digest = commits.digest("target", scored.arrays)
+        digest = layer_digest("target", scored.arrays)
         return scored, replace(without(shard, scored.set_aside), rows=rows_read, target_digest=digest), exact
 
     def _score_losses(self, reference: SplitLM, shard: Shard, exact: Exact | None = None) -> Scored:
@@ -241,6 +243,6 @@ class ShardDumper:
     def _take_back(self, commit: Commit) -> None:
         """Makes way for other values, unless another writer did so already."""
         check_makers(self._storage, {commit.layer: self._made_by[commit.layer]})
-        now = commits.find(self._storage, commit.layer, commit.shard)
+        now = find_commit(self._storage, commit.layer, commit.shard)
         if now is not None and now.name == commit.name:
             take_back(self._storage, commit.layer, commit.shard)

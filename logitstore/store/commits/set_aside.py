@@ -13,15 +13,15 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from logitstore import commits
 from logitstore.errors import FormatError
-from logitstore.layout import layer_arrays
-from logitstore.storage import parse_json, to_json_bytes
+from logitstore.format.layout import layer_arrays
+from logitstore.format.strict_json import parse_json, to_json_bytes
+from logitstore.store.commits.index import read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from logitstore.storage import Storage
+    from logitstore.storage.storage import Storage
 
 FOLDER = "set_aside"
 NAME = re.compile(r"(?:[0-9]{6}|[1-9][0-9]{6,8})\.json")
@@ -70,7 +70,7 @@ def read_set_aside(storage: Storage, layer: str) -> dict[int, SetAside]:
     """
     if not (names := _names(storage, layer)):
         return {}
-    committed = commits.read_index(storage, layer)
+    committed = read_index(storage, layer)
     shards = [shard for shard in map(_shard, names) if shard not in committed][:MOST]
     return {shard: entry for shard, entry in zip(shards, _read(storage, layer, shards), strict=True) if entry}
 
@@ -89,7 +89,7 @@ def clear(storage: Storage, layer: str, shard: int) -> None:
 def clear_committed(storage: Storage, layer: str) -> None:
     """Removes the records of all shards that are committed by now."""
     if names := _names(storage, layer):
-        committed = commits.read_index(storage, layer)
+        committed = read_index(storage, layer)
         storage.for_each(lambda shard: clear(storage, layer, shard), [s for s in map(_shard, names) if s in committed])
 
 

@@ -14,9 +14,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from logitstore.codec import LEVELS, Codebook
 from logitstore.errors import FormatError, IdentityError
-from logitstore.schemes import Scheme
+from logitstore.format.codebook import LEVELS, Codebook
+from logitstore.format.schemes import Scheme
 
 FORMAT_VERSION = 1
 ROW_CHUNK = 2**14

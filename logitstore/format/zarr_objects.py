@@ -18,7 +18,7 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from logitstore.layout import ArraySpec, capacity, chunk_length
+from logitstore.format.layout import ArraySpec, capacity, chunk_length
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from logitstore.shards import Shard
+    from logitstore.rows.shard import Shard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,3 +75,33 @@ def _parsed(text: str | bytes, name: str, shown: str) -> dict[str, Any]:
         fault = f"a {type(options).__name__}, no object"
     # Raised out here to be unchained: the parser's own error carries the whole text.
     raise ValueError(f'{name} must be a JSON file with an object, got {shown} with {fault}; write {{"option": value}}')
+
+
+def options_for(data: str, store: str | None, options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the options for reading `--data`: the store's, if both lie on the same kind of file system.
+
+    Args:
+        data: Path or URL of the data.
+        store: URL of the store; None where there is none, and the options are meant for the data.
+        options: What --storage_options holds.
+    """
+    protocol = data.partition("://")[0] if "://" in data else None
+    if protocol is None or (store is not None and not store.startswith(f"{protocol}://")):
+        return None
+    return options
+
+
+AZURE = ("abfs", "abfss", "az")
+
+
+def without_credentials(url: str) -> str:
+    """Drops `user:password@` from a URL, so that it may be stored and printed.
+
+    In `abfs://CONTAINER@ACCOUNT.dfs.core.windows.net` it is the container that stands before the @, and stays.
+    """
+    scheme, separator, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    if scheme in AZURE and at:
+        host = f"{user.partition(':')[0]}@{host}"
+    return f"{scheme}{separator}{host}{slash}{path}" if separator else url

@@ -14,39 +14,37 @@ import os
 import re
 import socket
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
 
 from logitstore.errors import DamagedShardError, FormatError
-from logitstore.layout import layer_arrays
-from logitstore.measures import is_measured
-from logitstore.storage import parse_json, to_json_bytes
+from logitstore.format.fidelity_sums import is_measured
+from logitstore.format.layout import layer_arrays
+from logitstore.format.strict_json import parse_json, to_json_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from logitstore.storage import Storage
 
-IDENTITY = 12
+SHORT_DIGEST_LENGTH = 12
 """Hexadecimal digits of a digest that stand in a record's name."""
-NOTHING = "0" * IDENTITY
+NO_DIGEST = "0" * SHORT_DIGEST_LENGTH
 """Stands in a record's name for the layer below tokens."""
 
 _COUNT = "(?:0|[1-9][0-9]{0,9})"
-NAME = re.compile(
+RECORD_NAME = re.compile(
     rf"(?:[0-9]{{6}}|[1-9][0-9]{{6,8}})-{_COUNT}d-{_COUNT}r-{_COUNT}c-{_COUNT}e-{_COUNT}s"
-    rf"-[0-9a-f]{{{IDENTITY}}}-[0-9a-f]{{{IDENTITY}}}\.json"
+    rf"-[0-9a-f]{{{SHORT_DIGEST_LENGTH}}}-[0-9a-f]{{{SHORT_DIGEST_LENGTH}}}\.json"
 )
 """Of every shard with certain counts and digests there is one name only, so that names need not be kept."""
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+SHA256_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 MAX_SECONDS = 1e12
 """Longer than anybody computes: what is read is added up."""
-CHECKSUM = "crc32c"
+CHECKSUM_FIELD = "crc32c"
 """Field of a stored record: over all others, also those that nothing can be compared with."""
 
 
@@ -87,75 +85,9 @@ class Commit:
     def name(self) -> str:
         """The record's file name."""
         counts = (self.documents, self.rows, self.counted, self.entries, len(self.set_aside))
-        return record_name(self.shard, *counts, digest=identity(self.digest), origin=identity(self.computed_from))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Index:
-    """The committed shards of a layer, by number, as one listing of their records tells them.
-
-    S shards, of 72 bytes each.
-    """
-
-    layer: str
-    shards: NDArray[np.int64]
-    """[S], ascending."""
-    documents: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    counted: NDArray[np.int64]
-    entries: NDArray[np.int64]
-    set_aside: NDArray[np.int64]
-    """[S] each: the counts of the same name in a commit; documents set aside."""
-    digests: NDArray[np.bytes_]
-    """[S]: first digits of each shard's digest."""
-    origins: NDArray[np.bytes_]
-    """[S]: first digits of the digest that it was computed from."""
-    contested: frozenset[int]
-    """Shards with more than one record: none of them can be trusted, and all appear above once."""
-    unknown: tuple[str, ...]
-    """Names that are not those of records. They mean nothing."""
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __contains__(self, shard: int) -> bool:
-        return self.find(shard) is not None
-
-    def find(self, shard: int) -> int | None:
-        """Returns the place of a shard in the arrays, None if it is not committed."""
-        place = int(np.searchsorted(self.shards, shard))
-        return place if place < len(self.shards) and self.shards[place] == shard else None
-
-    def name(self, place: int) -> str:
-        """Returns the name of the record at a place in the arrays."""
-        columns = (self.shards, self.documents, self.rows, self.counted, self.entries, self.set_aside)
-        digest, origin = bytes(self.digests[place]).decode(), bytes(self.origins[place]).decode()
-        return record_name(*(int(column[place]) for column in columns), digest=digest, origin=origin)
-
-    @cached_property
-    def committed(self) -> frozenset[int]:
-        """The shards as a set."""
-        return frozenset(self.shards.tolist())
-
-    def upto(self, num_shards: int) -> Index:
-        """Returns the part of it below a shard."""
-        stop = int(np.searchsorted(self.shards, num_shards))
-        if stop == len(self.shards):
-            return self
-        parts = {name: getattr(self, name)[:stop] for name in _COLUMNS}
-        return dataclasses.replace(self, **parts, contested=frozenset(s for s in self.contested if s < num_shards))
-
-
-_HEAD = -len(f"-{NOTHING}-{NOTHING}.json")
-_DIGESTS = (slice(_HEAD + 1, _HEAD + 1 + IDENTITY), slice(_HEAD + 2 + IDENTITY, _HEAD + 2 + 2 * IDENTITY))
-"""Where the counts of a name end, and where its digests are: all are of the same length there."""
-
-_COLUMNS = ("shards", "documents", "rows", "counted", "entries", "set_aside", "digests", "origins")
-
-
-def folder(layer: str) -> str:
-    """Returns where the records of a layer are."""
-    return f"commits/{layer}"
+        return record_name(
+            self.shard, *counts, digest=short_digest(self.digest), origin=short_digest(self.computed_from)
+        )
 
 
 def record_name(
@@ -165,60 +97,12 @@ def record_name(
     return f"{shard:06d}-{documents}d-{rows}r-{counted}c-{entries}e-{set_aside}s-{digest}-{origin}.json"
 
 
-def read_index(storage: Storage, layer: str) -> Index:
-    """Lists the committed shards of a layer."""
-    return index_names(layer, storage.names(folder(layer)))
-
-
-def index_names(layer: str, names: Sequence[str]) -> Index:
-    """Reads what the names of records, in order, say. Some 100,000 of them are to take a tenth of a second."""
-    records = [name for name in names if NAME.fullmatch(name)]
-    heads = "-".join([name[:_HEAD] for name in records]).encode()
-    numbers = np.fromstring(heads.translate(None, b"drces"), dtype=np.int64, sep="-").reshape(-1, 6)
-    digests, origins = (np.array([name[part] for name in records], dtype=f"S{IDENTITY}") for part in _DIGESTS)
-    order = np.argsort(numbers[:, 0], kind="stable")
-    shards = numbers[order, 0]
-    is_last = np.append(shards[1:] != shards[:-1], True)[: len(shards)]
-    kept = order[is_last]
-    return Index(
-        layer=layer,
-        **dict(zip(_COLUMNS, [*numbers[kept].T.copy(), digests[kept], origins[kept]], strict=True)),
-        contested=frozenset(shards[~is_last].tolist()),
-        unknown=tuple(name for name in names if not NAME.fullmatch(name)) if len(records) < len(names) else (),
-    )
-
-
-def names_of(storage: Storage, layer: str, shard: int) -> list[str]:
-    """Lists the records of a shard: one if it is committed."""
-    return [name for name in storage.names_with(folder(layer), f"{shard:06d}-") if NAME.fullmatch(name)]
-
-
-def find(storage: Storage, layer: str, shard: int) -> Commit | None:
-    """Reads the record of a shard as it is now; None if it is not committed.
-
-    Raises:
-        DamagedShardError: There are several, or the record is not what its name says.
-    """
-    names = names_of(storage, layer, shard)
-    if not names:
-        return None
-    if len(names) > 1:
-        raise DamagedShardError(layer, shard, f"{len(names)} commit records")
-    try:
-        data = storage.get(f"{folder(layer)}/{names[0]}")
-    except FileNotFoundError:  # taken back since it was listed
-        return None
-    except FormatError as error:
-        raise DamagedShardError(layer, shard, "a commit record too long to be one") from error
-    return parse(data, layer, shard, names[0])
-
-
-def identity(digest: str | None) -> str:
+def short_digest(digest: str | None) -> str:
     """Returns the digits of a digest that stand in a record's name."""
-    return NOTHING if digest is None else digest.removeprefix("sha256:")[:IDENTITY]
+    return NO_DIGEST if digest is None else digest.removeprefix("sha256:")[:SHORT_DIGEST_LENGTH]
 
 
-def describe(
+def make_commit(
     layer: str,
     shard: int,
     arrays: Mapping[str, NDArray[Any]],
@@ -242,8 +126,8 @@ def describe(
         counted=counted,
         entries=len(values["gaps"]) if "gaps" in values else 0,
         set_aside=dict(set_aside or {}),
-        checksums={name: checksum(value) for name, value in values.items()},
-        digest=digest(layer, values),
+        checksums={name: crc32c(value) for name, value in values.items()},
+        digest=layer_digest(layer, values),
         computed_from=computed_from,
         made_by=made_by,
         seconds=round(seconds, 3),
@@ -253,7 +137,7 @@ def describe(
     )
 
 
-def digest(layer: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+def layer_digest(layer: str, arrays: Mapping[str, NDArray[Any]]) -> str:
     """Returns the identity of a shard's values, independent of how they are compressed (docs/format.md)."""
     sha = hashlib.sha256()
     for spec in layer_arrays(layer):
@@ -263,31 +147,31 @@ def digest(layer: str, arrays: Mapping[str, NDArray[Any]]) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
-def checksum(values: NDArray[Any]) -> str:
+def crc32c(values: NDArray[Any]) -> str:
     """Returns the crc32c of an array's bytes, as 8 hexadecimal digits."""
     return f"{google_crc32c.value(np.ascontiguousarray(values).view(np.uint8)):08x}"
 
 
-def length(commit: Commit, per: str) -> int:
+def num_values(commit: Commit, per: str) -> int:
     """Returns how many values of an array numbered `per` row, document or entry a shard holds."""
     return {"row": commit.rows, "document": commit.documents, "entry": commit.entries}[per]
 
 
-def to_bytes(commit: Commit) -> bytes:
+def commit_bytes(commit: Commit) -> bytes:
     """Returns a record as it is stored: its fields, `fidelity` only if there is some, and a checksum over them."""
     values = dataclasses.asdict(commit)
     if not commit.fidelity:
         del values["fidelity"]
     values["set_aside"] = {str(document): reason for document, reason in commit.set_aside.items()}
-    return to_json_bytes(values | {CHECKSUM: checksum_of(values)})
+    return to_json_bytes(values | {CHECKSUM_FIELD: record_checksum(values)})
 
 
-def checksum_of(values: Mapping[str, Any]) -> str:
+def record_checksum(values: Mapping[str, Any]) -> str:
     """Returns the checksum of a record's fields but that one, as they are stored."""
     return f"{google_crc32c.value(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
-def parse(data: bytes, layer: str, shard: int, name: str) -> Commit:
+def parse_commit(data: bytes, layer: str, shard: int, name: str) -> Commit:
     """Reads a record, and checks it against its name and its checksum.
 
     Raises:
@@ -297,7 +181,7 @@ def parse(data: bytes, layer: str, shard: int, name: str) -> Commit:
         value = parse_json(name, data)
     except FormatError as error:
         raise DamagedShardError(layer, shard, "a commit record that is not JSON") from error
-    stated = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+    stated = value.pop(CHECKSUM_FIELD, None) if isinstance(value, dict) else None
     kinds: dict[str, tuple[type, ...]] = {
         "layer": (str,), "shard": (int,), "documents": (int,), "rows": (int,), "counted": (int,), "entries": (int,),
         "set_aside": (dict,), "checksums": (dict,), "digest": (str,), "computed_from": (str, type(None)),
@@ -323,14 +207,14 @@ def parse(data: bytes, layer: str, shard: int, name: str) -> Commit:
         raise DamagedShardError(layer, shard, "a commit record of other arrays")
     if not all(isinstance(found, str) and re.fullmatch("[0-9a-f]{8}", found) for found in checksums.values()):
         raise DamagedShardError(layer, shard, "a commit record with malformed checksums")
-    if not all(DIGEST.fullmatch(d) for d in (value["digest"], value["computed_from"]) if d is not None):
+    if not all(SHA256_DIGEST.fullmatch(d) for d in (value["digest"], value["computed_from"]) if d is not None):
         raise DamagedShardError(layer, shard, f"a commit record with digest={value['digest']!r:.80}")
     documents = value["set_aside"]
     if not all(re.fullmatch(r"[0-9]{1,10}", number) and isinstance(documents[number], str) for number in documents):
         raise DamagedShardError(layer, shard, "a commit record with malformed set_aside")
     if not is_measured(layer, value.get("fidelity", {}), value["counted"]):
         raise DamagedShardError(layer, shard, "a commit record with malformed fidelity")
-    found = checksum_of(value)
+    found = record_checksum(value)
     value["set_aside"] = {int(number): reason for number, reason in documents.items()}
     commit = Commit(**value)
     if (commit.layer, commit.shard) != (layer, shard):

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from logitstore.errors import FormatError
-from logitstore.spec import MAX_SHARDS, Append, from_json
-from logitstore.storage import FROM_A_COPY, parse_json, to_json_bytes
+from logitstore.format.spec import MAX_SHARDS, Append, from_json
+from logitstore.format.strict_json import FROM_A_COPY, parse_json, to_json_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from logitstore.commits import Index
-    from logitstore.spec import StoreSpec
-    from logitstore.storage import Storage
+    from logitstore.format.spec import StoreSpec
+    from logitstore.storage.storage import Storage
+    from logitstore.store.commits.index import Index
 
 FOLDER = "appends"
 NAME = re.compile(r"[0-9]{6}\.json")

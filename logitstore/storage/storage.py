@@ -7,7 +7,6 @@ PUT.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import time
@@ -17,14 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from logitstore import local_files
-from logitstore.drivers import fetch, is_refusal, listed, may_pass, open_fs, sizes, without_credentials
 from logitstore.errors import FormatError, StorageError, StorageRefusedError
+from logitstore.format.strict_json import FROM_A_COPY, parse_json
+from logitstore.storage import local_disk
+from logitstore.storage.failures import is_refusal, may_pass
+from logitstore.storage.filesystems import fetch, listed, open_fs, sizes
+from logitstore.storage.options import without_credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from logitstore.cache import ReadThroughCache
+    from logitstore.storage.cache import ReadThroughCache
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -39,13 +41,8 @@ COPIES_AT_ONCE = frozenset({"s3", "gs", "memory"})
 """File systems whose copy is there once they say so. Azure may make it later, from what is at the source then."""
 REQUESTS_AT_ONCE = 8
 """Objects written at once to a bucket by one process."""
-FROM_A_COPY = "restore it from a copy of the store"
 MAX_JSON_BYTES = 2**22
 """No metadata of a store is longer."""
-MAX_JSON_DEPTH = 32
-"""An array's metadata, the deepest, is nested 7 deep."""
-MAX_JSON_BRACKETS = 2**16
-"""A list takes 3 bytes of JSON and 60 of memory, and a while. An array's metadata, which has most of them, has 18."""
 
 
 class Storage:
@@ -95,7 +92,7 @@ class Storage:
         self._has_answered = False
         self.cache: ReadThroughCache | None = None
         if cache is not None and not self.is_local:
-            from logitstore.cache import ReadThroughCache
+            from logitstore.storage.cache import ReadThroughCache
 
             self.cache = ReadThroughCache(self._fs, cache[0], max_bytes=cache[1])
 
@@ -119,7 +116,7 @@ class Storage:
                 found = os.listdir(folder) if self.is_local else listed(self._fs, folder)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-            return sorted(name for name in found if not name.endswith(local_files.PARTIAL))
+            return sorted(name for name in found if not name.endswith(local_disk.PARTIAL))
 
         return self._try(names, path)
 
@@ -129,7 +126,7 @@ class Storage:
         For who is about to write by what it says: no network file system answers from memory.
         """
         if self.is_local:
-            self._try(lambda: local_files.refresh(self._inside(f"{path}/any").parent), path)
+            self._try(lambda: local_disk.refresh(self._inside(f"{path}/any").parent), path)
             return [name for name in self.names(path) if name.startswith(prefix)]
         folder = f"{self.root}/{path}"
 
@@ -190,7 +187,7 @@ class Storage:
 
     def _read(self, full: list[str], limits: list[int], *, cached: bool) -> list[bytes | Exception]:
         if self.is_local:
-            return [local_files.read(path, limit + 1) for path, limit in zip(full, limits, strict=True)]
+            return [local_disk.read(path, limit + 1) for path, limit in zip(full, limits, strict=True)]
         if cached and self.cache is not None:
             return self.cache.read(full, limits)
         return fetch(self._fs, full, limits)
@@ -208,7 +205,7 @@ class Storage:
         """Adds up the sizes of all objects below a folder."""
         folder = f"{self.root}/{path}"
         if self.is_local:
-            return self._try(lambda: local_files.num_bytes(folder), path)
+            return self._try(lambda: local_disk.num_bytes(folder), path)
         return sum(self._try(lambda: sizes(self._fs, folder), path).values())
 
     # Writing
@@ -217,7 +214,7 @@ class Storage:
         """Writes an object whole or not at all, in the place of what was there."""
         if self.is_local:
             self._make_root()
-            self._try(lambda: local_files.put(self._inside(path), data), path)
+            self._try(lambda: local_disk.put(self._inside(path), data), path)
         else:
             with self._there_to_write(path):
                 self._try(lambda: self._fs.pipe_file(f"{self.root}/{path}", data), path)
@@ -231,7 +228,7 @@ class Storage:
         """
         if self.is_local:
             self._make_root()
-            return self._try(lambda: local_files.create(self._inside(path), data), path)
+            return self._try(lambda: local_disk.create(self._inside(path), data), path)
 
         def created() -> bool:
             try:
@@ -250,7 +247,7 @@ class Storage:
             FileNotFoundError: The source is not there.
         """
         if self.is_local:
-            self._try(lambda: local_files.copy(self._inside(source), self._inside(path)), path)
+            self._try(lambda: local_disk.copy(self._inside(source), self._inside(path)), path)
             return
         full = (f"{self.root}/{source}", f"{self.root}/{path}")
         self._try(lambda: self._fs.cp_file(*full), path)
@@ -268,7 +265,7 @@ class Storage:
     def remove(self, path: str) -> None:
         """Deletes an object, if it is there; on a local disk also a folder in its place."""
         if self.is_local:
-            self._try(lambda: local_files.remove(self._inside(path)), path)
+            self._try(lambda: local_disk.remove(self._inside(path)), path)
             return
 
         def removed() -> None:
@@ -280,7 +277,7 @@ class Storage:
     def remove_folder(self, path: str) -> None:
         """Deletes a folder of a local disk and all in it, if it is there; a bucket has no folders."""
         if self.is_local:
-            self._try(lambda: local_files.remove_folder(str(self._inside(path))), path)
+            self._try(lambda: local_disk.remove_folder(str(self._inside(path))), path)
 
     def remove_partials(self, path: str) -> int:
         """Deletes what writers killed a day ago or more left in a folder. Returns how many files.
@@ -289,7 +286,7 @@ class Storage:
         """
         if not self.is_local:
             return 0
-        return self._try(lambda: local_files.remove_partials(self._inside(os.path.join(path, "any")).parent), path)
+        return self._try(lambda: local_disk.remove_partials(self._inside(os.path.join(path, "any")).parent), path)
 
     def _inside(self, path: str) -> Path:
         """Returns where a local object is to change, unless a link that somebody put into the store leads elsewhere."""
@@ -303,7 +300,7 @@ class Storage:
         if os.path.isdir(f"{self.root}/"):
             return
         try:
-            local_files.make_folder(Path(self.root))
+            local_disk.make_folder(Path(self.root))
         except OSError as error:
             kind = StorageRefusedError if is_refusal(error) else ValueError
             raise kind(
@@ -356,45 +353,3 @@ class Storage:
                 return result
             time.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, LONGEST_WAIT_S)
-
-
-def to_json_bytes(value: Mapping[str, Any]) -> bytes:
-    """Returns a JSON object as it is stored: indented, keys sorted, one newline at the end."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def parse_json(path: str, data: bytes, way_out: str = FROM_A_COPY) -> Any:  # noqa: ANN401
-    """Parses what was read from a path, as strictly as two readers need to agree on what it says.
-
-    Raises:
-        FormatError: It is no JSON, names a field twice, holds NaN or an infinity, or is nested deeper than any of ours.
-    """
-    if data.count(b"[") + data.count(b"{") > MAX_JSON_BRACKETS:
-        raise FormatError(f"{path} must hold a few lists and objects, got more than {MAX_JSON_BRACKETS} brackets")
-    try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_refused)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} must be JSON, got {data[:40]!r} ({error!s:.80}); {way_out}") from error
-    if _is_deeper(value, MAX_JSON_DEPTH):
-        raise FormatError(f"{path} must be nested at most {MAX_JSON_DEPTH} deep, got more; this is no store")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field is named twice")
-    return fields
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    """What is printed of a value is printed by recursion: it must not be deeper than Python can go."""
-    level = [value]
-    for _ in range(depth):
-        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
-        level = [part for some in parts for part in some if isinstance(part, dict | list)]
-    return bool(level)

@@ -13,16 +13,18 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from logitstore import commits, layout
 from logitstore.errors import DamagedShardError, FormatError, StorageError
-from logitstore.storage import parse_json, to_json_bytes
+from logitstore.format import layout
+from logitstore.format.commit import commit_bytes, parse_commit
+from logitstore.format.strict_json import parse_json, to_json_bytes
+from logitstore.store.commits.index import commits_folder, find_commit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from logitstore.commits import Commit
-    from logitstore.layout import ArraySpec
-    from logitstore.storage import Storage
+    from logitstore.format.commit import Commit
+    from logitstore.format.layout import ArraySpec
+    from logitstore.storage.storage import Storage
 
 STAGING = "staging"
 WINNER = "winner"
@@ -63,7 +65,7 @@ def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None
     layer, shard = commit.layer, commit.shard
     staged = tuple(name for name, data in objects.items() if data is not None)
     for _ in range(MAX_ROUNDS):
-        if (there := commits.find(storage, layer, shard)) is not None:
+        if (there := find_commit(storage, layer, shard)) is not None:
             clean(storage, layer, shard)
             return there
         # A new attempt each time: what is gone must not come back under a name that others gave up.
@@ -72,12 +74,12 @@ def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None
             _stage(storage, mine, objects)
             winner = _elect(storage, mine)
             # Elections end with a commit: whoever won one that came after it sees the commit here, and stops.
-            if winner is None or commits.find(storage, layer, shard) is not None:
+            if winner is None or find_commit(storage, layer, shard) is not None:
                 continue
             _copy(storage, winner)
         except FileNotFoundError:
             continue  # what was staged is gone: somebody has finished
-        storage.put(f"{commits.folder(layer)}/{winner.commit.name}", commits.to_bytes(winner.commit))
+        storage.put(f"{commits_folder(layer)}/{winner.commit.name}", commit_bytes(winner.commit))
         clean(storage, layer, shard)
         return winner.commit
     raise StorageError(
@@ -112,7 +114,7 @@ def _elect(storage: Storage, mine: Winner) -> Winner | None:
         "attempt": mine.attempt,
         "objects": list(mine.objects),
         "name": mine.commit.name,
-        "commit": commits.to_bytes(mine.commit).decode(),
+        "commit": commit_bytes(mine.commit).decode(),
     }
     # There is a second election only if the first one's winner is no use: damaged on the disk, or robbed of its objects
     # by somebody's hand. To replace it could be to replace what another writer, who saw the same, has just put there.
@@ -146,7 +148,7 @@ def _parse(found: object, commit: Commit) -> Winner:
     return Winner(
         attempt=attempt,
         objects=tuple(objects),
-        commit=commits.parse(record.encode(errors="replace"), commit.layer, commit.shard, name),
+        commit=parse_commit(record.encode(errors="replace"), commit.layer, commit.shard, name),
     )
 
 

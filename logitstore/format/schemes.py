@@ -121,3 +121,56 @@ def describe(scheme: Scheme) -> str:
     # all digits of a seed
     options = [f"{name} {value:{'g' if isinstance(value, float) else 'd'}}" for name, value in values.items()]
     return ", ".join([scheme.name, *options])
+
+
+def smaller(stored: Scheme, *, k: int | None, mass: float | None) -> Scheme:
+    """Returns the scheme that keeps fewer entries than a stored one, as `--k` and `--mass` ask for it.
+
+    Args:
+        stored: The scheme of the store.
+        k: Greatest number of entries of a row; None for the stored one.
+        mass: Probability mass of a nucleus, as which `topk` rows can be read too; None for the stored one.
+
+    Raises:
+        ValueError: A value is out of range, or the stored entries were drawn.
+    """
+    if stored.draws:
+        check_smaller(stored, stored)  # raises, with the reason
+    most = stored.k if k is None else k
+    if mass is None and stored.name == "topk":
+        return Scheme(k=most)
+    k_min = stored.k_min if stored.name == "nucleus" else int(OPTIONS["nucleus"]["k_min"])
+    wanted = stored.mass if mass is None else mass
+    return Scheme(name="nucleus", k=most, mass=wanted, k_min=max(1, min(k_min, most)))
+
+
+def check_smaller(stored: Scheme, scheme: Scheme) -> None:
+    """Checks that rows of one scheme hold all that another keeps, whatever the distribution.
+
+    Raises:
+        ValueError: They do not.
+    """
+    whole = "leave scheme (--k and --mass) out to read the store as it is"
+    if stored.draws or scheme.draws:
+        which, one = ("stored rows", stored) if stored.draws else ("scheme", scheme)
+        raise ValueError(
+            f"{which} must be of topk or nucleus to be truncated further, got {describe(one)}: a token that was not "
+            f"drawn may be likelier than one that was; {whole}"
+        )
+    if scheme.k > stored.k:
+        raise ValueError(f"k must be at most {stored.k}, which the store keeps, got k={scheme.k}; {whole}")
+    if stored.name == "topk":
+        return
+    if scheme.name == "topk":
+        if scheme.k > stored.k_min:
+            raise ValueError(
+                f"k must be at most {stored.k_min}, the k_min of the stored nucleus, got topk with k={scheme.k}: rows "
+                "that reach the mass sooner hold no more; give a nucleus of lower mass instead"
+            )
+        return
+    for name in ("mass", "k_min"):
+        if getattr(scheme, name) > getattr(stored, name):
+            raise ValueError(
+                f"{name} must be at most {getattr(stored, name):g} as in the stored nucleus, got "
+                f"{name}={getattr(scheme, name):g}; {whole}"
+            )

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from logitstore import commits, layout, measures, objects, publish
-from logitstore.attributes import read_attributes, stored_spec
 from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError
-from logitstore.shards import entries_per_row
-from logitstore.spec import LossSpec, StoreSpec, TargetSpec, check_room, check_same, maker, to_json
-from logitstore.storage import parse_json
+from logitstore.format import layout, zarr_objects
+from logitstore.format.commit import commit_bytes, crc32c, make_commit, parse_commit
+from logitstore.format.fidelity_sums import is_measured
+from logitstore.format.spec import LossSpec, StoreSpec, TargetSpec, check_room, check_same, maker, to_json
+from logitstore.format.strict_json import parse_json
+from logitstore.rows.shard_arrays import entries_per_row
+from logitstore.store.catalog import read_attributes, stored_spec
+from logitstore.store.commits import protocol
+from logitstore.store.commits.index import find_commit, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from logitstore.commits import Commit
-    from logitstore.storage import Storage
+    from logitstore.format.commit import Commit
+    from logitstore.storage.storage import Storage
 
 S = TypeVar("S", bound="StoreSpec | TargetSpec | LossSpec")
 
@@ -40,7 +44,7 @@ def create_store(storage: Storage, spec: StoreSpec) -> None:
     own = replace(spec, target=None, losses={}, appends=())
     if read_attributes(storage, "") is None:
         _check_shards(storage, "tokens", own, OTHER_STORE)
-    created = storage.create("zarr.json", objects.group_metadata({"logitstore": to_json(own)}))
+    created = storage.create("zarr.json", zarr_objects.group_metadata({"logitstore": to_json(own)}))
     if not created:
         stored = stored_spec(StoreSpec, read_attributes(storage, "") or {}, "store")
         check_same(stored, own, "store", OTHER_STORE)
@@ -51,7 +55,7 @@ def create_store(storage: Storage, spec: StoreSpec) -> None:
         ):
             if old != new:
                 raise IdentityError(f"{name} must be {old} as in the store, got {name}={new}; {OTHER_STORE}")
-    storage.create("tokens/zarr.json", objects.group_metadata({}))
+    storage.create("tokens/zarr.json", zarr_objects.group_metadata({}))
     make_room(storage, spec, "tokens")
 
 
@@ -73,8 +77,8 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
         check_room(spec.shard_rows, layer_spec.room)
     is_ours = check_layer(storage, layer, layer_spec)
     if "/" in layer:
-        storage.create(f"{layer.partition('/')[0]}/zarr.json", objects.group_metadata({}))
-    path, metadata = f"{layer}/zarr.json", objects.group_metadata({"logitstore": to_json(layer_spec)})
+        storage.create(f"{layer.partition('/')[0]}/zarr.json", zarr_objects.group_metadata({}))
+    path, metadata = f"{layer}/zarr.json", zarr_objects.group_metadata({"logitstore": to_json(layer_spec)})
     if is_ours:
         storage.create(path, metadata)
     else:
@@ -107,18 +111,16 @@ def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec)
     try:
         check_same(stored_spec(type(layer_spec), found, layer), layer_spec, layer, next_step)
     except IdentityError:
-        if len(commits.read_index(storage, layer)):
+        if len(read_index(storage, layer)):
             raise
         return False
     return True
 
 
-def _check_shards(
-    storage: Storage, layer: str, own: StoreSpec | TargetSpec | LossSpec, next_step: str
-) -> None:
+def _check_shards(storage: Storage, layer: str, own: StoreSpec | TargetSpec | LossSpec, next_step: str) -> None:
     """Refuses to give another spec to shards that lost theirs."""
-    index = commits.read_index(storage, layer)
-    commit = commits.find(storage, layer, int(index.shards[0])) if len(index) else None
+    index = read_index(storage, layer)
+    commit = find_commit(storage, layer, int(index.shards[0])) if len(index) else None
     if commit is not None and commit.made_by != maker(own):
         raise IdentityError(
             f"{layer} must be made as its {len(index)} shards were, whose zarr.json is gone, got another model or "
@@ -138,13 +140,13 @@ def make_room(storage: Storage, spec: StoreSpec, layer: str) -> None:
     for array in layout.layer_arrays(layer):
         path = f"{layer}/{array.name}/zarr.json"
         sizes = {"shard_rows": spec.shard_rows, "k": k}
-        wanted = objects.array_metadata(array, num_shards=spec.num_shards, **sizes)
+        wanted = zarr_objects.array_metadata(array, num_shards=spec.num_shards, **sizes)
         if storage.create(path, wanted):
             continue
         found = parse_json(path, storage.get(path))
-        if objects.same_metadata(found, wanted):
+        if zarr_objects.same_metadata(found, wanted):
             continue
-        if not (num_shards := objects.num_shards_of(found, array, **sizes)):
+        if not (num_shards := zarr_objects.num_shards_of(found, array, **sizes)):
             raise FormatError(
                 f"{path} must describe {array.name} of this store, got another array; "
                 "`logitstore verify --repair` writes it anew"
@@ -159,9 +161,9 @@ def _with(spec: StoreSpec, layer_spec: TargetSpec | LossSpec) -> StoreSpec:
 
 def _is_readable(commit: Commit) -> bool:
     """Returns whether readers will take a record: the reasons in it may be long, or have too many brackets."""
-    data = commits.to_bytes(commit)
+    data = commit_bytes(commit)
     try:
-        commits.parse(data, commit.layer, commit.shard, commit.name)
+        parse_commit(data, commit.layer, commit.shard, commit.name)
     except DamagedShardError:
         return False
     return len(data) <= MAX_RECORD_BYTES
@@ -227,7 +229,7 @@ class LayerWriter:
         """
         arrays = {array.name: np.asarray(values[array.name]) for array in layout.layer_arrays(self._layer)}
         encoded = {array.name: self._encode(arrays[array.name], array) for array in layout.layer_arrays(self._layer)}
-        commit = commits.describe(
+        commit = make_commit(
             self._layer,
             shard,
             arrays,
@@ -240,7 +242,7 @@ class LayerWriter:
             set_aside=set_aside,
             fidelity=fidelity,
         )
-        if not measures.is_measured(self._layer, commit.fidelity, counted):
+        if not is_measured(self._layer, commit.fidelity, counted):
             raise ValueError(f"fidelity must be finite sums, got fidelity={fidelity} of shard {shard}; report this")
         if not _is_readable(commit):
             raise ValueError(
@@ -248,7 +250,7 @@ class LayerWriter:
                 f"find out why they fail: {next(iter(commit.set_aside.values()), '')}"
             )
         self._check_still_ours()
-        kept = publish.publish(self._storage, commit, encoded)
+        kept = protocol.publish(self._storage, commit, encoded)
         if kept.made_by != self._made_by:
             raise IdentityError(
                 f"shard {shard} of layer {self._layer!r} must be made by {self._made_by[:19]}, "
@@ -258,9 +260,9 @@ class LayerWriter:
 
     def _encode(self, values: NDArray[Any], array: layout.ArraySpec) -> bytes | None:
         """Encodes and reads back: what cannot be read is found now, not when the target is gone."""
-        data = objects.encode(values, array, **self._sizes)
-        decoded = objects.decode(data, len(values), array, **self._sizes)
-        if commits.checksum(decoded) != commits.checksum(values.astype(array.dtype, copy=False)):
+        data = zarr_objects.encode(values, array, **self._sizes)
+        decoded = zarr_objects.decode(data, len(values), array, **self._sizes)
+        if crc32c(decoded) != crc32c(values.astype(array.dtype, copy=False)):
             raise FormatError(
                 f"{self._layer}/{array.name} must decode to what was encoded, got other values; check the versions of "
                 "zarr and numcodecs, and this machine's memory"

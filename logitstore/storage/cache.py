@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.implementations.cache_mapper import HashCacheMapper
 
-from logitstore.drivers import fetch
+from logitstore.storage.filesystems import fetch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

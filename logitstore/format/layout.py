@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from logitstore.spec import ROW_CHUNK
+from logitstore.format.spec import ROW_CHUNK
 
 ENTRY_CHUNK = 2**16
 """At most this many entries are in one inner chunk of a flat array."""

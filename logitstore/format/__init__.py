@@ -1,0 +1,1 @@
+"""The on-disk format: specs, schemes, codes, arrays, commit records. Pure: no storage, no torch."""

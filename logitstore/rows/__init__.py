@@ -1,0 +1,1 @@
+"""Rows and shards in memory, as NumPy arrays, and their encoding."""

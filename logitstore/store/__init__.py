@@ -1,0 +1,1 @@
+"""A store as a whole: opening, reading, writing, and taking back shards."""

@@ -1,0 +1,270 @@
+"""The contents of a store, as they were when it was opened: its specs, its layers, and which shards are committed.
+
+No array is read here; `shard_reader` does that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from logitstore.errors import DamagedShardError, FormatError, IdentityError, LayerNotFoundError, StoreNotFoundError
+from logitstore.format import layout
+from logitstore.format.commit import parse_commit, short_digest
+from logitstore.format.spec import LossSpec, StoreSpec, TargetSpec, check_room, from_json, maker
+from logitstore.format.strict_json import FROM_A_COPY
+from logitstore.rows.shard_arrays import MAX_COMMIT_BYTES, check_commit_fits
+from logitstore.store.commits.appends import joined, read_appends
+from logitstore.store.commits.index import commits_folder, read_index
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from numpy.typing import NDArray
+
+    from logitstore.format.commit import Commit
+    from logitstore.storage.storage import Storage
+    from logitstore.store.commits.index import Index
+
+WAY_OUT = f"{FROM_A_COPY}, or delete it and run the dump again with the same options, which writes it anew"
+
+S = TypeVar("S", bound="StoreSpec | TargetSpec | LossSpec")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of an opened store: `tokens`, `target` or `losses/<name>`."""
+
+    name: str
+    spec: StoreSpec | TargetSpec | LossSpec
+    made_by: str
+    """Digest of the spec's identity."""
+    index: Index
+    """The committed shards."""
+    num_shards: int
+    """Number of shards that the finished layer has."""
+    stale: frozenset[int]
+    """Shards computed from other values than the layer below holds now. Readers refuse them; the next dump replaces
+    them."""
+
+    @property
+    def committed(self) -> frozenset[int]:
+        """Committed shards, including stale ones."""
+        return self.index.committed
+
+    @property
+    def gaps(self) -> list[range]:
+        """Runs of shards that are not committed yet, in order. The cost does not depend on their length."""
+        edges = np.concatenate([[-1], self.index.upto(self.num_shards).shards, [self.num_shards]])
+        (before,) = np.nonzero(np.diff(edges) > 1)
+        return [range(a + 1, b) for a, b in zip(edges[before].tolist(), edges[before + 1].tolist(), strict=True)]
+
+    @property
+    def num_missing(self) -> int:
+        """Number of shards that are not committed yet."""
+        return sum(map(len, self.gaps))
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """Shards that are not committed yet, in order."""
+        return list(itertools.chain.from_iterable(self.gaps))
+
+
+class Catalog:
+    """The specs, layers and commit indexes of a store, as they were when it was opened.
+
+    Attributes:
+        storage: Where the store's objects are.
+        spec: The specs of the store and of all its layers, as stored.
+        layers: The layers by name, in the order tokens, target, losses.
+        num_shards: Number of shards before the first one whose tokens are not committed. Readers see only these.
+        first_document: Int64 [num_shards + 1]; shard s holds documents first_document[s]..first_document[s + 1].
+        num_rows: Number of rows in these shards.
+        num_counted: Number of rows in these shards whose loss mask is 1.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        """Reads the specs and lists the commit records.
+
+        Raises:
+            StoreNotFoundError: There is no store.
+            FormatError: The store has another format version, or its metadata is malformed.
+        """
+        self.storage = storage
+        attributes = read_attributes(storage, "")
+        if attributes is None:
+            raise StoreNotFoundError(
+                f"url must be that of a store, got url={storage.url} without a "
+                "zarr.json; give --data and --target to the dump to make one there"
+            )
+        spec = stored_spec(StoreSpec, attributes, "store")
+        # Upper layers are listed before lower ones: every shard that a listing names is in the later listings too.
+        losses = {}
+        for name in storage.names("losses"):
+            if layout.is_loss_name(name) and (found := read_attributes(storage, f"losses/{name}")) is not None:
+                losses[name] = stored_spec(LossSpec, found, f"losses/{name}")
+        target = read_attributes(storage, "target")
+        self.spec = replace(
+            joined(spec, read_appends(storage, spec)),
+            target=None if target is None else stored_spec(TargetSpec, target, "target"),
+            losses=losses,
+        )
+        if self.spec.target is not None:
+            try:
+                check_room(self.spec.shard_rows, self.spec.target.room)
+            except ValueError as error:
+                raise FormatError(f"target is malformed: {error}") from error
+        self.layers = _list_layers(storage, self.spec)
+        tokens = self.layers["tokens"].index.upto(self.spec.num_shards)
+        gaps = np.flatnonzero(tokens.shards != np.arange(len(tokens)))
+        self.num_shards = int(gaps[0]) if len(gaps) else len(tokens)
+        self.first_document: NDArray[np.int64] = np.zeros(self.num_shards + 1, dtype=np.int64)
+        np.cumsum(tokens.documents[: self.num_shards], out=self.first_document[1:])
+        self.num_rows = int(tokens.rows[: self.num_shards].sum())
+        self.num_counted = int(tokens.counted[: self.num_shards].sum())
+
+    def record_path(self, layer: str, shard: int) -> str:
+        """Returns the path of a shard's commit record.
+
+        Raises:
+            LayerNotFoundError: The store has no such layer, or this shard of it is not committed.
+            DamagedShardError: The shard has several records.
+        """
+        url = self.storage.url
+        if layer not in self.layers:
+            raise LayerNotFoundError(
+                f"layer must be one of {list(self.layers)} in {url}, got layer={layer}; dump it first"
+            )
+        index = self.layers[layer].index
+        if (place := index.find(shard)) is None:
+            if shard not in range(n := self.spec.num_shards):
+                raise LayerNotFoundError(f"shard must be from 0 to {n - 1}, got shard={shard}; {url} has {n}")
+            raise LayerNotFoundError(
+                f"shard must be committed, got shard={shard} of layer {layer!r} in {url}, where "
+                f"{len(index)} of {self.spec.num_shards} are; run the dump again to finish it"
+            )
+        if shard in index.contested:
+            raise DamagedShardError(layer, shard, "several commit records")
+        return f"{commits_folder(layer)}/{index.name(place)}"
+
+    def check(self, layer: str, shard: int, data: bytes | None) -> Commit:
+        """Parses a commit record, and checks it against the store's specs and against the layer below.
+
+        Args:
+            layer: The shard's layer.
+            shard: The shard's number.
+            data: The bytes read at `record_path`; None if there were none.
+
+        Raises:
+            LayerNotFoundError: There was no record, or the shard of the layer below is not committed.
+            DamagedShardError: The record is malformed, or differs from its name.
+            IdentityError: Another model made the shard, or it was computed from other values than the store holds now.
+        """
+        if data is None:
+            raise LayerNotFoundError(
+                f"shard must be committed, got shard={shard} of layer {layer!r} in {self.storage.url}, which was taken "
+                "back since the store was opened; open it again"
+            )
+        if len(data) > MAX_COMMIT_BYTES:
+            raise DamagedShardError(layer, shard, "a commit record too long to be one")
+        commit = parse_commit(data, layer, shard, self.record_path(layer, shard).rpartition("/")[2])
+        check_commit_fits(self.spec, commit)
+        way_out = {
+            "tokens": "dump into another store",
+            "target": "take the shard back with `logitstore verify --repair` and dump it again",
+        }.get(layer, "dump the losses again, which replaces those that are stale")
+        if commit.made_by != (now := self.layers[layer].made_by):
+            raise IdentityError(
+                f"shard {shard} of layer {layer!r} must be made by {now[:19]} as the layer's spec says, got "
+                f"{commit.made_by[:19]}: another job wrote it; {way_out}"
+            )
+        below = layout.below(layer)
+        if below is None:
+            if commit.computed_from is not None:
+                raise DamagedShardError(layer, shard, "tokens computed from something")
+            return commit
+        index = self.layers[below].index if below in self.layers else None
+        if index is None or (place := index.find(shard)) is None:
+            raise LayerNotFoundError(
+                f"shard must be committed in {below}, got shard={shard} of layer {layer!r} in {self.storage.url} "
+                "without what it was computed from; run the dump again to finish it"
+            )
+        if shard in index.contested:
+            raise DamagedShardError(below, shard, "several commit records")
+        digest = index.digests[place]
+        if short_digest(commit.computed_from).encode() != digest:
+            raise IdentityError(
+                f"shard {shard} of layer {layer!r} must be computed from {below} {digest.decode()}, got "
+                f"{short_digest(commit.computed_from)}; these values are stale: {way_out}"
+            )
+        return commit
+
+
+def _list_layers(storage: Storage, spec: StoreSpec) -> dict[str, Layer]:
+    specs: dict[str, StoreSpec | TargetSpec | LossSpec] = {"tokens": spec}
+    if spec.target is not None:
+        specs["target"] = spec.target
+    specs |= {layout.losses_layer(name): loss for name, loss in spec.losses.items()}
+    indexes = {name: read_index(storage, name) for name in reversed(specs)}
+    return {
+        name: Layer(
+            name=name,
+            spec=layer_spec,
+            made_by=maker(layer_spec),
+            index=indexes[name],
+            num_shards=spec.num_shards,
+            stale=stale_shards(indexes[name], indexes[below])
+            if (below := layout.below(name)) in indexes
+            else frozenset(),
+        )
+        for name, layer_spec in specs.items()
+    }
+
+
+def stale_shards(index: Index, below: Index) -> frozenset[int]:
+    """Returns the shards that were computed from other values than the layer below holds now."""
+    common, places, places_below = np.intersect1d(index.shards, below.shards, assume_unique=True, return_indices=True)
+    others = frozenset(common[index.origins[places] != below.digests[places_below]].tolist())
+    return others - index.contested - below.contested
+
+
+def read_attributes(storage: Storage, path: str) -> dict[str, Any] | None:
+    """Reads the attributes of a group; None if there is no group.
+
+    Raises:
+        FormatError: The group is not of Zarr version 3.
+    """
+    name = f"{path}/zarr.json" if path else "zarr.json"
+    try:
+        metadata = storage.get_json(name, WAY_OUT)
+    except FileNotFoundError:
+        return None
+    if not isinstance(metadata, dict) or metadata.get("node_type") != "group" or metadata.get("zarr_format") != 3:
+        raise FormatError(f"{name} must describe a Zarr group, got {metadata!r:.80}; this is no store")
+    attributes = metadata.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise FormatError(f"attributes must be a JSON object, got attributes={attributes!r:.80}; this is no store")
+    return attributes
+
+
+def stored_spec(cls: type[S], attributes: Mapping[str, Any], where: str) -> S:
+    """Parses a spec from a group's attributes; `where` names it in error messages."""
+    return from_json(cls, attributes.get("logitstore"), where)
+
+
+def runs(shards: Collection[int]) -> list[range]:
+    """Groups shard numbers into runs of consecutive ones, in order."""
+    numbers = sorted(shards)
+    starts = [i for i, shard in enumerate(numbers) if i == 0 or shard != numbers[i - 1] + 1]
+    return [range(numbers[start], numbers[stop - 1] + 1) for start, stop in itertools.pairwise([*starts, len(numbers)])]
+
+
+def spans(shards: list[range], most: int = 10) -> str:
+    """Formats runs of shards as text: "1, 4-6, 9", followed by "and N more" after the first `most`."""
+    texts = [str(run.start) if len(run) == 1 else f"{run.start}-{run.stop - 1}" for run in shards[:most]]
+    more = f" and {sum(map(len, shards[most:])):,} more" if len(shards) > most else ""
+    return ", ".join(texts) + more
