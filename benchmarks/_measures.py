@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from logitstore.support import TAIL_FLOOR
+from logitstore.models.support import TAIL_FLOOR
 
 if TYPE_CHECKING:
     from logitstore.rows.rows import Rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from logitstore.dump.truncation import truncate, uniforms
+from logitstore.dump.scoring.truncation import truncate, uniforms
 from logitstore.format import layout, zarr_objects
 from logitstore.format.layout import ENTRY_CHUNK
 from logitstore.format.schemes import make_scheme

@@ -21,11 +21,11 @@ from pathlib import Path
 from benchmarks import _torture_rows as rows
 from benchmarks import _torture_writer as writing
 from logitstore.format import layout
+from logitstore.inspection.verify import repair, verify
 from logitstore.storage.local_disk import PARTIAL
 from logitstore.storage.storage import Storage
 from logitstore.store.reader import Store
 from logitstore.store.take_back import sweep, take_back
-from logitstore.verify import repair, verify
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 STALLED_S = 300

@@ -16,11 +16,11 @@ import numpy as np
 
 from logitstore.errors import LogitStoreError
 from logitstore.format.layout import layer_arrays
+from logitstore.inspection.verify import verify
 from logitstore.storage.local_disk import PARTIAL
 from logitstore.storage.storage import Storage
 from logitstore.store.commits.index import commit_names
 from logitstore.store.reader import Store
-from logitstore.verify import verify
 
 PLACE = re.compile(r"(?:commits/)?(tokens|target|losses/[^/]+)/(?:[^/]+/c/([0-9]+)|([0-9]+)-[^/]*\.json)")
 """Paths of what belongs to one shard of a layer."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import s3fs  # noqa: F401 - imported before forking, as it takes a second
 
 from benchmarks import _torture_rows as rows
-from logitstore.dump.parts import write_part
+from logitstore.documents.tokens_layer import write_part
 from logitstore.errors import StorageError, StorageRefusedError, StoreNotFoundError
 from logitstore.format.commit import layer_digest
 from logitstore.storage.storage import Storage

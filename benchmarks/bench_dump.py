@@ -31,10 +31,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitstore.dump.schedule import SHARDS_IN_FLIGHT
-from logitstore.dump.scoring import score_target
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.dump.scoring.score import score_target
+from logitstore.dump.worker import ShardDumper
 from logitstore.format.schemes import OPTIONS, make_scheme
 from logitstore.format.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, TokenizerSpec
+from logitstore.models.loading import ModelSource
 from logitstore.rows.batches import batches
 from logitstore.rows.tokens import encode_tokens
 from logitstore.storage.storage import Storage

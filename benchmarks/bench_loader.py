@@ -35,10 +35,11 @@ from demo_models import DRAFTS, MAX_LENGTH, TARGET, save_new_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import logitstore
-from logitstore.causal_lm import load_model, tokenizer_spec
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.dump.worker import ShardDumper
 from logitstore.format.schemes import make_scheme
 from logitstore.format.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec
+from logitstore.models.identity import tokenizer_spec
+from logitstore.models.loading import ModelSource, load_model
 from logitstore.rows.tokens import encode_tokens
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
@@ -159,10 +160,8 @@ def run(folder, server, args):
     pairs = read_pairs(standard_library())
     tokenizer = train_tokenizer(pairs[:3000], VOCAB_SIZE)
     save_new_model(TARGET, tokenizer, folder / "target", seed=0)
-    target = load_model(
-        str(folder / "target"), revision=None, dtype="float32", attn_implementation=None, trust_remote_code=False,
-        device="cpu",
-    )  # fmt: skip
+    source = ModelSource(name=str(folder / "target"), dtype="float32")
+    target = load_model(source, what="target", device="cpu")
     with torch.no_grad():
         target.lm_head.weight.mul_(6)  # peaked, as a trained model's distributions are
     target.save_pretrained(folder / "target")

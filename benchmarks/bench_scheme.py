@@ -47,7 +47,7 @@ from demo_corpus import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
-from logitstore import info
+from logitstore.inspection import info
 from trainer.acceptance import cached_acceptance
 
 SCHEMES = (

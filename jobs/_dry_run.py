@@ -79,9 +79,7 @@ def _padding(tokens: list[int], batch: int) -> float:
 
 
 def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: _on(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()
-    }
+    return {name: _on(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()}
 
 
 def _memory(module: DraftModule, batch: dict[str, Any], training: TrainingArguments) -> dict[str, float]:

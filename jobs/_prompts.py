@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from logitstore.dump.documents import progress_bars
-from logitstore.dump.encoding import render, without_filler
-from logitstore.dump.sources import find_source, open_records
+from logitstore.documents.records import open_records
+from logitstore.documents.sources import find_source
+from logitstore.documents.table import progress_bars
+from logitstore.documents.tokenizing import render, without_filler
 
 if TYPE_CHECKING:
-
     from transformers import PreTrainedTokenizerBase
 
 MAX_HALF_TOKENS = 64

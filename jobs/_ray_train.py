@@ -23,8 +23,8 @@ from fsspec.config import conf
 from transformers import TrainerState
 
 from logitstore.errors import LogitStoreError
+from logitstore.models.loading import loading_bars
 from logitstore.storage.options import VARIABLE, storage_options
-from logitstore.weights import loading_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +120,7 @@ def _resources(values: dict[str, Any]) -> tuple[int, dict[str, float]]:
     """Returns how many workers there are to be, and what each has: a GPU if there are any, else its share of CPUs."""
     import ray
 
-    from logitstore.dump.pool import room
+    from logitstore.cluster.resources import room
 
     num, nodes = int(values["num_workers"]), [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = float(not values["use_cpu"] and any(node.get("GPU", 0) >= 1 for node in nodes))

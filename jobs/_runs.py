@@ -41,10 +41,17 @@ STEPS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = NOT_REPEATED | {
     *STEPS,
     "output_dir",  # the folder itself, by whatever path
-    "cache_dir", "cache_bytes", "storage_options",  # of a machine: how the same bytes are reached
+    "cache_dir",
+    "cache_bytes",
+    "storage_options",  # of a machine: how the same bytes are reached
     # of a machine too: the next step begins at the next document whatever their number
-    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "num_workers",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "num_workers",
     "disable_tqdm",
     "include_num_input_tokens_seen",
     "project",
@@ -111,9 +118,7 @@ def read_run(path: Path, known: set[str]) -> dict[str, Any]:
     if unknown := sorted(set(values) - known):
         near = difflib.get_close_matches(unknown[0], known, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(
-            f"run file must have the names of flags only, got {unknown[0]!r} in {path}{meant}; see --help"
-        )
+        raise ValueError(f"run file must have the names of flags only, got {unknown[0]!r} in {path}{meant}; see --help")
     return {k: v if v is None or isinstance(v, list | dict) else str(v) for k, v in values.items()}
 
 

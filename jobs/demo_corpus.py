@@ -119,6 +119,4 @@ def train_tokenizer(pairs: list[Pair], vocab_size: int) -> PreTrainedTokenizerFa
     )
     backend.train_from_iterator((pair.prompt + pair.response for pair in pairs), trainer)
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")

@@ -19,18 +19,20 @@ import argparse
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from _errors import end, refusals, user_errors
 from _set_aside import explain
 
 from logitstore.arguments import Parser
-from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.errors import LayerNotFoundError, LogitStoreError
 from logitstore.format.layout import losses_layer
 from logitstore.format.schemes import OPTIONS, Scheme, make_scheme
 from logitstore.format.spec import LossSpec, ModelSpec, TargetSpec, TokenizerSpec, check_room, maker
+from logitstore.models.identity import check_model, tokenizer_spec
+from logitstore.models.loading import ModelSource, load_config, load_tokenizer
 from logitstore.storage.options import options_for, storage_options
 from logitstore.storage.storage import Storage
 from logitstore.store.catalog import read_attributes
@@ -38,9 +40,6 @@ from logitstore.store.commits.set_aside import explain_missing
 from logitstore.store.reader import Store
 from logitstore.store.take_back import sweep
 from logitstore.store.writer import add_layer, check_layer
-
-if TYPE_CHECKING:
-    from logitstore.dump.worker import ModelSource
 
 
 def parser() -> Parser:
@@ -101,8 +100,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Slow imports wait until the arguments are known to parse.
     import ray
 
-    from logitstore.dump.pipeline import DumpError, DumpPlan, needs_models, run_dump
-    from logitstore.dump.worker import ModelSource
+    from logitstore.dump.dispatcher import needs_models, run_dump
+    from logitstore.dump.plan import DumpError, DumpPlan
 
     with user_errors():
         storage = Storage(args.store, storage_options(args.storage_options))
@@ -142,14 +141,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 add_layer(storage, store.spec, layer, layer_spec)
 
     def source(name: str, revision: str | None, spec: ModelSpec) -> ModelSource:
-        return ModelSource(
-            # Actors may run in another folder.
-            name=str(Path(name).resolve()) if Path(name).is_dir() else name,
-            revision=revision,
-            dtype=spec.dtype,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-        )
+        # Actors may run in another folder.
+        there = str(Path(name).resolve()) if Path(name).is_dir() else name
+        return replace(_source(args, there, revision), dtype=spec.dtype)
 
     plan = DumpPlan(
         target=None if target is None else source(args.target, args.revision, target),
@@ -204,6 +198,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return summary
 
 
+def _source(args: argparse.Namespace, name: str, revision: str | None) -> ModelSource:
+    return ModelSource(
+        name=name,
+        revision=revision,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
 def _references(given: list[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for value in given:
@@ -226,14 +230,9 @@ def _documents(
         The store, and what the target and the references are.
     """
 
-    def check(
-        made: TokenizerSpec, max_length: int, shard_rows: int
-    ) -> tuple[ModelSpec | None, dict[str, ModelSpec]]:
+    def check(made: TokenizerSpec, max_length: int, shard_rows: int) -> tuple[ModelSpec | None, dict[str, ModelSpec]]:
         def describe(name: str, what: str, revision: str | None) -> ModelSpec:
-            return check_model(
-                name, what=what, made=made, max_length=max_length, revision=revision, dtype=args.dtype,
-                trust_remote_code=args.trust_remote_code,
-            )[0]  # fmt: skip
+            return check_model(_source(args, name, revision), what=what, made=made, max_length=max_length)[0]
 
         if args.target is not None:
             scheme.check_vocabulary(made.vocab_size)
@@ -256,17 +255,13 @@ def _documents(
                 f"{store.url}; give --data again to finish preparing"
             )
         return store, *check(store.spec.tokenizer, store.spec.max_length, store.spec.shard_rows)
-    from logitstore.dump.documents import prepare
+    from logitstore.documents.prepare import prepare
 
     name = args.tokenizer or args.target
     if name is None:
         raise ValueError("tokenizer must be given with --data where there is no --target, got none; give --tokenizer")
-    tokenizer = load_tokenizer(
-        name,
-        what="tokenizer" if args.tokenizer else "target",
-        revision=args.revision if name == args.target else None,
-        trust_remote_code=args.trust_remote_code,
-    )
+    revision = args.revision if name == args.target else None
+    tokenizer = load_tokenizer(_source(args, name, revision), what="tokenizer" if args.tokenizer else "target")
     max_length, shard_rows = _max_length(args, storage), _shard_rows(args, storage)
     target, references = check(tokenizer_spec(tokenizer, uses_chat_template=False), max_length, shard_rows)
     with refusals():
@@ -297,9 +292,7 @@ def _max_length(args: argparse.Namespace, storage: Storage) -> int:
         return Store(storage).spec.max_length
     context = None
     if args.target is not None:
-        config = load_config(
-            args.target, what="target", revision=args.revision, trust_remote_code=args.trust_remote_code
-        )
+        config = load_config(_source(args, args.target, args.revision), what="target")
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(2048, context or 2048)
 

@@ -24,19 +24,16 @@ from tqdm import tqdm
 
 import logitstore
 from logitstore.arguments import Parser
-from logitstore.causal_lm import check_model, load_config, load_tokenizer, tokenizer_spec
 from logitstore.format.schemes import Scheme, describe
+from logitstore.models.identity import check_model, tokenizer_spec
+from logitstore.models.loading import ModelSource, load_config, load_model, load_tokenizer, loading_bars
 from logitstore.storage.options import options_for, storage_options
-from logitstore.weights import load_weights, loading_bars
 from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
 from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
 from trainer.stream import check_complete
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from logitstore import Store
-    from logitstore.format.spec import ModelSpec
 
 RULES = (
     "alpha: accepted / (accepted + target calls with a rejection); tokens after a rejection are not counted",
@@ -91,21 +88,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         plan = _check(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def load(name: str, what: str, revision: str | None) -> PreTrainedModel:
-        return load_weights(
-            name,
-            what=what,
-            revision=revision,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-            device=device,
-        )
-
     # Both before anything is computed: weights that cannot be read are a mistake in what was asked for.
     with user_errors(), loading_bars(not args.no_progress):
-        draft = load(args.draft, "draft", args.draft_revision)
-        target = load(args.target, "target", args.revision) if plan.prompts else None
+        draft = load_model(_draft(args), what="draft", device=device)
+        target = load_model(_target(args), what="target", device=device) if plan.prompts else None
     figures: dict[str, Any] = {"draft": args.draft, "target": args.target, "gamma": args.gamma, "device": device}
     lines: list[str] = []
     if plan.store is not None:
@@ -178,31 +164,17 @@ def _check(args: argparse.Namespace) -> _Plan:
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise ValueError(f"json must be a file in a folder that is there, got json={args.json}; make the folder first")
 
-    remote = args.trust_remote_code
     options = storage_options(args.storage_options)
     if args.store is None and (args.k, args.mass) != (None, None):
         raise ValueError("store must be given with --k or --mass, got none; add --store, or leave them out")
     store = None if args.store is None else _open_store(args.store, options).read_smaller(k=args.k, mass=args.mass)
     if store is None:
-        target_tokenizer = load_tokenizer(args.target, what="target", revision=args.revision, trust_remote_code=remote)
+        target_tokenizer = load_tokenizer(_target(args), what="target")
         made, max_length = tokenizer_spec(target_tokenizer, uses_chat_template=False), None
     else:
         made, max_length = store.spec.tokenizer, store.spec.max_length
 
-    def check(
-        name: str, what: str, revision: str | None, length: int | None
-    ) -> tuple[ModelSpec, PreTrainedTokenizerBase]:
-        return check_model(
-            name,
-            what=what,
-            made=made,
-            max_length=length,
-            revision=revision,
-            dtype=args.dtype,
-            trust_remote_code=remote,
-        )
-
-    draft, _ = check(args.draft, "draft", args.draft_revision, max_length)
+    draft, _ = check_model(_draft(args), what="draft", made=made, max_length=max_length)
     if args.target is None:
         return _Plan(vocab_size=made.vocab_size, store=store, modes=modes, prompts=[], left_out=0, notes=[])
 
@@ -210,13 +182,10 @@ def _check(args: argparse.Namespace) -> _Plan:
     from _prompts import read_prompts
 
     # no length: the target does not run on the store's documents, only the draft does
-    target, target_tokenizer = check(args.target, "target", args.revision, None)
+    target, target_tokenizer = check_model(_target(args), what="target", made=made, max_length=None)
     contexts = [
         getattr(config.get_text_config(), "max_position_embeddings", None)
-        for config in (
-            load_config(args.draft, what="draft", revision=args.draft_revision, trust_remote_code=remote),
-            load_config(args.target, what="target", revision=args.revision, trust_remote_code=remote),
-        )
+        for config in (load_config(_draft(args), what="draft"), load_config(_target(args), what="target"))
     ]
     room = min((context for context in contexts if context), default=math.inf) - args.max_new_tokens
     prompts, left_out = read_prompts(
@@ -235,6 +204,24 @@ def _check(args: argparse.Namespace) -> _Plan:
             "servers, vLLM among them, ask for equal sizes"
         )
     return _Plan(vocab_size=made.vocab_size, store=store, modes=modes, prompts=prompts, left_out=left_out, notes=notes)
+
+
+def _draft(args: argparse.Namespace) -> ModelSource:
+    return _source(args, args.draft, args.draft_revision)
+
+
+def _target(args: argparse.Namespace) -> ModelSource:
+    return _source(args, args.target, args.revision)
+
+
+def _source(args: argparse.Namespace, name: str, revision: str | None) -> ModelSource:
+    return ModelSource(
+        name=name,
+        revision=revision,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def _open_store(url: str, options: dict[str, Any] | None) -> Store:

@@ -40,8 +40,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import EarlyStoppingCallback, TrainerState
 
 import logitstore
+from logitstore.models.loading import loading_bars
+from logitstore.models.probes import check_packing
 from logitstore.storage.options import storage_options, without_credentials
-from logitstore.weights import loading_bars
 from trainer.deal import make_deal
 from trainer.draft_trainer import DraftTrainer
 from trainer.drafts import make_draft, plan_draft
@@ -147,7 +148,7 @@ def make_module(prepared: Prepared) -> DraftModule:
         make_draft(prepared.plan), vocab_size=prepared.plan.vocab_size, objective=run.objective(), rule=run.rule()
     )
     if run.batches.packing:
-        module.split.check_packing()
+        check_packing(module.split)
     return module
 
 

@@ -5,10 +5,10 @@ Reading a store needs NumPy, zarr and fsspec alone: this package loads neither t
 
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError, LogitStoreError
 from logitstore.format.spec import StoreSpec
+from logitstore.inspection.verify import verify
 from logitstore.rows.rows import Rows
 from logitstore.rows.shard import Document, Shard
 from logitstore.store.reader import Store, open
-from logitstore.verify import verify
 
 __all__ = [
     "DamagedShardError",

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from logitstore import export, fidelity, fidelity_plot, info, plan, rerun
 from logitstore.arguments import Parser
+from logitstore.commands.plan_options import add_arguments
+from logitstore.dump.planning.report import render
 from logitstore.errors import LogitStoreError, MissingDriverError
+from logitstore.inspection import export, fidelity_plot, fidelity_report, info, rerun
+from logitstore.inspection.verify import check_num_threads, places, repair, verify
 from logitstore.storage.options import storage_options
 from logitstore.storage.storage import Storage
 from logitstore.store.reader import Store
-from logitstore.verify import check_num_threads, places, repair, verify
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Sequence
 
-    from logitstore.metadata import Problem
+    from logitstore.inspection.metadata import Problem
 
 
 NOBODY_READS = 141
@@ -76,7 +78,7 @@ def _parser() -> Parser:
     slice_of = commands.add_parser("export", help="a shard as padded NumPy arrays in an .npz file")
     slice_of.add_argument("--shard", type=int, required=True, metavar="N", help="which, from 0")
     slice_of.add_argument("--out", required=True, metavar="FILE.npz", help="file to write")
-    plan.add_arguments(commands.add_parser("plan", help="what a store will take before it is made"))
+    add_arguments(commands.add_parser("plan", help="what a store will take before it is made"))
     for command in (show, true, check, slice_of):
         command.add_argument("url", metavar="URL", help="folder or fsspec URL of the store")
         command.add_argument("--storage_options", metavar="FILE", help="JSON file of fsspec options")
@@ -85,12 +87,12 @@ def _parser() -> Parser:
 
 def _plan(args: argparse.Namespace) -> int:
     try:
-        from logitstore.dump import planning  # torch and transformers: of this command alone
+        from logitstore.dump.planning import survey  # torch and transformers: of this command alone
     except ImportError as error:
         raise MissingDriverError(
             f"plan must have the packages of the dump, got none ({error}); pip install 'logitstore[dump]'"
         ) from error
-    return _show(planning.run(args), args, plan.render)
+    return _show(survey.run(args), args, render)
 
 
 def _export(store: Store, args: argparse.Namespace) -> int:
@@ -105,8 +107,8 @@ def _info(store: Store, args: argparse.Namespace) -> int:
 def _fidelity(store: Store, args: argparse.Namespace) -> int:
     if args.plot is not None:
         fidelity_plot.check(args.plot)
-    facts = fidelity.describe(store, sample=args.sample, seed=args.seed)
-    _show(facts, args, fidelity.render)
+    facts = fidelity_report.describe(store, sample=args.sample, seed=args.seed)
+    _show(facts, args, fidelity_report.render)
     if args.plot is not None:
         fidelity_plot.draw(facts, args.plot)
     return 0

@@ -129,9 +129,9 @@ def write_store(url, documents, model, tokenizer, *, k=16, shard_rows=1024, loss
         losses: {name: model}, each adds losses/name by float64 arithmetic on the decoded support.
     """
     from logitstore import Rows
-    from logitstore.causal_lm import tokenizer_spec
     from logitstore.format.schemes import Scheme
     from logitstore.format.spec import DataSpec, LossSpec, ModelSpec, StoreSpec, TargetSpec
+    from logitstore.models.identity import tokenizer_spec
     from logitstore.rows import codec
     from logitstore.rows.tokens import encode_tokens
     from logitstore.storage.storage import Storage

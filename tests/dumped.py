@@ -12,11 +12,12 @@ from typing import Any
 from conftest import functions, write_jsonl
 
 import logitstore
-from logitstore.causal_lm import check_model
-from logitstore.dump.documents import prepare
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.documents.prepare import prepare
+from logitstore.dump.worker import ShardDumper
 from logitstore.format.schemes import Scheme
 from logitstore.format.spec import LossSpec, TargetSpec
+from logitstore.models.identity import check_model
+from logitstore.models.loading import ModelSource
 from logitstore.storage.storage import Storage
 from logitstore.store.writer import LayerWriter, add_layer
 
@@ -90,10 +91,7 @@ def add_layers(url: Path, made: Dumped) -> None:
     spec = logitstore.open(url).spec
 
     def describe(model):
-        return check_model(
-            model, what="model", made=spec.tokenizer, max_length=MAX_LENGTH, revision=None, dtype="auto",
-            trust_remote_code=False,
-        )[0]  # fmt: skip
+        return check_model(ModelSource(name=model), what="model", made=spec.tokenizer, max_length=MAX_LENGTH)[0]
 
     # the one scheme by which every array has an object
     target = TargetSpec(model=describe(made.target), scheme=Scheme(name="sample", k=0, num_draws=6, seed=1))

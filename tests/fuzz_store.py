@@ -32,11 +32,11 @@ import atheris
 
 with atheris.instrument_imports(include=["logitstore"]):
     import logitstore
-    from logitstore import info
     from logitstore.errors import LogitStoreError
     from logitstore.format import layout, spec, zarr_objects
     from logitstore.format.commit import CHECKSUM_FIELD, Commit, commit_bytes, parse_commit
     from logitstore.format.strict_json import parse_json, to_json_bytes
+    from logitstore.inspection import info
     from logitstore.storage.storage import Storage
     from logitstore.store.catalog import stored_spec
     from logitstore.store.commits import appends, protocol, set_aside

@@ -11,10 +11,10 @@ import fsspec
 from stepping import Process, SteppedStorage, watch
 from store_model import LAYERS
 
+from logitstore.inspection.verify import check_shard
 from logitstore.storage.storage import Storage
 from logitstore.store.commits.index import commits_folder
 from logitstore.store.reader import Store
-from logitstore.verify import check_shard
 
 told = Counter()
 """What happened in all stories."""

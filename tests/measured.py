@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import logitstore
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.dump.worker import ShardDumper
 from logitstore.format.schemes import Scheme
+from logitstore.models.loading import ModelSource
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
 

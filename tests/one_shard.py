@@ -13,12 +13,12 @@ from logitstore.errors import LayerNotFoundError
 from logitstore.format import layout, zarr_objects
 from logitstore.format.commit import commit_bytes, layer_digest, make_commit
 from logitstore.format.spec import DataSpec, StoreSpec, TokenizerSpec, maker
+from logitstore.inspection.verify import verify
 from logitstore.rows.tokens import encode_tokens
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
 from logitstore.store.commits import protocol
 from logitstore.store.reader import Store
-from logitstore.verify import verify
 
 SPEC = StoreSpec(
     tokenizer=TokenizerSpec(name="none", fingerprint=f"sha256:{'0' * 64}", vocab_size=6, chat_template=None),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import functions
 
-from logitstore.dump.documents import prepare
+from logitstore.documents.prepare import prepare
 from logitstore.storage.storage import Storage
 
 CHAT = (

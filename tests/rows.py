@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from logitstore.support import Support
+from logitstore.models.support import Support
 
 FLOOR = 1e-6
-"""A tail probability never counts as less (logitstore.support.TAIL_FLOOR)."""
+"""A tail probability never counts as less (logitstore.models.support.TAIL_FLOOR)."""
 KINDS = ("one entry", "a tail", "whole vocabulary", "ragged", "drawn", "hybrid")
 
 

@@ -15,8 +15,8 @@ import logitstore
 from logitstore import LayerNotFoundError, Rows
 from logitstore.format.schemes import Scheme
 from logitstore.format.spec import TargetSpec
+from logitstore.models.support import Support
 from logitstore.rows import codec
-from logitstore.support import Support
 from trainer.acceptance import cached_acceptance, expected_tokens_per_call, read_documents, row_acceptance
 
 DRAFTS = ("draft", "reference", "target")

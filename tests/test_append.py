@@ -11,11 +11,12 @@ import pytest
 from conftest import functions, write_jsonl
 
 import logitstore
-from logitstore.dump.documents import prepare
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.documents.prepare import prepare
+from logitstore.dump.worker import ShardDumper
 from logitstore.errors import FormatError, IdentityError, LayerNotFoundError
 from logitstore.format.schemes import Scheme
 from logitstore.format.spec import LossSpec, ModelSpec, TargetSpec
+from logitstore.models.loading import ModelSource
 from logitstore.storage.storage import Storage
 from logitstore.store.commits import protocol
 from logitstore.store.commits.appends import FOLDER

@@ -18,7 +18,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from logitstore.causal_lm import SplitLM, tokenizer_spec
+from logitstore.models.identity import tokenizer_spec
+from logitstore.models.probes import check_halves
+from logitstore.models.split_lm import SplitLM
 
 FAMILIES = {
     "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma": GemmaConfig, "gemma2": Gemma2Config,
@@ -81,7 +83,7 @@ def test_a_family_trains_saves_loads_and_assists_with_the_targets_exact_text(fam
     assert type(draft) is type(before)
     assert draft.config.vocab_size == PADDED
     assert not torch.equal(draft.get_output_embeddings().weight, before.get_output_embeddings().weight)
-    SplitLM(draft, vocab_size).check()
+    check_halves(SplitLM(draft, vocab_size))
     draft.generation_config.num_assistant_tokens = 5
     draft.generation_config.assistant_confidence_threshold = 0.0
     for prompt in PROMPTS:

@@ -11,7 +11,7 @@ from benchmarks._formats import DistillKit, Drawn, ParquetLists, RawNumPy, RsKd,
 from benchmarks._measures import Exact, Seen, angle, compare
 from benchmarks._ours import Ours
 from benchmarks.bench_store import encoded
-from logitstore.dump import fidelity
+from logitstore.dump.scoring import measuring
 from logitstore.rows import codec
 
 VOCAB_SIZE = 128256
@@ -81,8 +81,8 @@ def test_rskd_draws_take_three_bytes_and_come_back():
 )  # fmt: skip
 def test_ours_are_measured_as_a_dump_measures_them(distributions, scheme, options):
     rows, ours = stored(distributions, scheme, options)
-    exact, draft = (fidelity.Exact(rows=np.arange(64), logprobs=values) for values in distributions)
-    wanted = fidelity.measure_target(exact, exact, rows, ours.spec) | fidelity.measure_losses(exact, draft, rows)
+    exact, draft = (measuring.Exact(rows=np.arange(64), logprobs=values) for values in distributions)
+    wanted = measuring.measure_target(exact, exact, rows, ours.spec) | measuring.measure_losses(exact, draft, rows)
     values, gradient = compare(Exact.of(*distributions), Seen.of_rows(rows, 0, 64))
     for name, own in (
         ("kl_codes", "kl_codes"), ("tv_draws", "tv"), ("mass", "mass"), ("alpha", "alpha_exact"),

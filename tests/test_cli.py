@@ -17,9 +17,10 @@ import pytest
 from dumped import documents, make, prepare_tokens, record, write_data
 
 import logitstore
-from logitstore import cli, info, rerun
+from logitstore import cli
 from logitstore.format.schemes import OPTIONS, Scheme, make_scheme
 from logitstore.format.spec import Append, ModelSpec
+from logitstore.inspection import info, rerun
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
 from logitstore.store.commits import set_aside

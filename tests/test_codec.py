@@ -286,7 +286,7 @@ def test_the_dump_codes_as_the_codec_does(scheme, exponent):
     """What is coded on the device and what would be from its rows are the same bytes."""
     import torch
 
-    from logitstore.dump.truncation import truncate, uniforms
+    from logitstore.dump.scoring.truncation import truncate, uniforms
 
     spec = spec_of(scheme, exponent)
     # near ties, and distributions so flat that all their codes are the last

@@ -122,7 +122,7 @@ def drawn_line(name):
     """What a row of the example would keep by each scheme, drawn and decoded as in a dump."""
     import torch
 
-    from logitstore.dump.truncation import truncate, uniforms
+    from logitstore.dump.scoring.truncation import truncate, uniforms
     from logitstore.format.schemes import make_scheme
     from logitstore.format.spec import ModelSpec, TargetSpec
     from logitstore.rows import codec
@@ -259,7 +259,7 @@ def test_reader_in_the_document_needs_no_logitstore_code(request, which):
 
 @pytest.mark.parametrize("name", ["sample", "hybrid"])
 def test_random_numbers_of_the_document_are_those_of_the_dump(name):
-    from logitstore.dump.truncation import uniforms
+    from logitstore.dump.scoring.truncation import uniforms
     from logitstore.format.schemes import make_scheme
     from logitstore.format.spec import ModelSpec, TargetSpec
 

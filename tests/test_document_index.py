@@ -15,13 +15,13 @@ from golden import document_digest
 
 import logitstore
 from logitstore import cli
-from logitstore.dump.documents import prepare
+from logitstore.documents.prepare import prepare
 from logitstore.errors import DamagedShardError, LayerNotFoundError
 from logitstore.format.schemes import Scheme
+from logitstore.inspection.verify import check_shard
 from logitstore.rows.tokens import document_digests, encode_tokens
 from logitstore.storage.storage import Storage
 from logitstore.store import reader
-from logitstore.verify import check_shard
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prepared import CHAT, TURNS, arrays_of, pairs, run
 
-from logitstore.dump import documents
-from logitstore.dump.documents import assign_shards
-from logitstore.dump.encoding import response_spans, split
+from logitstore.documents import table
+from logitstore.documents.table import assign_shards
+from logitstore.documents.tokenizing import response_spans, split
 from logitstore.format import layout
 from logitstore.storage.storage import Storage
 from logitstore.store.commits import protocol
@@ -279,7 +279,7 @@ def test_a_finished_store_is_left_as_it_is_without_tokenising(tokenizer, tmp_pat
 
     data = write_jsonl(tmp_path / "e.jsonl", pairs(12))
     run(data, tokenizer, tmp_path / "t")
-    monkeypatch.setattr(documents, "tokenize", tokenize)
+    monkeypatch.setattr(table, "tokenize", tokenize)
     run(data, tokenizer, tmp_path / "t")
 
 

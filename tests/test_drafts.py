@@ -25,7 +25,8 @@ from transformers import (
 )
 
 import logitstore
-from logitstore.causal_lm import SplitLM
+from logitstore.models.probes import check_halves
+from logitstore.models.split_lm import SplitLM
 from trainer.drafts import DraftSource, make_draft, plan_draft
 from trainer.lora import Lora, add_lora, has_lora, load_lora, merge_lora
 from trainer.reshaping import chosen_layers, cut_layers, pad_vocabulary, settle_padding
@@ -277,7 +278,7 @@ def test_padding_changes_no_logit_and_gives_the_new_rows_next_to_nothing(family,
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), after)
-    SplitLM(model, true).check()
+    check_halves(SplitLM(model, true))
 
 
 def test_rows_that_training_moved_are_settled_again():

@@ -15,11 +15,11 @@ import pytest
 import stores
 import torch
 
-from logitstore.dump.truncation import truncate, uniforms
+from logitstore.dump.scoring.truncation import truncate, uniforms
 from logitstore.format.schemes import Scheme
 from logitstore.format.spec import TargetSpec
+from logitstore.models.support import Support, estimated_cross_entropy, on_support
 from logitstore.rows import codec
-from logitstore.support import Support, estimated_cross_entropy, on_support
 from trainer.acceptance import row_acceptance
 
 V = 300

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from logitstore.arguments import Parser
-from logitstore.dump.encoding import response_spans
+from logitstore.documents.tokenizing import response_spans
 from logitstore.storage.options import options_for
 
 V = conftest.VOCAB_SIZE

@@ -16,8 +16,8 @@ from test_steps import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
-from logitstore.causal_lm import SplitLM
-from logitstore.dump.documents import prepare
+from logitstore.documents.prepare import prepare
+from logitstore.models.split_lm import SplitLM
 from logitstore.storage.storage import Storage
 from trainer import DocumentDataset, evaluating
 from trainer.evaluating import GREATER_IS_BETTER, HeldOut, greater_is_better

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM
 
 import logitstore
 from logitstore import Rows
-from logitstore.causal_lm import SplitLM
-from logitstore.dump import fidelity
-from logitstore.dump.running import without
-from logitstore.dump.scoring import score_again
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.dump.scoring import measuring
+from logitstore.dump.scoring.batch_runner import without
+from logitstore.dump.scoring.score import score_again
+from logitstore.dump.worker import ShardDumper
 from logitstore.errors import DamagedShardError
-from logitstore.measures import read_measured
+from logitstore.inspection.measured import read_measured
+from logitstore.models.loading import ModelSource
+from logitstore.models.split_lm import SplitLM
 from logitstore.rows.batches import batches
 from logitstore.storage.storage import Storage
 
@@ -39,7 +40,7 @@ def dense(tiny, tiny_store):
 
 
 def measured_rows(store, shard):
-    return fidelity.choose(store.read_shard(shard, layers=("tokens",)))
+    return measuring.choose(store.read_shard(shard, layers=("tokens",)))
 
 
 def stored_row(rows, i):
@@ -129,22 +130,22 @@ def test_the_rows_measured_are_of_few_documents_and_the_same_every_time(measured
     store = logitstore.open(measured["topk"])
     shards = [store.read_shard(i, layers=("tokens",)) for i in range(3)]
     for shard in shards:
-        rows = fidelity.choose(shard)
+        rows = measuring.choose(shard)
         assert shard.loss_mask[rows].all()
         assert (np.diff(rows) > 0).all()
         owners = np.searchsorted(shard.starts, rows, side="right")
-        assert len(set(owners)) == min(fidelity.DOCUMENTS, len(shard))
+        assert len(set(owners)) == min(measuring.DOCUMENTS, len(shard))
         for owner in set(owners):
             counted = shard.document(owner - 1).loss_mask.sum()
-            assert (owners == owner).sum() == min(fidelity.ROWS, counted)
-        np.testing.assert_array_equal(rows, fidelity.choose(shard))
-    assert fidelity.choose(shards[0]).tolist() != fidelity.choose(replace(shards[0], index=7)).tolist()
+            assert (owners == owner).sum() == min(measuring.ROWS, counted)
+        np.testing.assert_array_equal(rows, measuring.choose(shard))
+    assert measuring.choose(shards[0]).tolist() != measuring.choose(replace(shards[0], index=7)).tolist()
     single = without(shards[0], range(1, len(shards[0])))
     np.testing.assert_array_equal(
-        fidelity.choose(replace(single, loss_mask=single.loss_mask & (np.cumsum(single.loss_mask) <= 3))),
+        measuring.choose(replace(single, loss_mask=single.loss_mask & (np.cumsum(single.loss_mask) <= 3))),
         np.flatnonzero(single.loss_mask)[:3],
     )
-    assert len(fidelity.choose(without(single, [0]))) == 0
+    assert len(measuring.choose(without(single, [0]))) == 0
 
 
 def test_rows_of_long_documents_are_measured_as_often_as_their_share(measured):
@@ -152,8 +153,8 @@ def test_rows_of_long_documents_are_measured_as_often_as_their_share(measured):
     lengths = np.array([16] * 90 + [160] * 10)
     mask = np.ones(lengths.sum(), dtype=bool)
     made = replace(shard, ids=np.zeros(len(mask), np.uint32), loss_mask=mask, lengths=lengths)
-    chosen = [fidelity.choose(replace(made, index=i)) for i in range(300)]
-    assert {len(rows) for rows in chosen} == {fidelity.DOCUMENTS * fidelity.ROWS}
+    chosen = [measuring.choose(replace(made, index=i)) for i in range(300)]
+    assert {len(rows) for rows in chosen} == {measuring.DOCUMENTS * measuring.ROWS}
     share = np.mean(np.concatenate(chosen) >= 90 * 16)
     assert abs(share - 1600 / 3040) < 0.06  # 1,200 documents were drawn: standard error 0.014
 
@@ -188,24 +189,24 @@ def test_the_control_is_the_targets_own_noise(tiny, tiny_store, tmp_path):
 
 def test_the_control_costs_a_share_of_the_shard_and_a_document_at_least(measured):
     shard = logitstore.open(measured["topk"]).read_shard(0, layers=("tokens",))
-    rows = fidelity.choose(shard)
-    control = fidelity.control_of(shard, rows)
+    rows = measuring.choose(shard)
+    control = measuring.control_of(shard, rows)
     (batch,) = batches(control, 10**6)
     assert len(batch.ids) == 1
     assert set(batch.rows) <= set(rows)
     repeated = replace(
         shard, ids=np.tile(shard.ids, 200), loss_mask=np.tile(shard.loss_mask, 200), lengths=np.tile(shard.lengths, 200)
     )
-    rows = fidelity.choose(repeated)
-    control = fidelity.control_of(repeated, rows)
+    rows = measuring.choose(repeated)
+    control = measuring.control_of(repeated, rows)
     np.testing.assert_array_equal(np.flatnonzero(control.loss_mask), rows)
-    assert sum(batch.ids.size for batch in batches(control, 1)) <= len(repeated.ids) / fidelity.CONTROL_SHARE
+    assert sum(batch.ids.size for batch in batches(control, 1)) <= len(repeated.ids) / measuring.CONTROL_SHARE
 
 
 def test_documents_set_aside_are_not_measured(tiny, tiny_store, tmp_path):
     url = emptied(tiny_store, tmp_path / "cache.zarr", SCHEMES["nucleus"])
     shard = logitstore.open(url).read_shard(0, layers=("tokens",))
-    rows = fidelity.choose(shard)
+    rows = measuring.choose(shard)
     owners = np.searchsorted(shard.starts, rows, side="right") - 1
     chosen = [shard.document(i) for i in sorted(set(owners))]
     elsewhere = set(np.concatenate([d.ids for d in chosen[1:]]))
@@ -227,26 +228,26 @@ def test_where_no_row_is_left_nothing_is_measured(measured, tiny):
     store = logitstore.open(measured["topk"])
     shard = store.read_shard(0, layers=("target",))
     lm = SplitLM(AutoModelForCausalLM.from_pretrained(tiny.target).eval(), VOCAB_SIZE)
-    exact = fidelity.Exact.of(fidelity.choose(shard), VOCAB_SIZE, lm.device)
-    exact = fidelity.without(exact, shard, range(len(shard)))
+    exact = measuring.Exact.of(measuring.choose(shard), VOCAB_SIZE, lm.device)
+    exact = measuring.without(exact, shard, range(len(shard)))
     again = score_again(lm, shard, exact.rows)
-    assert fidelity.measure_target(exact, again, shard.rows, store.spec.target) == {}
-    assert fidelity.measure_losses(exact, again, shard.rows) == {}
-    fidelity.check_budget({}, store.spec.target, 1e-9, 0)
+    assert measuring.measure_target(exact, again, shard.rows, store.spec.target) == {}
+    assert measuring.measure_losses(exact, again, shard.rows) == {}
+    measuring.check_budget({}, store.spec.target, 1e-9, 0)
 
 
 def test_a_token_without_any_chance_breaks_no_number(measured):
     store = logitstore.open(measured["hybrid"])
     spec, shard = store.spec.target, store.read_shard(0, layers=("target",))
-    rows, (places, token) = shard.rows, (fidelity.choose(shard)[:5], 501)
+    rows, (places, token) = shard.rows, (measuring.choose(shard)[:5], 501)
     logits = torch.randn(len(shard.ids), VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     logits[:, token] = -torch.inf
-    exact, other = (fidelity.Exact.of(places, VOCAB_SIZE, torch.device("cpu")) for _ in range(2))
+    exact, other = (measuring.Exact.of(places, VOCAB_SIZE, torch.device("cpu")) for _ in range(2))
     exact.keep(np.arange(len(shard.ids)), logits)
     other.keep(np.arange(len(shard.ids)), logits.flip(0))
     alike = rows_of_logits(logits[places], rows, places)
-    lost = fidelity.measure_target(exact, exact, only(alike, places), spec)
-    for sums in (lost, fidelity.measure_losses(exact, other, alike)):
+    lost = measuring.measure_target(exact, exact, only(alike, places), spec)
+    for sums in (lost, measuring.measure_losses(exact, other, alike)):
         assert np.isfinite(list(sums.values())).all(), sums
         assert sums["rows"] == 5
 

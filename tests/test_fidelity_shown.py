@@ -15,11 +15,12 @@ from dumped import record
 from measured import LAYERS, SCHEMES, dumper, emptied
 
 import logitstore
-from logitstore import calibration, cli, fidelity, fidelity_plot, info
+from logitstore import cli
 from logitstore.errors import FidelityError
-from logitstore.measures import Measured
+from logitstore.inspection import calibration_error, fidelity_plot, fidelity_report, info
+from logitstore.inspection.measured import Measured
+from logitstore.inspection.verify import places
 from logitstore.storage.storage import Storage
-from logitstore.verify import places
 
 
 @pytest.mark.parametrize("scheme", ["topk", "nucleus"])
@@ -133,9 +134,9 @@ def test_each_number_stands_once_and_where_it_means_something(measured, capsys, 
 
 
 def test_arrays_that_cost_next_to_nothing_have_no_line(measured):
-    facts = fidelity.describe(logitstore.open(measured["topk"]))
+    facts = fidelity_report.describe(logitstore.open(measured["topk"]))
     facts["bytes_per_row"] |= {"draws": 0.004, "tail": 0.005}
-    names = [line.split()[0] for line in fidelity.render(facts) if line.endswith("%")]
+    names = [line.split()[0] for line in fidelity_report.render(facts) if line.endswith("%")]
     assert "draws" not in names
     assert "tail" in names
 
@@ -153,7 +154,7 @@ def test_calibration_is_that_of_the_stored_rows(measured, capsys, scheme):
     found = json.loads(run(capsys, measured[scheme], "--json").out)["calibration"]
     # shards 0 and 2 of three are read, the first and the last of them
     assert 0 < found["rows"] < len(sure)
-    measures_of = calibration.measure(logitstore.open(measured[scheme]), [0, 1, 2])
+    measures_of = calibration_error.measure(logitstore.open(measured[scheme]), [0, 1, 2])
     assert measures_of["rows"] == len(sure)
     assert measures_of["accuracy"] == pytest.approx(np.mean(right))
     for name, values in (("ece", sure), ("ece_renormalised", surer)):
@@ -173,8 +174,9 @@ def test_draws_have_no_calibration(measured, capsys):
 
 def test_who_is_right_as_often_as_sure_is_calibrated():
     sure = np.array([0.5, 0.5, 0.9, 1.0])
-    assert calibration.expected_calibration_error(sure, np.array([True, False, True, True])) == pytest.approx(0.025)
-    assert calibration.expected_calibration_error(sure, np.zeros(4, dtype=bool)) == pytest.approx(sure.mean())
+    expected = calibration_error.expected_calibration_error(sure, np.array([True, False, True, True]))
+    assert expected == pytest.approx(0.025)
+    assert calibration_error.expected_calibration_error(sure, np.zeros(4, dtype=bool)) == pytest.approx(sure.mean())
 
 
 def test_a_sample_reads_fewer_records_and_damaged_ones_are_left_out(measured, tmp_path, capsys):
@@ -263,7 +265,7 @@ def plotted(facts, folder):
 
 
 def test_the_plot_names_what_can_be_seen_and_the_rows_that_it_is_of(measured, tmp_path):
-    facts = fidelity.describe(logitstore.open(measured["nucleus"]))
+    facts = fidelity_report.describe(logitstore.open(measured["nucleus"]))
     facts["bytes_per_row"] |= {"draws": 0.004, "tail": 0.005}
     text = plotted(facts, tmp_path)
     assert "<!-- gaps  " in text

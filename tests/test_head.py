@@ -23,8 +23,8 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from logitstore.causal_lm import SplitLM
-from logitstore.support import Support
+from logitstore.models.split_lm import SplitLM
+from logitstore.models.support import Support
 from trainer.head import look_at_rows, train_rows
 from trainer.objectives import OBJECTIVES, make_objective
 from trainer.selection import LOOKS

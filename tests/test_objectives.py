@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_estimates import target as target_of
 
 from logitstore.format.schemes import Scheme
-from logitstore.support import Support, on_support
+from logitstore.models.support import Support, on_support
 from trainer.objectives import OBJECTIVES, make_objective
 
 DIVERGENCES = [name for name in OBJECTIVES if name != "label_nll"]

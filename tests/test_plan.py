@@ -11,14 +11,16 @@ from conftest import functions, write_jsonl
 from plans import MAX_LENGTH, SHARD_ROWS, options_of, planned, shown
 from transformers import AutoTokenizer
 
-from logitstore import assumptions, cli, plan
-from logitstore.assumptions import Range, assumed
-from logitstore.causal_lm import check_model
-from logitstore.dump import planning
-from logitstore.dump.documents import prepare
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore import cli
+from logitstore.commands.plan_options import add_arguments
+from logitstore.documents.prepare import prepare
+from logitstore.dump.planning import assumptions, survey
+from logitstore.dump.planning.assumptions import Range, assumed
+from logitstore.dump.worker import ShardDumper
 from logitstore.format.schemes import OPTIONS, Scheme, make_scheme
 from logitstore.format.spec import LossSpec, TargetSpec
+from logitstore.models.identity import check_model
+from logitstore.models.loading import ModelSource
 from logitstore.storage.storage import Storage
 from logitstore.store.writer import add_layer
 
@@ -32,12 +34,9 @@ def dump(url, tiny, scheme):
         storage, tiny.data, tokenizer, max_length=MAX_LENGTH, shard_rows=SHARD_ROWS, num_proc=1, progress=False
     )
     model, reference = (
-        check_model(
-            name, what="model", made=store.spec.tokenizer, max_length=MAX_LENGTH, revision=None, dtype="auto",
-            trust_remote_code=False,
-        )[0]
+        check_model(ModelSource(name=name), what="model", made=store.spec.tokenizer, max_length=MAX_LENGTH)[0]
         for name in (tiny.target, tiny.reference)
-    )  # fmt: skip
+    )
     add_layer(storage, store.spec, "target", TargetSpec(model=model, scheme=scheme))
     add_layer(storage, store.spec, "losses/ref", LossSpec(model=reference))
     sources = ModelSource(name=tiny.target), {"ref": ModelSource(name=tiny.reference)}
@@ -106,7 +105,7 @@ def test_one_record_says_little_of_the_others(tiny, capsys):
 
 
 def test_without_calibration_no_weights_are_read(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(planning, "load_weights", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(survey, "load_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     facts = planned(capsys, *options_of(tiny, "--rows_per_s", 100, "--num_actors", 2, "--price_per_gb_month", 10))
     assert [one["scheme"].partition(",")[0] for one in facts["schemes"]] == list(OPTIONS)
     for one in facts["schemes"]:
@@ -215,6 +214,6 @@ def test_rows_per_second_of_a_dump_are_of_all_its_actors(tiny, capsys):
 
 def test_every_option_of_a_scheme_is_one_of_plan():
     parser = ArgumentParser()
-    plan.add_arguments(parser)
+    add_arguments(parser)
     names = {name for options in OPTIONS.values() for name in options}
     assert names <= set(vars(parser.parse_args(["--data", "x"])))

@@ -10,10 +10,10 @@ from plans import options_of, planned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitstore import cli
-from logitstore.causal_lm import SplitLM
-from logitstore.dump import calibrating, planning
+from logitstore.dump.planning import survey, trial_run
 from logitstore.format.schemes import Scheme
 from logitstore.format.spec import ModelSpec, TargetSpec
+from logitstore.models.split_lm import SplitLM
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -57,7 +57,7 @@ class Clock:
 def calibrated(capsys, monkeypatch, broken, documents, *options):
     """What a plan with all documents measures, where each shard takes a second: the text, and the one scheme."""
     data = write_jsonl(broken / "data.jsonl", [{"input_ids": ids} for ids in documents])
-    monkeypatch.setattr(calibrating, "time", Clock())
+    monkeypatch.setattr(trial_run, "time", Clock())
     options = ["--scheme", "nucleus", "--calibrate", len(documents), *options]
     facts = planned(capsys, "--data", data, "--target", broken / "target", "--max_length", 64, *options)
     (found,) = facts["schemes"]
@@ -132,7 +132,7 @@ def test_a_plan_without_a_document_that_all_models_score_is_refused(
 def test_what_is_slow_once_is_timed_of_no_model(tiny, monkeypatch):
     """Nor where the first documents all fail: the clock jumps at the first pass of each model alone."""
     clock = Clock()
-    monkeypatch.setattr(calibrating, "time", clock)
+    monkeypatch.setattr(trial_run, "time", clock)
 
     def load(name):
         model = AutoModelForCausalLM.from_pretrained(name).eval()
@@ -148,14 +148,14 @@ def test_what_is_slow_once_is_timed_of_no_model(tiny, monkeypatch):
 
     target, *others = map(load, (tiny.target, tiny.reference, tiny.draft))
     references = dict(zip("ab", others, strict=True))
-    bad = [[BAD["target"], 5]] * calibrating.WARM_UP_DOCUMENTS
+    bad = [[BAD["target"], 5]] * trial_run.WARM_UP_DOCUMENTS
     documents = [
-        planning.Tokens(np.array(ids), np.arange(len(ids)) < len(ids) - 1, i) for i, ids in enumerate((*bad, *GOOD))
+        survey.Tokens(np.array(ids), np.arange(len(ids)) < len(ids) - 1, i) for i, ids in enumerate((*bad, *GOOD))
     ]
     model = ModelSpec(name="target", revision="", dtype="float32", padded_vocab_size=PADDED_VOCAB_SIZE)
     spec = TargetSpec(model=model, scheme=Scheme(k=4))
-    shards = planning.in_shards(documents, 4096)
-    found = calibrating.calibrate(
+    shards = survey.in_shards(documents, 4096)
+    found = trial_run.calibrate(
         target, references, shards, spec, 4096, 1024, records=range(len(documents)), share=1.0
     )
     assert clock.now >= 3000
@@ -195,8 +195,8 @@ def test_the_range_of_a_ratio_is_two_standard_errors_wide(num, share):
     for _ in range(2000):
         drawn = rng.choice(len(counted), num, replace=False)
         ratio = values[drawn].sum() / counted[drawn].sum()
-        found = calibrating.around(ratio, values[drawn], counted[drawn], share)
-        assert calibrating.around(2 * ratio, values[drawn], counted[drawn], share).high == pytest.approx(2 * found.high)
+        found = trial_run.around(ratio, values[drawn], counted[drawn], share)
+        assert trial_run.around(2 * ratio, values[drawn], counted[drawn], share).high == pytest.approx(2 * found.high)
         ratios.append(ratio)
         widths.append(((found.high - found.low) / 4) ** 2)
     assert np.mean(widths) ** 0.5 == pytest.approx(np.std(ratios), rel=0.15)

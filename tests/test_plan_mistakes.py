@@ -11,7 +11,7 @@ from conftest import write_jsonl
 from plans import options_of, refused
 
 from logitstore import cli
-from logitstore.dump import planning
+from logitstore.dump.planning import survey
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_loaded(tiny, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(planning, "load_weights", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(survey, "load_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     argv = dict(zip(*[iter(map(str, options_of(tiny)))] * 2, strict=True))
     given = [None if value is None else value.format(**vars(tiny)) for value in options]
     argv |= dict(zip(given[::2], given[1::2], strict=True))
@@ -63,8 +63,8 @@ def test_documents_in_which_nothing_counts_are_refused(tiny, tmp_path, capsys, s
 
 
 def test_plan_without_the_packages_of_the_dump_says_which(tiny, capsys, monkeypatch):
-    monkeypatch.delattr("logitstore.dump.planning")
-    monkeypatch.setitem(sys.modules, "logitstore.dump.planning", None)
+    monkeypatch.delattr("logitstore.dump.planning.survey")
+    monkeypatch.setitem(sys.modules, "logitstore.dump.planning.survey", None)
     assert cli.main(["plan", "--data", tiny.data, "--target", tiny.target]) == 2
     assert "pip install 'logitstore[dump]'" in capsys.readouterr().err
 

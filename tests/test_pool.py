@@ -9,8 +9,9 @@ from dump_jobs import arguments, private_folders
 from ray.cluster_utils import Cluster
 
 import logitstore
-from logitstore.dump.pipeline import DumpPlan
-from logitstore.dump.pool import room, size
+from logitstore.cluster.resources import room
+from logitstore.dump.actors import size
+from logitstore.dump.plan import DumpPlan
 
 
 def plan(**given):

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from stepping import Process, SteppedStorage, content, put_back, stepped_storage, stepped_url
 
 import logitstore
-from logitstore.dump.parts import write_part
+from logitstore.documents.tokens_layer import write_part
 from logitstore.errors import IdentityError
 from logitstore.format.spec import DataSpec, StoreSpec, TokenizerSpec
+from logitstore.inspection.verify import repair, verify
 from logitstore.rows.tokens import encode_tokens
 from logitstore.storage.storage import Storage
 from logitstore.store.commits import appends
 from logitstore.store.reader import Store
 from logitstore.store.take_back import sweep
-from logitstore.verify import repair, verify
 
 LONG = os.environ.get("LOGITSTORE_LONG") == "1"
 SHARD_ROWS = 8

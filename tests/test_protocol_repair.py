@@ -17,11 +17,11 @@ from logitstore.errors import DamagedShardError
 from logitstore.format import layout
 from logitstore.format.commit import commit_bytes, make_commit
 from logitstore.format.spec import maker
+from logitstore.inspection.verify import repair, verify
 from logitstore.storage.storage import Storage
 from logitstore.store.commits import protocol
 from logitstore.store.reader import Store
 from logitstore.store.take_back import take_back
-from logitstore.verify import repair, verify
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -224,7 +224,8 @@ def test_a_thread_lists_what_it_wrote_whatever_others_list(proxy):
 
 
 def test_documents_in_a_bucket_that_cannot_be_read_are_one_clear_error(server, proxy, tmp_path):
-    from logitstore.dump.sources import find_source, open_records
+    from logitstore.documents.records import open_records
+    from logitstore.documents.sources import find_source
 
     options = s3_options(proxy.url)
     Storage("s3://bucket/data", options).put("d.jsonl", b'{"text": "a"}\n')

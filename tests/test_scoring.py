@@ -12,9 +12,10 @@ from stores import max_errors
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import logitstore
-from logitstore.causal_lm import SplitLM
-from logitstore.dump import scoring
+from logitstore.dump.scoring.score import score_losses, score_target
 from logitstore.format.schemes import Scheme
+from logitstore.models.probes import check_halves
+from logitstore.models.split_lm import SplitLM
 from logitstore.rows import codec
 from logitstore.rows.batches import batches
 
@@ -39,7 +40,7 @@ def dense(store, target):
 def score(target, store, scheme, batch_tokens=700):
     spec = replace(store.spec.target, scheme=scheme)
     shard = store.shard(0)
-    scored = scoring.score_target(SplitLM(target, VOCAB_SIZE), shard, spec, batch_tokens=batch_tokens)
+    scored = score_target(SplitLM(target, VOCAB_SIZE), shard, spec, batch_tokens=batch_tokens)
     assert scored.set_aside == {}
     arrays = scored.arrays
     return shard, arrays, codec.decode(arrays, spec), spec.codebook
@@ -120,7 +121,7 @@ def test_what_fills_the_padding_does_not_matter(target, store):
 def test_losses_equal_the_dense_oracle(tiny, store):
     reference = AutoModelForCausalLM.from_pretrained(tiny.reference).eval()
     shard = store.shard(0)
-    found = scoring.score_losses(SplitLM(reference, VOCAB_SIZE), shard, shard.rows, batch_tokens=700).arrays
+    found = score_losses(SplitLM(reference, VOCAB_SIZE), shard, shard.rows, batch_tokens=700).arrays
     dense = np.concatenate([dense_logprobs(reference, shard.document(i).ids) for i in range(len(shard))])
     ce, label = oracle_losses(shard.rows, dense, shard.ids)
     np.testing.assert_allclose(found["ce"], ce, rtol=2**-7, atol=2e-5)
@@ -131,7 +132,7 @@ def test_losses_equal_the_dense_oracle(tiny, store):
 def test_loss_gap_of_a_model_with_the_target_is_its_kl(tiny, store, target):
     """CE(p, r) - CE(p, p) is a KL on the support: nowhere below the rounding of what is stored."""
     shard = store.shard(0)
-    own = scoring.score_losses(SplitLM(target, VOCAB_SIZE), shard, shard.rows, batch_tokens=700).arrays["ce"]
+    own = score_losses(SplitLM(target, VOCAB_SIZE), shard, shard.rows, batch_tokens=700).arrays["ce"]
     gap = shard.losses["reference"] - own
     assert np.nanmin(gap) > -2e-3
     assert np.nanmean(gap) > 0.1
@@ -165,10 +166,10 @@ def test_batches_cover_each_counted_row_once(store):
 
 
 def test_halves_equal_the_whole_for_other_architectures(tmp_path, tiny, target):
-    SplitLM(target, VOCAB_SIZE).check()
+    check_halves(SplitLM(target, VOCAB_SIZE))
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=32, n_layer=1, n_head=2)
-    SplitLM(GPT2LMHeadModel(config).eval(), VOCAB_SIZE).check()
+    check_halves(SplitLM(GPT2LMHeadModel(config).eval(), VOCAB_SIZE))
 
 
 def test_a_model_with_more_than_a_head_after_its_backbone_is_refused(tmp_path, tiny):
@@ -182,4 +183,4 @@ def test_a_model_with_more_than_a_head_after_its_backbone_is_refused(tmp_path, t
 
     model.forward = doubled
     with pytest.raises(ValueError, match=r"LlamaForCausalLM\), whose logits differ by up to"):
-        SplitLM(model, VOCAB_SIZE).check()
+        check_halves(SplitLM(model, VOCAB_SIZE))

@@ -11,10 +11,10 @@ from conftest import PADDED_VOCAB_SIZE, VOCAB_SIZE, dense_logprobs
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import logitstore
-from logitstore.causal_lm import SplitLM
-from logitstore.dump import scoring
-from logitstore.dump.running import documents_of, without
+from logitstore.dump.scoring.batch_runner import documents_of, without
+from logitstore.dump.scoring.score import score_losses, score_target
 from logitstore.format.schemes import Scheme
+from logitstore.models.split_lm import SplitLM
 from logitstore.rows import codec
 from logitstore.rows.batches import batches
 
@@ -65,11 +65,11 @@ def holders(shard, condition):
 
 def score(model, store, shard, batch_tokens, scheme=None):
     spec = replace(store.spec.target, scheme=scheme or store.spec.target.scheme)
-    return scoring.score_target(SplitLM(model, VOCAB_SIZE), shard, spec, batch_tokens=batch_tokens)
+    return score_target(SplitLM(model, VOCAB_SIZE), shard, spec, batch_tokens=batch_tokens)
 
 
 def losses(model, shard, batch_tokens, rows=None):
-    return scoring.score_losses(SplitLM(model, VOCAB_SIZE), shard, rows or shard.rows, batch_tokens=batch_tokens)
+    return score_losses(SplitLM(model, VOCAB_SIZE), shard, rows or shard.rows, batch_tokens=batch_tokens)
 
 
 def document_bytes(shard, arrays, document):
@@ -339,5 +339,5 @@ def test_progress_counts_the_rows_that_the_model_took(target, store, shard, batc
     bad = holders(shard, lambda ids: ids >= limit)
     seen = []
     lm = SplitLM(shorten(target, limit), VOCAB_SIZE)
-    scoring.score_target(lm, shard, store.spec.target, batch_tokens=batch_tokens, progress=seen.append)
+    score_target(lm, shard, store.spec.target, batch_tokens=batch_tokens, progress=seen.append)
     assert sum(seen) == without(shard, bad).loss_mask.sum()

@@ -40,7 +40,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from logitstore.causal_lm import SplitLM
+from logitstore.models.probes import check_halves, check_packing
+from logitstore.models.split_lm import SplitLM
 
 SMALL = {
     "vocab_size": VOCAB_SIZE + 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -100,7 +101,7 @@ def random_model(config, **options):
 def test_the_halves_make_the_models_logits(family):
     model = random_model({**PACKING, **ALONE}[family])
     lm = SplitLM(model, VOCAB_SIZE)
-    lm.check()
+    check_halves(lm)
     ids = torch.tensor([[7, 300, 21, 5, 450]])
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits[0, :, :VOCAB_SIZE]
@@ -112,7 +113,7 @@ def test_what_has_more_than_a_head_after_its_backbone_or_looks_ahead_is_refused_
     config, reason = REFUSED[family]
     model = random_model(config)
     with pytest.raises(ValueError, match=rf"model={family} \({type(model).__name__}\).*") as caught:
-        SplitLM(model, VOCAB_SIZE).check()
+        check_halves(SplitLM(model, VOCAB_SIZE))
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -126,13 +127,13 @@ def test_what_small_logits_do_not_show_is_found(change):
     else:
         lm.scale = 1.1
     with pytest.raises(ValueError, match=r"model=gemma \(GemmaForCausalLM\), whose logits differ by up to"):
-        lm.check()
+        check_halves(lm)
 
 
 def test_checks_leave_the_mode_and_bf16_works():
     for config in (PACKING["gemma2"], PACKING["mixtral"], ALONE["mamba"]):
         model = random_model(config, dtype=torch.bfloat16).train()
-        SplitLM(model, VOCAB_SIZE).check()
+        check_halves(SplitLM(model, VOCAB_SIZE))
         assert model.training
 
 
@@ -144,7 +145,7 @@ def test_checks_leave_the_mode_and_bf16_works():
 def test_packed_documents_give_what_they_give_alone(family, attention):
     model = random_model(PACKING[family], attn_implementation=attention)
     lm = SplitLM(model, VOCAB_SIZE)
-    lm.check_packing()
+    check_packing(lm)
     generator = torch.Generator().manual_seed(1)
     lengths = [6, 1, 9, 4]
     documents = [torch.randint(VOCAB_SIZE, (length,), generator=generator) for length in lengths]
@@ -165,14 +166,14 @@ def test_models_that_would_mix_packed_documents_are_refused_by_name(family, dtyp
     model = random_model(ALONE[family], dtype=dtype)
     name, attention = type(model).__name__, model.config._attn_implementation
     with pytest.raises(ValueError, match=rf"\({name}\) with attn_implementation={attention}, which .*without packing"):
-        SplitLM(model, VOCAB_SIZE).check_packing()
+        check_packing(SplitLM(model, VOCAB_SIZE))
 
 
 def test_the_probe_sees_a_leak_through_weights_that_are_nearly_zero():
     config = FalconConfig(**{key: getattr(ALONE["falcon"], key) for key in ("vocab_size", "hidden_size")},
                           num_hidden_layers=1, num_attention_heads=4, initializer_range=0.001)  # fmt: skip
     with pytest.raises(ValueError, match="with the document before") as caught:
-        SplitLM(random_model(config), VOCAB_SIZE).check_packing()
+        check_packing(SplitLM(random_model(config), VOCAB_SIZE))
     fraction = float(re.search(r"fraction of (\S+)", str(caught.value))[1])
     assert 1e-4 < fraction < 0.02
 
@@ -182,7 +183,7 @@ def test_positions_that_do_not_restart_are_found():
     embed = model.transformer.wpe.forward
     model.transformer.wpe.forward = lambda ids: embed(torch.arange(ids.shape[-1])[None].expand_as(ids))
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel\).*with the place in the row"):
-        SplitLM(model, VOCAB_SIZE).check_packing()
+        check_packing(SplitLM(model, VOCAB_SIZE))
 
 
 def one_row_attention(module, query, key, value, attention_mask, position_ids=None, **options):
@@ -203,7 +204,7 @@ def test_flash_attention_is_given_the_batch_as_one_row(monkeypatch):
     AttentionInterface.register("my_flash", one_row_attention)
     AttentionMaskInterface.register("my_flash", lambda *_arguments, **_options: None)
     # checks run it here as it is: it stands for what a GPU has
-    monkeypatch.setattr("logitstore.split_checks.is_flash_attention_requested", lambda config: False)
+    monkeypatch.setattr("logitstore.models.probes.is_flash_attention_requested", lambda config: False)
     model = random_model(PACKING["llama"])
     dense = SplitLM(model, VOCAB_SIZE)
     ids = torch.randint(VOCAB_SIZE, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -212,4 +213,4 @@ def test_flash_attention_is_given_the_batch_as_one_row(monkeypatch):
         expected = dense.hidden(ids, positions)
         model.config._attn_implementation = "my_flash"  # set_attn_implementation would look for a GPU's kernel
         torch.testing.assert_close(dense.hidden(ids, positions), expected, rtol=1e-4, atol=1e-4)
-    dense.check_packing()
+    check_packing(dense)

@@ -31,13 +31,13 @@ from store_model import LAYERS, StoreModel, add_documents, computed_attempt, dat
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.format import layout
 from logitstore.format.spec import Append
+from logitstore.inspection.verify import repair, verify
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
 from logitstore.store.commits import appends
 from logitstore.store.commits.index import commits_folder
 from logitstore.store.reader import Store
 from logitstore.store.take_back import take_back
-from logitstore.verify import repair, verify
 
 EXAMPLES = os.environ.get("LOGITSTORE_EXAMPLES")
 MOST_SHARDS = 5

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 import logitstore
-from logitstore.causal_lm import tokenizer_spec
+from logitstore.models.identity import tokenizer_spec
 from logitstore.storage.storage import Storage
 from logitstore.store.commits import set_aside
 

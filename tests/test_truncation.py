@@ -7,11 +7,11 @@ import pytest
 import stores
 import torch
 
-from logitstore.dump import truncation
-from logitstore.dump.truncation import truncate, uniforms
+from logitstore.dump.scoring import truncation
+from logitstore.dump.scoring.truncation import truncate, uniforms
 from logitstore.format.schemes import make_scheme
 from logitstore.format.spec import TargetSpec
-from logitstore.support import normalised
+from logitstore.models.support import normalised
 
 LARGEST = 262_144
 OPTIONS = {"topk": {"k": 8}, "nucleus": {"k": 8}, "sample": {"num_draws": 20}, "hybrid": {"num_draws": 20}}

@@ -24,10 +24,10 @@ from dumped import (
 import logitstore
 from logitstore import cli
 from logitstore.errors import IdentityError, LayerNotFoundError
+from logitstore.inspection.verify import places, repair
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
 from logitstore.store.take_back import sweep, take_back
-from logitstore.verify import places, repair
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
-from logitstore.dump.truncation import truncate, uniforms
+from logitstore.dump.scoring.truncation import truncate, uniforms
 from logitstore.errors import IdentityError, LayerNotFoundError
 from logitstore.format import schemes
 from logitstore.format.schemes import Scheme

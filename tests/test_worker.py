@@ -14,12 +14,13 @@ from conftest import VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
 import logitstore
-from logitstore.causal_lm import SplitLM
-from logitstore.dump import scoring
-from logitstore.dump.todo import find_todo
-from logitstore.dump.worker import ModelSource, ShardDumper
+from logitstore.dump.missing import find_todo
+from logitstore.dump.scoring.score import score_losses
+from logitstore.dump.worker import ShardDumper
 from logitstore.errors import IdentityError
 from logitstore.format.spec import LossSpec
+from logitstore.models.loading import ModelSource
+from logitstore.models.split_lm import SplitLM
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
 from logitstore.store.commits.index import commits_folder, find_commit
@@ -147,7 +148,7 @@ def test_losses_are_of_the_rows_of_the_writer_who_was_first(storage, tiny):
     assert losses.computed_from == adopted.digest
     shard = logitstore.open(storage.url).read_shard(0, layers=LAYERS)
     reference = SplitLM(AutoModelForCausalLM.from_pretrained(tiny.reference), VOCAB_SIZE)
-    expected = scoring.score_losses(reference, shard, shard.rows, batch_tokens=BATCH_TOKENS).arrays["ce"]
+    expected = score_losses(reference, shard, shard.rows, batch_tokens=BATCH_TOKENS).arrays["ce"]
     np.testing.assert_array_equal(shard.losses["reference"], expected)
 
 

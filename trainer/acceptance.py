@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from logitstore.causal_lm import SplitLM, check_vocabulary, model_spec
 from logitstore.errors import LayerNotFoundError
+from logitstore.models.identity import check_vocabulary, model_spec
+from logitstore.models.probes import check_halves
+from logitstore.models.split_lm import SplitLM
+from logitstore.models.support import Support, acceptance_estimate, estimated_cross_entropy, normalised, on_support
 from logitstore.rows.batches import batches
 from logitstore.rows.rows import Rows
-from logitstore.support import Support, acceptance_estimate, estimated_cross_entropy, normalised, on_support
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -281,7 +283,7 @@ def cached_acceptance(
     last, place = store.locate(wanted - 1) if wanted else (-1, -1)
     sums: Counter[str] = Counter()
     with evaluating(draft):
-        lm.check()
+        check_halves(lm)
         for index in range(last + 1):
             documents = read_documents(store, index)
             if index == last and max_documents is not None:

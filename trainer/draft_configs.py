@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from logitstore.causal_lm import load_config
+from logitstore.models.loading import ModelSource, load_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +80,8 @@ def base_config(name: str, *, revision: str | None, trust_remote_code: bool) -> 
     """
     path = Path(name)
     if not path.is_file():
-        config = load_config(name, what="draft_config", revision=revision, trust_remote_code=trust_remote_code)
+        source = ModelSource(name=name, revision=revision, trust_remote_code=trust_remote_code)
+        config = load_config(source, what="draft_config")
         return config.get_text_config()
     try:
         values = json.loads(path.read_text())

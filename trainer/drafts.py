@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from logitstore.causal_lm import SplitLM, check_model, load_config, load_tokenizer, tokenizer_spec
-from logitstore.weights import load_weights
+from logitstore.models.identity import check_model, tokenizer_spec
+from logitstore.models.loading import ModelSource, load_config, load_model, load_tokenizer
+from logitstore.models.probes import check_halves
+from logitstore.models.split_lm import SplitLM
 from trainer.draft_configs import base_config, changed, check_buildable, read_settings, with_tokens_of
 from trainer.lora import add_lora
 from trainer.reshaping import chosen_layers, cut_config, cut_layers, pad_vocabulary
@@ -63,6 +65,16 @@ class DraftSource:
                 f"pad_vocab_size must be a number or {LIKE_TARGET!r}, got pad_vocab_size={size}; change it"
             )
 
+    def model(self, name: str) -> ModelSource:
+        """Returns how to load a model of some name, with the options given for the draft."""
+        return ModelSource(
+            name=name,
+            revision=self.revision,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftPlan:
@@ -98,16 +110,8 @@ def plan_draft(source: DraftSource, spec: StoreSpec) -> DraftPlan:
         config, tokenizer = _new_config(source, spec)
     else:
         name = str(source.draft)
-        _, tokenizer = check_model(
-            name,
-            what="draft",
-            made=made,
-            max_length=spec.max_length,
-            revision=source.revision,
-            dtype=source.dtype,
-            trust_remote_code=source.trust_remote_code,
-        )
-        config = load_config(name, what="draft", revision=source.revision, trust_remote_code=source.trust_remote_code)
+        _, tokenizer = check_model(source.model(name), what="draft", made=made, max_length=spec.max_length)
+        config = load_config(source.model(name), what="draft")
     layers = None
     if source.layers is not None:
         layers = chosen_layers(source.layers, config.get_text_config().num_hidden_layers)
@@ -148,7 +152,7 @@ def make_draft(plan: DraftPlan) -> PreTrainedModel:
         draft = cut_layers(draft, plan.layers, trust_remote_code=source.trust_remote_code)
     if plan.padded_vocab_size is not None:
         pad_vocabulary(draft, plan.padded_vocab_size, plan.vocab_size)
-    SplitLM(draft, plan.vocab_size).check()
+    check_halves(SplitLM(draft, plan.vocab_size))
     if source.lora is not None:
         add_lora(draft, source.lora, source.seed)
     return draft
@@ -160,7 +164,7 @@ def context_note(config: PreTrainedConfig, spec: StoreSpec) -> str | None:
         return None
     name = spec.target.model.name
     try:
-        target = load_config(name, what="target", revision=None, trust_remote_code=False)
+        target = load_config(ModelSource(name=name), what="target")
     except ValueError:
         return None
     own, other = (getattr(one.get_text_config(), "max_position_embeddings", None) for one in (config, target))
@@ -198,12 +202,8 @@ def _new_config(source: DraftSource, spec: StoreSpec) -> tuple[PreTrainedConfig,
         raise ValueError("draft_config must name a file or a model, got key=value pairs alone; add one, or --draft")
     trusted = source.trust_remote_code
     config = base_config(name, revision=source.revision if name == source.draft else None, trust_remote_code=trusted)
-    tokenizer = load_tokenizer(
-        source.draft or spec.tokenizer.name,
-        what="tokenizer",
-        revision=source.revision if source.draft else None,
-        trust_remote_code=trusted,
-    )
+    own = source.model(source.draft or spec.tokenizer.name)
+    tokenizer = load_tokenizer(own if source.draft else replace(own, revision=None), what="tokenizer")
     found = tokenizer_spec(tokenizer, uses_chat_template=False)
     if found.fingerprint != spec.tokenizer.fingerprint:
         raise ValueError(
@@ -240,15 +240,7 @@ def _padded_size(source: DraftSource, spec: StoreSpec) -> int | None:
 
 
 def _loaded(source: DraftSource) -> PreTrainedModel:
-    return load_weights(
-        str(source.draft),
-        what="draft",
-        revision=source.revision,
-        dtype=source.dtype,
-        attn_implementation=source.attn_implementation,
-        trust_remote_code=source.trust_remote_code,
-        device="cpu",
-    )
+    return load_model(source.model(str(source.draft)), what="draft", device="cpu")
 
 
 def _initialised(plan: DraftPlan) -> PreTrainedModel:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from logitstore.causal_lm import SplitLM
+    from logitstore.models.split_lm import SplitLM
     from trainer.stream import DocumentDataset
 
 GREATER_IS_BETTER = {

@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from logitstore.support import (
+from logitstore.models.support import (
     TAIL_FLOOR,
     Support,
     acceptance_estimate,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from logitstore.causal_lm import SplitLM
+    from logitstore.models.split_lm import SplitLM
     from trainer.objectives import Objective
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from logitstore.causal_lm import SplitLM
-from logitstore.support import Support
+from logitstore.models.split_lm import SplitLM
+from logitstore.models.support import Support
 from trainer.head import RowLosses, look_at_rows, train_rows
 from trainer.selection import Candidates, Chosen, choose
 

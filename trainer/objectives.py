@@ -1,7 +1,7 @@
 """Divergences between the target and the draft on stored rows: what each row of a draft is trained on.
 
 A divergence is a function of N rows of the target, the draft's logprobs of their entries [N, K] and the log of the
-draft's tail mass [N], as `logitstore.support.on_support` returns them; it returns one loss per row, [N], nats.
+draft's tail mass [N], as `logitstore.models.support.on_support` returns them; it returns one loss per row, [N], nats.
 
 Where rows are truncated it is taken between the kept entries and the tail as one more bucket, which by the data
 processing inequality is at most that over the vocabulary. Where entries were drawn all but one are estimated by their
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import logsigmoid, softplus
 
-from logitstore.support import TAIL_FLOOR, Support, acceptance_estimate, estimated_cross_entropy
+from logitstore.models.support import TAIL_FLOOR, Support, acceptance_estimate, estimated_cross_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor

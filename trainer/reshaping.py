@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from logitstore.causal_lm import SplitLM
+from logitstore.models.split_lm import SplitLM
 from trainer.draft_configs import CONTRADICTIONS, per_layer
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from logitstore.format.spec import TargetSpec
-    from logitstore.support import Support
+    from logitstore.models.support import Support
 
 Scope = Literal["document", "micro_batch", "step", "queue"]
 SCOPES: tuple[str, ...] = get_args(Scope)

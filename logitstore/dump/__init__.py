@@ -1,1 +1,1 @@
-"""The torch side of the service: documents to tokens, models to rows and losses, Ray actors around them."""
+"""Fills the layers of a store: a model runs over the documents, and its rows or losses are written shard by shard."""

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 
-from logitstore.causal_lm import SplitLM, load_model
-from logitstore.dump.fidelity import NO_ROWS, NOTHING, Exact, check_budget, choose, measure_losses, measure_target
-from logitstore.dump.running import without
-from logitstore.dump.scoring import Scored, score_again, score_losses, score_target
-from logitstore.dump.todo import check_makers
+from logitstore.dump.missing import check_makers
+from logitstore.dump.scoring.batch_runner import without
+from logitstore.dump.scoring.measuring import (
+    NO_ROWS,
+    NOTHING,
+    Exact,
+    check_budget,
+    choose,
+    measure_losses,
+    measure_target,
+)
+from logitstore.dump.scoring.score import Scored, score_again, score_losses, score_target
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.format.commit import layer_digest
 from logitstore.format.layout import losses_layer
+from logitstore.models.loading import ModelSource, load_model, loading_bars
+from logitstore.models.probes import check_halves
+from logitstore.models.split_lm import SplitLM
 from logitstore.rows import codec
 from logitstore.store.commits.index import find_commit
 from logitstore.store.reader import Store
 from logitstore.store.take_back import take_back
 from logitstore.store.writer import LayerWriter
-from logitstore.weights import loading_bars
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -31,21 +40,6 @@ if TYPE_CHECKING:
     from logitstore.format.commit import Commit
     from logitstore.rows.shard import Shard
     from logitstore.storage.storage import Storage
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """How to load a model."""
-
-    name: str
-    """Hugging Face id or folder."""
-    revision: str | None = None
-    dtype: str = "auto"
-    """Of its weights; auto takes the checkpoint's."""
-    attn_implementation: str | None = None
-    """Of transformers; None for its default."""
-    trust_remote_code: bool = False
-    """Whether code from the model's repository may run."""
 
 
 class ShardDumper:
@@ -94,21 +88,14 @@ class ShardDumper:
         self._max_kl = max_kl
         self._device = device
         with loading_bars(False):  # one of each actor
-            self._target = None if target is None else self._load(target)
-            self._references = {name: self._load(source) for name, source in references.items()}
+            self._target = None if target is None else self._load(target, "target")
+            self._references = {name: self._load(source, f"reference {name}") for name, source in references.items()}
         self._device_lock = threading.Lock()
 
-    def _load(self, source: ModelSource) -> SplitLM:
-        model = load_model(
-            source.name,
-            revision=source.revision,
-            dtype=source.dtype,
-            attn_implementation=source.attn_implementation,
-            trust_remote_code=source.trust_remote_code,
-            device=self._device,
-        )
+    def _load(self, source: ModelSource, what: str) -> SplitLM:
+        model = load_model(source, what=what, device=self._device)
         lm = SplitLM(model, self._store.spec.tokenizer.vocab_size)
-        lm.check()
+        check_halves(lm)
         return lm
 
     def dump(self, shard_number: int, layers: Sequence[str], retry: Collection[str] = ()) -> list[Commit]:

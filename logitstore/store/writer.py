@@ -217,7 +217,7 @@ class LayerWriter:
             computed_from: Digest of the shard that these values were computed from.
             started: time.monotonic() when computing began, for the record.
             set_aside: Why documents could not be computed, by their place in the shard.
-            fidelity: How true the values are, as `logitstore.dump.fidelity` measures it.
+            fidelity: How true the values are, as `logitstore.dump.scoring.measuring` measures it.
 
         Returns:
             The record that is committed now. Its digest is another's if another writer was first with other values.

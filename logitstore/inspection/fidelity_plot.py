@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from logitstore.fidelity import SMALLEST_BYTES
+from logitstore.inspection.fidelity_report import SMALLEST_BYTES
 
 SUFFIXES = (".png", ".svg")
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#9498a0", "#a463f2")

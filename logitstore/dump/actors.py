@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from logitstore.cluster.resources import room, times
 from logitstore.dump.schedule import SHARDS_IN_FLIGHT
 from logitstore.dump.worker import ShardDumper
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from logitstore.dump.pipeline import DumpPlan
+    from logitstore.dump.plan import DumpPlan
     from logitstore.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def size(nodes: Sequence[Mapping[str, float]], plan: DumpPlan) -> tuple[int, flo
         gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes))
     if 0 < gpus < 1:
         # Ray sends actors to nodes by the sum of their GPUs: where two have 0.4 left, one of 0.6 would wait for ever.
-        gpus = 1 / _times(gpus, 1)
+        gpus = 1 / times(gpus, 1)
     if gpus:
         cpus = plan.cpus_per_actor or 1.0
         return plan.num_actors or max(1, room(nodes, cpus, gpus)), cpus, gpus
@@ -100,25 +101,3 @@ def size(nodes: Sequence[Mapping[str, float]], plan: DumpPlan) -> tuple[int, flo
     largest = int(max(node.get("CPU", 0) for node in nodes))
     shares = (float(cpus) for cpus in range(largest, 0, -1) if room(nodes, cpus, 0) >= num)
     return num, plan.cpus_per_actor or next(shares, 1.0), gpus
-
-
-def room(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
-    """Counts the actors that nodes can hold while nothing else runs there: each is on one node.
-
-    Args:
-        nodes: What each node has of "CPU" and "GPU".
-        cpus: Of an actor, above 0.
-        gpus: Of an actor. A share is one of a single GPU.
-    """
-    num = 0
-    for node in nodes:
-        here = _times(cpus, node.get("CPU", 0))
-        if gpus:
-            num_gpus = int(node.get("GPU", 0))
-            here = min(here, num_gpus * _times(gpus, 1) if gpus <= 1 else _times(gpus, num_gpus))
-        num += here
-    return num
-
-
-def _times(part: float, whole: float) -> int:
-    return int(whole / part + 1e-6)  # 0.3 is three times 0.1, whatever floats say

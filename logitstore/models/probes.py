@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from logitstore.causal_lm import SplitLM
+    from logitstore.models.split_lm import SplitLM
 
 LARGE_LOGIT = 100.0
 """What the probe's logits are enlarged to: a soft cap, of 30 say, does not show on a fresh model's small ones."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore import calibration
 from logitstore.errors import LayerNotFoundError
 from logitstore.format import schemes
 from logitstore.format.layout import layer_arrays
-from logitstore.measures import Measured, evenly_spaced, read_measured
+from logitstore.inspection import calibration_error
+from logitstore.inspection.measured import Measured, evenly_spaced, read_measured
+from logitstore.inspection.verify import places
 from logitstore.rows.codec import LARGEST_TAIL
-from logitstore.verify import places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,7 +145,7 @@ def _calibration(store: Store, target: TargetSpec, shards: list[int]) -> dict[st
     if target.scheme.draws:
         return {"rows": 0}
     read = _some(store, shards, CALIBRATED_SHARDS)
-    return {"shards": len(read), **calibration.measure(store, read)}
+    return {"shards": len(read), **calibration_error.measure(store, read)}
 
 
 def _some(store: Store, shards: list[int], most: int) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.format import layout
 from logitstore.format.commit import layer_digest, parse_commit, short_digest
-from logitstore.metadata import Problem, check_metadata, write_anew
+from logitstore.inspection.metadata import Problem, check_metadata, write_anew
 from logitstore.rows.shard_arrays import MAX_COMMIT_BYTES, Part, decode_layer, object_paths
 from logitstore.rows.tokens import document_digests
 from logitstore.store.catalog import runs, spans
@@ -232,9 +232,3 @@ def repair(store: Store, problems: list[Problem]) -> list[str]:
     if num_swept := sweep(storage):
         done.append(f"leftovers of killed writers: {num_swept} removed")
     return done
-
-
-
-
-
-

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from logitstore.assumptions import STANDARD_ERRORS, Cost, Range
-from logitstore.dump.running import without
-from logitstore.dump.scoring import score_losses, score_target
+from logitstore.dump.planning.assumptions import STANDARD_ERRORS, Cost, Range
+from logitstore.dump.scoring.batch_runner import without
+from logitstore.dump.scoring.score import score_losses, score_target
 from logitstore.format import layout, zarr_objects
 from logitstore.format.spec import ROW_CHUNK
 from logitstore.rows import codec
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from logitstore.causal_lm import SplitLM
-    from logitstore.dump.scoring import Scored
+    from logitstore.dump.scoring.score import Scored
     from logitstore.format.spec import TargetSpec
+    from logitstore.models.split_lm import SplitLM
     from logitstore.rows.shard import Shard
 
 WARM_UP_DOCUMENTS = 4

@@ -9,6 +9,7 @@ import itertools
 import math
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,18 +17,21 @@ import datasets
 import numpy as np
 import torch
 
-from logitstore.assumptions import STANDARD_ERRORS, Cost, Range, assumed
-from logitstore.causal_lm import SplitLM, check_model, load_config, load_tokenizer, tokenizer_spec
-from logitstore.dump.calibrating import calibrate, encoded_bytes, rounded
-from logitstore.dump.documents import assign_shards, open_encoder, progress_bars
-from logitstore.dump.sources import find_source
+from logitstore.documents.sources import find_source
+from logitstore.documents.table import assign_shards, open_encoder, progress_bars
+from logitstore.dump.planning.assumptions import STANDARD_ERRORS, Cost, Range, assumed
+from logitstore.dump.planning.cost import Corpus, check_arguments, plan
+from logitstore.dump.planning.report import count_of
+from logitstore.dump.planning.trial_run import calibrate, encoded_bytes, rounded
 from logitstore.format import layout
 from logitstore.format.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, check_room
-from logitstore.plan import Corpus, check_arguments, count_of, plan
+from logitstore.models.identity import check_model, tokenizer_spec
+from logitstore.models.loading import ModelSource, load_config, load_model, load_tokenizer, loading_bars
+from logitstore.models.probes import check_halves
+from logitstore.models.split_lm import SplitLM
 from logitstore.rows.shard import Shard
 from logitstore.rows.tokens import encode_tokens
 from logitstore.storage.options import storage_options
-from logitstore.weights import load_weights, loading_bars
 
 if TYPE_CHECKING:
     import argparse
@@ -63,15 +67,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         LogitStoreError: The data cannot be reached.
     """
     schemes = check_arguments(args)
-    remote = args.trust_remote_code
+    source_of = partial(
+        ModelSource,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+    )
     name = args.tokenizer or args.target
     revision = args.revision if name == args.target else None
     context = None
     if args.target is not None:
-        config = load_config(args.target, what="target", revision=args.revision, trust_remote_code=remote)
+        config = load_config(source_of(name=args.target, revision=args.revision), what="target")
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
     what = "tokenizer" if args.tokenizer else "target"
-    tokenizer = load_tokenizer(name, what=what, revision=revision, trust_remote_code=remote)
+    tokenizer = load_tokenizer(source_of(name=name, revision=revision), what=what)
     made = tokenizer_spec(tokenizer, uses_chat_template=False)
     max_length = min(2048, context or 2048) if args.max_length is None else args.max_length
     shard_rows = rounded(args.shard_rows)
@@ -79,10 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     StoreSpec(tokenizer=made, data=nothing, max_length=max_length, shard_rows=shard_rows, num_shards=0)
 
     def describe_model(model: str, what: str, its_revision: str | None) -> ModelSpec:
-        return check_model(
-            model, what=what, made=made, max_length=max_length, revision=its_revision, dtype=args.dtype,
-            trust_remote_code=remote, weights=args.calibrate is not None,
-        )[0]  # fmt: skip
+        source, weights = source_of(name=model, revision=its_revision), args.calibrate is not None
+        return check_model(source, what=what, made=made, max_length=max_length, weights=weights)[0]
 
     references = _references(args.reference)
     target = ModelSpec(name="", revision="", dtype="", padded_vocab_size=made.vocab_size)
@@ -134,12 +141,15 @@ def _measured(
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def load(model: str, what: str, spec: ModelSpec, its_revision: str | None) -> SplitLM:
-        weights = load_weights(
-            model, what=what, revision=its_revision, dtype=spec.dtype, attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code, device=device,
-        )  # fmt: skip
-        lm = SplitLM(weights, vocab_size)
-        lm.check()
+        source = ModelSource(
+            name=model,
+            revision=its_revision,
+            dtype=spec.dtype,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+        )
+        lm = SplitLM(load_model(source, what=what, device=device), vocab_size)
+        check_halves(lm)
         return lm
 
     with loading_bars(False):

@@ -1,4 +1,4 @@
-"""What commit records say of a layer's fidelity: names, checks and sums. Measuring is `logitstore.dump.fidelity`.
+"""Adds up what commit records say of the fidelity of a layer.
 
 Every number is a sum over the rows of a shard that were measured, so that sums of shards add up, and means are sums
 divided by how many rows there are.
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from logitstore.store.reader import Store
-
-
-
-
-
 
 
 @dataclass(frozen=True, kw_only=True)

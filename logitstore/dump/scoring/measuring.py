@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from logitstore.dump.running import documents_of, rows_of
+from logitstore.dump.scoring.batch_runner import documents_of, rows_of
 from logitstore.errors import FidelityError
-from logitstore.support import Support, acceptance_estimate, estimated_cross_entropy, on_support
+from logitstore.models.support import Support, acceptance_estimate, estimated_cross_entropy, on_support
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from logitstore.dump.fidelity import NO_ROWS, Exact, control_of, without
-from logitstore.dump.running import documents_of, rows_of, run_batches
-from logitstore.dump.truncation import truncate, uniforms
+from logitstore.dump.scoring.batch_runner import documents_of, rows_of, run_batches
+from logitstore.dump.scoring.measuring import NO_ROWS, Exact, control_of, without
+from logitstore.dump.scoring.truncation import truncate, uniforms
+from logitstore.models.support import Support, normalised, on_support, soft_cross_entropy
 from logitstore.rows import codec
 from logitstore.rows.codec import MANTISSA_BITS, round_mantissa
-from logitstore.support import Support, normalised, on_support, soft_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from logitstore.causal_lm import SplitLM
     from logitstore.format.spec import TargetSpec
+    from logitstore.models.split_lm import SplitLM
     from logitstore.rows.batches import Batch
     from logitstore.rows.rows import Rows
     from logitstore.rows.shard import Shard

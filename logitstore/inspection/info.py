@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore import fidelity
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.format import schemes
 from logitstore.format.layout import layer_arrays
 from logitstore.format.spec import LossSpec, TargetSpec
-from logitstore.measures import read_measured, spread_shards
+from logitstore.inspection import fidelity_report
+from logitstore.inspection.measured import read_measured, spread_shards
 from logitstore.store.catalog import runs, spans
 from logitstore.store.commits.appends import pending_append
 from logitstore.store.commits.set_aside import read_set_aside
@@ -132,7 +132,7 @@ def _layer(store: Store, layer: Layer) -> dict[str, Any]:
     if layer.name != "tokens":
         measured = read_measured(store, layer.name, spread_shards(store, layer.name, MEASURED_SHARDS))
         target = layer.spec if isinstance(layer.spec, TargetSpec) else None
-        facts["fidelity"] = fidelity.summary(measured, target, len(index))
+        facts["fidelity"] = fidelity_report.summary(measured, target, len(index))
     return facts
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from logitstore.dump.sources import Records
+    from logitstore.documents.records import Records
 
 Kind = Literal["text", "prompt_response", "messages", "input_ids"]
 

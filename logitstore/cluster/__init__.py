@@ -1,0 +1,1 @@
+"""What a Ray cluster has room for, and functions that run on its workers."""

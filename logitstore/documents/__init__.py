@@ -1,0 +1,1 @@
+"""From `--data` to the tokens layer: sources, records, tokens, loss masks. Loads no model."""
