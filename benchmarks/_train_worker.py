@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 import logitstore
 from trainer import DocumentDataset, DraftModule, DraftTrainer
-from trainer.deal import make_deal
-from trainer.objectives import make_objective
-from trainer.selection import make_rule
-from trainer.stream import RankBatches, make_loader
+from trainer.data.loader import RankBatches, make_loader
+from trainer.data.sharding import make_deal
+from trainer.loss.objectives import make_objective
+from trainer.loss.selection import make_rule
 
 LEFT_OUT = 3
 """First steps, which warm up and are not timed."""

@@ -44,10 +44,10 @@ from logitstore.rows.tokens import encode_tokens
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
 from trainer import DocumentDataset, DraftModule, DraftTrainer
-from trainer.deal import Deal
-from trainer.objectives import make_objective
-from trainer.selection import SELECTIONS, Rule
-from trainer.stream import RankBatches, make_loader
+from trainer.data.loader import RankBatches, make_loader
+from trainer.data.sharding import Deal
+from trainer.loss.objectives import make_objective
+from trainer.loss.selection import SELECTIONS, Rule
 
 RESULTS = Path(__file__).parent / "results"
 VOCAB_SIZE, SHARD_ROWS, NUM_DRAWS, BATCH = 2048, 32768, 50, 8

@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
 from logitstore.inspection import info
-from trainer.acceptance import cached_acceptance
+from trainer.evaluation.from_cache import cached_acceptance
 
 SCHEMES = (
     "topk --k 8", "topk --k 20", "topk --k 64", "nucleus --mass 0.9", "nucleus --mass 0.98",

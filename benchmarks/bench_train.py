@@ -51,7 +51,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import logitstore
 from benchmarks._train_worker import LEFT_OUT
-from trainer.acceptance import cached_acceptance
+from trainer.evaluation.from_cache import cached_acceptance
 
 RESULTS = Path(__file__).parent / "results"
 KEEP = 0.4

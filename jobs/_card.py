@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from _runs import RUN, SETTINGS, figures
 
 from logitstore.storage.options import without_credentials
-from trainer.card import Training, model_card
+from trainer.run.model_card import Training, model_card
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.deal import Position, make_deal
-from trainer.head import rows_at_once
+from trainer.data.sharding import Position, make_deal
+from trainer.loss.fused_head import rows_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import TrainingArguments
 
-    from trainer.drafts import DraftPlan
-    from trainer.module import DraftModule
-    from trainer.stream import DocumentDataset
+    from trainer.data.dataset import DocumentDataset
+    from trainer.drafts.source import DraftPlan
+    from trainer.loss.draft_module import DraftModule
 
 MIB = 2**20
 STATES_PER_PARAMETER = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "rmsprop": 1, "adagrad": 1}

@@ -23,8 +23,8 @@ from transformers import TrainerState
 
 from logitstore.errors import StorageRefusedError
 from logitstore.storage.storage import Storage
-from trainer import checkpoints
-from trainer.checkpoints import DamagedCheckpointError, Remote
+from trainer.loop import checkpoints
+from trainer.loop.remote_checkpoints import DamagedCheckpointError, Remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainerState
 
-from trainer import checkpoints
-from trainer.progress import is_stopped_early
+from trainer.loop import checkpoints
+from trainer.loop.position import is_stopped_early
 
 if TYPE_CHECKING:
     from collections.abc import Callable

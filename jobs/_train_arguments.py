@@ -23,14 +23,14 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torc
 
 from logitstore.arguments import RaisingErrors
 from logitstore.storage.options import without_credentials
-from trainer.drafts import DraftSource
-from trainer.evaluating import greater_is_better
-from trainer.lora import Lora
-from trainer.objectives import Objective, make_objective
-from trainer.order import check_eval_fraction, check_window
-from trainer.selection import Rule, make_rule
-from trainer.steps import DENOMINATORS, Denominator
-from trainer.unsupported import check_awaited, check_optimizer, check_supported, check_training_arguments
+from trainer.data.order import check_eval_fraction, check_window
+from trainer.drafts.lora import Lora
+from trainer.drafts.source import DraftSource
+from trainer.evaluation.held_out import greater_is_better
+from trainer.loop.refused_arguments import check_awaited, check_optimizer, check_supported, check_training_arguments
+from trainer.loop.step_accounting import DENOMINATORS, Denominator
+from trainer.loss.objectives import Objective, make_objective
+from trainer.loss.selection import Rule, make_rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from logitstore.store.reader import CACHE_BYTES
-from trainer.lora import ALL_LINEAR
-from trainer.objectives import OBJECTIVES
-from trainer.order import MAX_WINDOW
-from trainer.selection import SCOPES, SELECTIONS
-from trainer.steps import QUEUE_ROWS
+from trainer.data.order import MAX_WINDOW
+from trainer.drafts.lora import ALL_LINEAR
+from trainer.loop.step_accounting import QUEUE_ROWS
+from trainer.loss.objectives import OBJECTIVES
+from trainer.loss.selection import SCOPES, SELECTIONS
 
 HELP_WIDTH = 118
 COLUMN = 29

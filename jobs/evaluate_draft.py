@@ -28,9 +28,9 @@ from logitstore.format.schemes import Scheme, describe
 from logitstore.models.identity import check_model, tokenizer_spec
 from logitstore.models.loading import ModelSource, load_config, load_model, load_tokenizer, loading_bars
 from logitstore.storage.options import options_for, storage_options
-from trainer.acceptance import CachedAcceptance, cached_acceptance, expected_tokens_per_call
-from trainer.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
-from trainer.stream import check_complete
+from trainer.data.compatible import check_complete
+from trainer.evaluation.from_cache import CachedAcceptance, cached_acceptance, expected_tokens_per_call
+from trainer.evaluation.speculative import MODES, Mode, SpeculativeResult, check_settings, measure_acceptance
 
 if TYPE_CHECKING:
     from logitstore import Store

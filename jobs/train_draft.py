@@ -43,14 +43,14 @@ import logitstore
 from logitstore.models.loading import loading_bars
 from logitstore.models.probes import check_packing
 from logitstore.storage.options import storage_options, without_credentials
-from trainer.deal import make_deal
-from trainer.draft_trainer import DraftTrainer
-from trainer.drafts import make_draft, plan_draft
-from trainer.evaluating import HeldOut
-from trainer.module import DraftModule
-from trainer.progress import is_stopped_early, read_position
-from trainer.reshaping import settle_padding
-from trainer.stream import DocumentDataset
+from trainer.data.dataset import DocumentDataset
+from trainer.data.sharding import make_deal
+from trainer.drafts.reshaping import settle_padding
+from trainer.drafts.source import make_draft, plan_draft
+from trainer.evaluation.held_out import HeldOut
+from trainer.loop.draft_trainer import DraftTrainer
+from trainer.loop.position import is_stopped_early, read_position
+from trainer.loss.draft_module import DraftModule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from logitstore import Store
-    from trainer.drafts import DraftPlan
+    from trainer.drafts.source import DraftPlan
 
 
 @dataclass(frozen=True, kw_only=True)

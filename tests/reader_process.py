@@ -70,7 +70,7 @@ def read_everything(url, steps=None):
     import logitstore
     from logitstore import cli
     from logitstore.errors import LogitStoreError
-    from trainer.stream import DocumentDataset
+    from trainer.data.dataset import DocumentDataset
 
     outcomes = {}
     started = time.process_time()

@@ -17,7 +17,7 @@ from logitstore.format.schemes import Scheme
 from logitstore.format.spec import TargetSpec
 from logitstore.models.support import Support
 from logitstore.rows import codec
-from trainer.acceptance import cached_acceptance, expected_tokens_per_call, read_documents, row_acceptance
+from trainer.evaluation.from_cache import cached_acceptance, expected_tokens_per_call, read_documents, row_acceptance
 
 DRAFTS = ("draft", "reference", "target")
 

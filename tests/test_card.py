@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import logitstore
-from trainer.card import Training, model_card
+from trainer.run.model_card import Training, model_card
 
 FIGURES = {
     "steps": 1200, "rows": 4194304, "kl": 0.213456, "eval_alpha_lower": 0.71, "eval_alpha_upper": 0.742, "beans": 2.5,

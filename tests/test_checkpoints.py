@@ -12,8 +12,8 @@ from faults import S3Server, s3_options
 from training import history, logged, same_weights, train, trained, with_dropout
 
 from logitstore.errors import StorageError
-from trainer import checkpoints
-from trainer.checkpoints import Remote
+from trainer.loop import checkpoints
+from trainer.loop.remote_checkpoints import Remote
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ from transformers import (
 import logitstore
 from logitstore.models.probes import check_halves
 from logitstore.models.split_lm import SplitLM
-from trainer.drafts import DraftSource, make_draft, plan_draft
-from trainer.lora import Lora, add_lora, has_lora, load_lora, merge_lora
-from trainer.reshaping import chosen_layers, cut_layers, pad_vocabulary, settle_padding
+from trainer.drafts.lora import Lora, add_lora, has_lora, load_lora, merge_lora
+from trainer.drafts.reshaping import chosen_layers, cut_layers, pad_vocabulary, settle_padding
+from trainer.drafts.source import DraftSource, make_draft, plan_draft
 
 IDS = torch.tensor([[5, 40, 77, 9, 300, 12, 3, 111]])
 SMALL = {
@@ -365,7 +365,7 @@ def test_settings_of_lora_that_cannot_be_are_refused(wrong, match):
 
 
 def test_a_peft_too_old_for_transformers_is_named_with_both_versions(monkeypatch):
-    monkeypatch.setattr("trainer.lora.MIN_PEFT_VERSION", "99.1")
+    monkeypatch.setattr("trainer.drafts.lora.MIN_PEFT_VERSION", "99.1")
     here = re.escape(f"peft {version('peft')}, and transformers {version('transformers')} needs peft >= 99.1")
     with pytest.raises(ValueError, match=here):
         Lora(rank=2, alpha=4.0, dropout=0.0)

@@ -20,7 +20,7 @@ from logitstore.format.schemes import Scheme
 from logitstore.format.spec import TargetSpec
 from logitstore.models.support import Support, estimated_cross_entropy, on_support
 from logitstore.rows import codec
-from trainer.acceptance import row_acceptance
+from trainer.evaluation.from_cache import row_acceptance
 
 V = 300
 NUM_SEEDS = 1500

@@ -19,8 +19,9 @@ import logitstore
 from logitstore.documents.prepare import prepare
 from logitstore.models.split_lm import SplitLM
 from logitstore.storage.storage import Storage
-from trainer import DocumentDataset, evaluating
-from trainer.evaluating import GREATER_IS_BETTER, HeldOut, greater_is_better
+from trainer import DocumentDataset
+from trainer.evaluation import held_out
+from trainer.evaluation.held_out import GREATER_IS_BETTER, HeldOut, greater_is_better
 
 FRACTION = "0.3"
 FAST = [
@@ -131,7 +132,7 @@ def test_documents_stay_in_memory_where_there_is_room(draft, tiny_store, acceler
     kept = HeldOut(dataset(logitstore.open(copy)), batch_size=2)
     first = kept.evaluate(lm, accelerator)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "KEPT_BYTES", 0)
+        patch.setattr(held_out, "KEPT_BYTES", 0)
         reading = HeldOut(dataset(logitstore.open(copy)), batch_size=2)
         figures = [HeldOut.evaluate(one, lm, accelerator) for one in (reading, reading)]
     shutil.rmtree(copy)
@@ -383,7 +384,7 @@ BAD = {
 def test_what_cannot_be_is_refused_before_weights_are_read(
     name, tiny, tiny_store, no_target, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("trainer.drafts.load_weights", None)
+    monkeypatch.setattr("trainer.drafts.source.load_weights", None)
     extra, message = BAD[name]
     with pytest.raises(SystemExit):
         run(tiny, tiny_store, tmp_path / "out", *(value.format(no_target=no_target) for value in extra))

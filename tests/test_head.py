@@ -25,9 +25,9 @@ from transformers import (
 
 from logitstore.models.split_lm import SplitLM
 from logitstore.models.support import Support
-from trainer.head import look_at_rows, train_rows
-from trainer.objectives import OBJECTIVES, make_objective
-from trainer.selection import LOOKS
+from trainer.loss.fused_head import look_at_rows, train_rows
+from trainer.loss.objectives import OBJECTIVES, make_objective
+from trainer.loss.selection import LOOKS
 
 V, PADDED, H = 37, 40, 8
 SIZES = {

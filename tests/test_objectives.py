@@ -11,7 +11,7 @@ from test_estimates import target as target_of
 
 from logitstore.format.schemes import Scheme
 from logitstore.models.support import Support, on_support
-from trainer.objectives import OBJECTIVES, make_objective
+from trainer.loss.objectives import OBJECTIVES, make_objective
 
 DIVERGENCES = [name for name in OBJECTIVES if name != "label_nll"]
 CASES = [

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstore.store.documents import DocumentIndex
-from trainer.deal import Deal, Position
-from trainer.order import PackOrder
+from trainer.data.order import PackOrder
+from trainer.data.sharding import Deal, Position
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 SEEDS = st.integers(0, 2**32 - 1)

@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 import logitstore
 from logitstore.store.documents import DocumentIndex
 from trainer import DocumentDataset, DraftModule
-from trainer.deal import Deal
-from trainer.objectives import make_objective
-from trainer.order import PackOrder, best_fit
-from trainer.selection import SELECTIONS, Rule
-from trainer.stream import RankBatches, make_loader
+from trainer.data.loader import RankBatches, make_loader
+from trainer.data.order import PackOrder
+from trainer.data.packing import best_fit
+from trainer.data.sharding import Deal
+from trainer.loss.objectives import make_objective
+from trainer.loss.selection import SELECTIONS, Rule
 
 SHARD_ROWS = 2**18
 MAX_LENGTH = 2048

@@ -21,8 +21,8 @@ from head_node import head_node
 from safetensors.torch import load_file
 from training import with_dropout
 
-from trainer import checkpoints
-from trainer.checkpoints import Remote
+from trainer.loop import checkpoints
+from trainer.loop.remote_checkpoints import Remote
 
 WORKERS = ["--num_workers", "2"]
 MANY = 40

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from training import with_dropout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer.checkpoints import Remote
+from trainer.loop.remote_checkpoints import Remote
 
 SECRETS = {"key": "AKIAdistinctive1key", "secret": "distinctive2/secret+x", "token": "distinctive3token"}
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -273,7 +273,7 @@ def no_training(*args, **kwargs):
 
 
 def test_a_bucket_that_cannot_be_written_is_told_before_training(arguments, proxy, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.draft_trainer.DraftTrainer.train", no_training)
+    monkeypatch.setattr("trainer.loop.draft_trainer.DraftTrainer.train", no_training)
     status, line = refused(arguments(output="s3://nowhere/run"), capsys)
     assert (status, "got url=s3://nowhere/run (FileNotFoundError" in line, "kept in" in line) == (1, True, False)
     proxy.refuse()

@@ -128,7 +128,7 @@ def test_a_finished_run_is_prolonged_from_its_checkpoint(tiny, tiny_store, tmp_p
     ],
 )
 def test_another_run_does_not_go_on_with_a_runs_checkpoints(folder, tiny_store, capsys, monkeypatch, extra, message):
-    monkeypatch.setattr("trainer.drafts.load_weights", refuse_models)
+    monkeypatch.setattr("trainer.drafts.source.load_weights", refuse_models)
     before = contents(folder)
     for wanted in ("true", str(folder / "checkpoint-6")):
         with pytest.raises(SystemExit) as exit_:
@@ -141,7 +141,7 @@ def test_another_run_does_not_go_on_with_a_runs_checkpoints(folder, tiny_store, 
 def test_a_finished_model_without_checkpoints_is_not_overwritten(tiny, tiny_store, tmp_path, capsys, monkeypatch):
     argv = arguments(tiny, tiny_store, tmp_path / "out", "--save_strategy", "no", *RESUME)
     train_draft.main([*argv, "--max_steps", "2"])
-    monkeypatch.setattr("trainer.drafts.load_weights", refuse_models)
+    monkeypatch.setattr("trainer.drafts.source.load_weights", refuse_models)
     before = contents(tmp_path)
     cases = {
         "learning_rate must be 0.01 as in": ["--max_steps", "2", "--learning_rate", "0.5"],

@@ -10,7 +10,7 @@ import pytest
 from training import history, logged, on_ranks, same_weights, train, trained, with_dropout
 
 import logitstore
-from trainer import checkpoints
+from trainer.loop import checkpoints
 
 CASES = {
     "plain": {"per_device_train_batch_size": 8},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_estimates import target as target_of
 
 from logitstore.format.schemes import Scheme
-from trainer.selection import COLUMNS, LOOKS, SELECTIONS, Candidates, choose, make_rule, quantile
+from trainer.loss.selection import COLUMNS, LOOKS, SELECTIONS, Candidates, choose, make_rule, quantile
 
 SCORED = [name for name, selection in SELECTIONS.items() if selection.score is not None]
 VALUES = st.lists(st.integers(-4, 4), max_size=30)  # small numbers: ties are the rule

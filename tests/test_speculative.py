@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trainer.speculative import measure_acceptance
+from trainer.evaluation.speculative import measure_acceptance
 
 V = conftest.VOCAB_SIZE
 EOS = 1

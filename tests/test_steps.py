@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import logitstore
 from trainer import DocumentDataset, DraftModule, DraftTrainer
-from trainer.objectives import make_objective
-from trainer.selection import make_rule
+from trainer.loss.objectives import make_objective
+from trainer.loss.selection import make_rule
 
 BATCH, ACCUMULATION = 3, 2
 
@@ -151,7 +151,7 @@ def test_rows_outside_count_by_their_weight(tiny, tiny_store, tmp_path):
 
 
 def test_a_step_in_which_no_row_passes_the_gate_changes_nothing(tiny, tiny_store, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.selection.ACCEPTED_TOP", 0)
+    monkeypatch.setattr("trainer.loss.selection.ACCEPTED_TOP", 0)
     first, draft, history, _ = run(tiny, tiny_store, tmp_path, make_rule("accepted", keep=1.0), "kept")
     assert history[0]["kept_fraction"] == 0.0
     assert history[0]["loss"] == 0.0

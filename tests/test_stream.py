@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import logitstore
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.store.reader import Store
-from trainer.deal import Deal
-from trainer.stream import DocumentDataset, RankBatches, make_loader
+from trainer.data.dataset import DocumentDataset
+from trainer.data.loader import RankBatches, make_loader
+from trainer.data.sharding import Deal
 
 ALL_COLUMNS = ("reference_ce", "initial_ce", "target_entropy", "random")
 LOSSES = {"reference_ce": "ref", "initial_ce": "draft"}

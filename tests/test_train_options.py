@@ -14,8 +14,8 @@ import yaml
 
 import logitstore
 from trainer import DocumentDataset
-from trainer.deal import Deal
-from trainer.stream import RankBatches, make_loader
+from trainer.data.loader import RankBatches, make_loader
+from trainer.data.sharding import Deal
 
 SCREEN = (60, 120)
 """Lines and columns of a terminal that is not small."""

@@ -277,7 +277,7 @@ def test_bad_input_is_one_line_and_exit_status_2(name, tiny, tiny_store, misfits
     if name == "bf16" and is_torch_bf16_gpu_available():
         pytest.skip("this GPU computes in bfloat16")
     if name != "torn weights":
-        monkeypatch.setattr("trainer.drafts.load_weights", refuse_models)
+        monkeypatch.setattr("trainer.drafts.source.load_weights", refuse_models)
     extra = [value.format(f=misfits) for value in extra]
     with pytest.raises(SystemExit) as exit_:
         train_draft.main([*arguments(tiny, tiny_store, tmp_path / "out", *QUIET), *extra])

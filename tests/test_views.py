@@ -23,8 +23,8 @@ from logitstore.format.schemes import Scheme
 from logitstore.format.spec import TargetSpec
 from logitstore.rows import codec, truncating
 from logitstore.rows.codec import MANTISSA_BITS, round_mantissa
-from trainer.acceptance import cached_acceptance
-from trainer.stream import DocumentDataset
+from trainer.data.dataset import DocumentDataset
+from trainer.evaluation.from_cache import cached_acceptance
 
 V = 96
 SCHEMES = {

@@ -30,9 +30,9 @@ def train(store, draft, output, *, stores=(), scope=None, selection="adaspec", l
 
     import logitstore
     from trainer import DocumentDataset, DraftModule, DraftTrainer
-    from trainer.lora import Lora, add_lora
-    from trainer.objectives import make_objective
-    from trainer.selection import SELECTIONS, Rule
+    from trainer.drafts.lora import Lora, add_lora
+    from trainer.loss.objectives import make_objective
+    from trainer.loss.selection import SELECTIONS, Rule
 
     class Recording(DraftTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):

@@ -1,10 +1,10 @@
 """Trains drafts for speculative decoding from a logitstore, without the target, and measures their acceptance."""
 
-from trainer.draft_trainer import DraftTrainer
-from trainer.module import DraftModule
-from trainer.objectives import OBJECTIVES
-from trainer.selection import SELECTIONS
-from trainer.stream import DocumentDataset
+from trainer.data.dataset import DocumentDataset
+from trainer.loop.draft_trainer import DraftTrainer
+from trainer.loss.draft_module import DraftModule
+from trainer.loss.objectives import OBJECTIVES
+from trainer.loss.selection import SELECTIONS
 
 __all__ = [
     "OBJECTIVES",

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, IntervalStrategy, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from trainer.deal import Position
+from trainer.data.sharding import Position
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from transformers import TrainerControl, TrainingArguments
 
-    from trainer.deal import Deal
-    from trainer.order import PackOrder
+    from trainer.data.order import PackOrder
+    from trainer.data.sharding import Deal
 
 STATE = "trainer_state.json"
 

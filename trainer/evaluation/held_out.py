@@ -1,6 +1,6 @@
 """Evaluation during training: how a draft does on the documents that are held out, and which figures tell the best.
 
-The figures are those of `trainer.acceptance`, teacher-forced, over the rows of these documents whose loss mask is 1.
+The figures are those of `trainer.evaluation.from_cache`, over the rows of these documents whose loss mask is 1.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import Dataset
 
 from logitstore.rows.batches import batches, plan_batches
-from trainer.acceptance import COMPARED, StoredDocuments, batch_sums, evaluating, read_documents
-from trainer.order import Pack
+from trainer.data.order import Pack
+from trainer.evaluation.from_cache import COMPARED, StoredDocuments, batch_sums, evaluating, read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from logitstore.models.split_lm import SplitLM
-    from trainer.stream import DocumentDataset
+    from trainer.data.dataset import DocumentDataset
 
 GREATER_IS_BETTER = {
     "alpha_estimate": True,

@@ -12,15 +12,15 @@ from torch import nn
 
 from logitstore.models.split_lm import SplitLM
 from logitstore.models.support import Support
-from trainer.head import RowLosses, look_at_rows, train_rows
-from trainer.selection import Candidates, Chosen, choose
+from trainer.loss.fused_head import RowLosses, look_at_rows, train_rows
+from trainer.loss.selection import Candidates, Chosen, choose
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from trainer.objectives import Objective
-    from trainer.selection import Rule
+    from trainer.loss.objectives import Objective
+    from trainer.loss.selection import Rule
 
 
 class DraftModule(nn.Module):
@@ -56,7 +56,7 @@ class DraftModule(nn.Module):
         scores: Tensor | None = None,
         others: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Computes the loss of one micro-batch, laid out by `trainer.collate.Collator`.
+        """Computes the loss of one micro-batch, laid out by `trainer.data.collate.Collator`.
 
         Args:
             input_ids: Int64 [B, T].

@@ -1,7 +1,7 @@
 """Where the draft to train comes from: a model as it is, cut from a larger one, or made anew; padded, adapted.
 
 `plan_draft` decides and refuses, before any weights are read; `make_draft` does it. The other half of the work is in
-`trainer.draft_configs`, `trainer.reshaping` and `trainer.lora`.
+`trainer.drafts.configs`, `trainer.drafts.reshaping` and `trainer.drafts.lora`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from logitstore.models.identity import check_model, tokenizer_spec
 from logitstore.models.loading import ModelSource, load_config, load_model, load_tokenizer
 from logitstore.models.probes import check_halves
 from logitstore.models.split_lm import SplitLM
-from trainer.draft_configs import base_config, changed, check_buildable, read_settings, with_tokens_of
-from trainer.lora import add_lora
-from trainer.reshaping import chosen_layers, cut_config, cut_layers, pad_vocabulary
+from trainer.drafts.configs import base_config, changed, check_buildable, read_settings, with_tokens_of
+from trainer.drafts.lora import add_lora
+from trainer.drafts.reshaping import chosen_layers, cut_config, cut_layers, pad_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from logitstore.format.spec import StoreSpec
-    from trainer.lora import Lora
+    from trainer.drafts.lora import Lora
 
 LIKE_TARGET = "target"
 """The padded vocabulary size that is the target's."""

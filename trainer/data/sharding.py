@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import TrainingArguments
 
-    from trainer.order import PackOrder
+    from trainer.data.order import PackOrder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

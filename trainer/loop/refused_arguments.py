@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import Trainer, get_scheduler
 
-from trainer.evaluating import greater_is_better
+from trainer.evaluation.held_out import greater_is_better
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from logitstore.models.split_lm import SplitLM
-    from trainer.objectives import Objective
+    from trainer.loss.objectives import Objective
 
 
 LEAST_MASS = 1e-30
@@ -102,7 +102,7 @@ def look_at_rows(
         hidden: [N, H], what its backbone says.
         support: N rows of the target, or None.
         labels: Int64 [N], the tokens that follow.
-        wanted: Names of `trainer.selection.LOOKS`.
+        wanted: Names of `trainer.loss.selection.LOOKS`.
 
     Returns:
         [N] by name; and the losses of the rows, whose `objective` is the label's.

@@ -14,13 +14,13 @@ import torch
 from accelerate.utils import broadcast
 from transformers import GenerationConfig, SchedulerType, Trainer
 
-from trainer import checkpoints
-from trainer.deal import Position, make_deal
-from trainer.lora import has_lora, load_lora, merge_lora
-from trainer.progress import AtTheEnd, Progress, note_callbacks, read_position
-from trainer.steps import QUEUE_ROWS, Steps, num_rows
-from trainer.stream import RankBatches, make_loader
-from trainer.unsupported import check_training_arguments
+from trainer.data.loader import RankBatches, make_loader
+from trainer.data.sharding import Position, make_deal
+from trainer.drafts.lora import has_lora, load_lora, merge_lora
+from trainer.loop import checkpoints
+from trainer.loop.position import AtTheEnd, Progress, note_callbacks, read_position
+from trainer.loop.refused_arguments import check_training_arguments
+from trainer.loop.step_accounting import QUEUE_ROWS, Steps, num_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from trainer.checkpoints import Remote
-    from trainer.deal import Deal
-    from trainer.evaluating import HeldOut
-    from trainer.module import DraftModule
-    from trainer.steps import Denominator
-    from trainer.stream import DocumentDataset
+    from trainer.data.dataset import DocumentDataset
+    from trainer.data.sharding import Deal
+    from trainer.evaluation.held_out import HeldOut
+    from trainer.loop.remote_checkpoints import Remote
+    from trainer.loop.step_accounting import Denominator
+    from trainer.loss.draft_module import DraftModule
 
 
 class DraftTrainer(Trainer):
@@ -291,7 +291,7 @@ class DraftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Runs the module and adds up what is logged. `num_items_in_batch` is not used: see `trainer.steps`."""
+        """Runs the module and adds up what is logged. `num_items_in_batch` is not used."""
         outputs = model(**inputs, **self._steps.compared())
         self._steps.add(outputs)
         loss = self._steps.scaled(outputs["loss"])
@@ -328,7 +328,7 @@ class DraftTrainer(Trainer):
         """
         held_out = self._held_out if eval_dataset is None else eval_dataset
         if held_out is None:
-            raise ValueError("held_out must be given to evaluate, got none; make one with trainer.evaluating.HeldOut")
+            raise ValueError("held_out must be given to evaluate, got none; make a HeldOut of trainer.evaluation")
         with self.accelerator.autocast():
             found = held_out.evaluate(self._module.split, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

@@ -1,7 +1,7 @@
 """Acceptance rate of a draft from the cache: teacher-forced, on the stored rows, without the target.
 
 How often a target accepts the draft's token after *its own documents'* text; what a served model accepts after text
-that it wrote itself is measured by `trainer.speculative`. N rows, K entries per row at most, V vocabulary.
+that it wrote itself is measured by `trainer.evaluation.speculative`. N rows, K entries per row at most, V vocabulary.
 """
 
 from __future__ import annotations

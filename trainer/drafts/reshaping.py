@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from logitstore.models.split_lm import SplitLM
-from trainer.draft_configs import CONTRADICTIONS, per_layer
+from trainer.drafts.configs import CONTRADICTIONS, per_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

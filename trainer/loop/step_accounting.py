@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
-    from trainer.selection import Rule
+    from trainer.loss.selection import Rule
 
 Denominator = Literal["kept", "masked"]
 DENOMINATORS: tuple[Denominator, ...] = ("kept", "masked")

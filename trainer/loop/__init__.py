@@ -1,0 +1,1 @@
+"""The training loop, its exact resume, and its checkpoints."""

@@ -1,0 +1,1 @@
+"""Objectives, selections, and the fused head that computes both without the logits of a batch."""

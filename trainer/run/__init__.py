@@ -1,0 +1,1 @@
+"""One training run: its options, its output folder, its model card."""
