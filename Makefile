@@ -14,7 +14,7 @@ PIP_NEWEST = $(BIN)/python -m pip install --quiet
 # Releases without the suffix of their build, so that other indexes have them too; this project itself left out.
 INSTALLED = $(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
 
-.PHONY: demo test test-long test-newest lock lint clean
+.PHONY: demo test test-long test-newest lock lint docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,9 +54,12 @@ lock:  ## rewrites constraints.txt with the newest releases that are not held ba
 	    $(INSTALLED)) > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
-lint: $(VENV)/.ready  ## style and types
+lint: $(VENV)/.ready docs  ## style, types and documentation
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.ready  ## the documentation as a site in build/docs; any warning is an error
+	$(BIN)/python -m sphinx -E -W --keep-going --quiet -b html -d build/doctrees docs build/docs
 
 clean:  ## removes everything that was made, the virtual environment included
 	rm -rf build $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""Side-by-side ratios, each file runnable alone: python -m benchmarks.bench_dump. Nothing here is timed in tests."""
+"""Benchmarks, each of which runs alone: python -m benchmarks.bench_dump. The tests do not check times."""

@@ -1,6 +1,6 @@
-"""What stored entries cost by the order of ids, the code book and the settings of Blosc: what the format rests on.
+"""Size of stored entries by the order of ids, the codebook and the settings of Blosc, on which the format is based.
 
-E entries of N rows; bits are those of an entry, of chunks as in a store, without their headers in the shard's index.
+E entries of N rows. Bits are per entry, of chunks as in a store, without the shard's index.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from logitstore.rows.codec import round_mantissa
 
 SHOWN = ("topk 64", "nucleus 64 / 0.98", "hybrid 20", "hybrid 50")
 LOG_RANGE_NATS, LOG_EXPONENT = 16.0, 2.0
-"""Of the book that this one replaced: logprobs down to -16, in steps that grow."""
+"""Parameters of the previous codebook: logprobs down to -16, in growing steps."""
 ROOTS = (2.0, 3.0, 4.0, 6.0)
 DEFAULT = "root 4"
 
 
 class Book:
-    """Logprobs that 256 codes stand for."""
+    """A codebook: the logprobs of 256 codes."""
 
     def __init__(self, name, table):
         self.name, self.table = name, table
@@ -38,16 +38,16 @@ def books():
 
 
 def bits(values, *, shuffle=Blosc.SHUFFLE, level=5):
-    """Returns bits of each value as compressed in chunks."""
+    """Returns bits per value after compression in chunks."""
     blosc = Blosc("zstd", clevel=level, shuffle=shuffle)
-    whole = np.zeros(-(-len(values) // ENTRY_CHUNK) * ENTRY_CHUNK, values.dtype)  # as in a shard
+    whole = np.zeros(-(-len(values) // ENTRY_CHUNK) * ENTRY_CHUNK, values.dtype)  # padded to whole chunks as in a shard
     whole[: len(values)] = values
     chunks = whole.reshape(-1, ENTRY_CHUNK)
     return 8 * sum(len(blosc.encode(chunk)) for chunk in chunks) / len(values)
 
 
 def orders(token_ids, logprobs, counts, frequency):
-    """Yields names of orders, where each entry comes from [E], and what is stored of its id, uint32 [E]."""
+    """Yields the name of an order, the source index of each entry [E], and the stored value of its id, uint32 [E]."""
     row, vocab_size = np.repeat(np.arange(len(counts)), counts), len(frequency)
     place = np.empty(vocab_size, np.int64)
     place[np.argsort(-frequency, kind="stable")] = np.arange(vocab_size)
@@ -60,13 +60,13 @@ def orders(token_ids, logprobs, counts, frequency):
 
 
 def code_loss(codes, book, logprobs, tail, counts):
-    """Returns the mean over rows of what rounding loses in nats, probabilities scaled to 1 less the stored tail."""
+    """Returns the mean loss by rounding in nats per row, with probabilities scaled to 1 minus the stored tail."""
     first = np.cumsum(counts) - counts
     stored_tail = np.exp(round_mantissa(tail, codec.MANTISSA_BITS).astype(np.float64)).clip(1e-30, 1 - 2.0**-24)
     decoded = book.table[codes]
     shift = np.log1p(-stored_tail) - np.log(np.add.reduceat(np.exp(decoded), first))
     p, exact_tail = np.exp(logprobs), np.exp(tail.astype(np.float64)).clip(1e-30, 1)
-    total = np.add.reduceat(p, first) + exact_tail  # float32 normalised them: within 1e-4 only
+    total = np.add.reduceat(p, first) + exact_tail  # normalised in float32, so the sum is 1 only within 1e-4
     logprobs = logprobs - np.repeat(np.log(total), counts)
     p, exact_tail = np.exp(logprobs), exact_tail / total
     kept = np.add.reduceat(p * (logprobs - decoded - np.repeat(shift, counts)), first)
@@ -89,7 +89,7 @@ def report(source, arrays_by_name, num_rows):
 
 
 def _order_table(token_ids, logprobs, counts, vocab_size):
-    # Ranks that were counted on the very rows would know which few ids occur there: the first half of them counts.
+    # Ranks counted on the same rows would reveal which few ids occur there, so they are counted on the first half.
     half, split = len(counts) // 2, int(counts[: len(counts) // 2].sum())
     frequency = np.bincount(token_ids[:split], minlength=vocab_size)
     token_ids, logprobs, counts = token_ids[split:], logprobs[split:], counts[half:]

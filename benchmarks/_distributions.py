@@ -1,14 +1,14 @@
-"""Real distributions to measure formats on: small Llamas trained here, in minutes, on text that this machine has.
+"""Real distributions for measuring formats: small Llamas, trained here in minutes on text of this machine.
 
     python -m benchmarks._distributions demo mid large [--share 0.5 --threads 2]
 
-makes those that are not below build/bench yet, each with a tokenizer, the target, and a draft: the target as it was
-after a part of its training, a model that is worse in the ways a smaller one is. All three are trained on the demo's
-text, functions of the standard library, of which a few MB are seen several times, so that entropies come down to those
-that large models have on responses. A vocabulary of 128,256 is trained on a hundred times as much text; most of it
-never occurs in the functions. A full head would cost 150 MFLOP a token there: for most of the time the partition
-function is estimated from a few thousand tokens drawn with known probabilities, which is unbiased; the last steps are
-exact. Only rows of responses count.
+makes the ones that are not in build/bench yet. Each has a tokenizer, a target, and a draft: the target at an earlier
+point of its training, which is worse in the same ways as a smaller model. All three are trained on the demo's text,
+functions of the standard library. A few MB of it are seen several times, so that entropies are as low as those of large
+models on responses. The tokenizer with 128,256 tokens is trained on a hundred times as much text; most of its tokens
+never occur in the functions. Its full head would cost 150 MFLOP per token. So during most of the training the
+partition function is estimated without bias from a few thousand tokens drawn with known probabilities; the last steps
+are exact. Only rows of responses count.
 
 N rows, V vocabulary, H hidden size, T tokens.
 """
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-# Read as torch is loaded: threads that spin while they wait are many times slower where anything else wants a core.
+# Must be set before torch is loaded. Threads that spin while they wait are many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,18 +36,18 @@ sys.path.append(str(Path(__file__).parents[1] / "jobs"))
 
 import numpy as np
 import torch
-from demo_corpus import Pair, is_held_out, read_pairs, standard_library, train_tokenizer
+from _demo.corpus import Pair, is_held_out, read_pairs, standard_library, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, logging
 
 FOLDER = Path(__file__).parents[1] / "build" / "bench"
 MAX_LENGTH = 256
 BATCH = 2
-"""Packed sequences of a step: in minutes many small steps come further than few large ones."""
+"""Packed sequences per step. In a few minutes, many small steps reach a lower loss than few large ones."""
 LEARNING_RATE = 2e-3
 DRAFT_AT = 0.35
-"""After this part of the time the target is kept as the draft."""
+"""Fraction of the training time after which the target is saved as the draft."""
 EXACT_FROM = 0.9
-"""From this part of the time on the whole vocabulary is in the loss."""
+"""Fraction of the training time after which the loss uses the whole vocabulary."""
 TEXT_SUFFIXES = (".py", ".md", ".rst", ".txt", ".pyi", ".html")
 TEXT_ROOTS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share")
 TEXT_BYTES = 150_000_000
@@ -56,14 +56,14 @@ BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a target is made."""
+    """Settings for training a target."""
 
     vocab_size: int
     minutes: float
     negatives: int
-    """Tokens that stand for the vocabulary in the loss; 0: the whole vocabulary does, always."""
+    """Number of drawn tokens in the loss; 0 always uses the whole vocabulary."""
     num_functions: int
-    """Trained on: fewer are seen more often in the same time."""
+    """Number of functions to train on. With fewer, each is seen more often in the same time."""
     hidden_size: int = 192
     num_layers: int = 4
 
@@ -77,38 +77,38 @@ RECIPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """N rows that count."""
+    """A chunk of N rows that count."""
 
     labels: torch.Tensor
     """Int64 [N]."""
     logprobs: torch.Tensor
-    """Float32 [N, V]: the target's, exact."""
+    """Float32 [N, V]: exact logprobs of the target."""
     draft: torch.Tensor
-    """Float32 [N, V]: another model's."""
+    """Float32 [N, V]: logprobs of the draft."""
 
 
 @dataclass(kw_only=True)
 class Distribution:
-    """A target and a draft at a temperature. Sharpened ones have the entropies of targets that are surer."""
+    """A target and a draft at a temperature. Below 1, the entropies are those of a larger target."""
 
     name: str
     temperature: float = 1.0
     text: Literal["held_out", "seen"] = "held_out"
-    """Functions that the target was not trained on, or those that it was: there it is surer too."""
+    """Whether the functions were held out from the target's training or seen in it. Seen ones have lower entropy."""
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return RECIPES[self.name].vocab_size
 
     @functools.cached_property
     def made(self) -> dict[str, float]:
-        """How it was made."""
+        """Settings and results of the training."""
         return json.loads((FOLDER / self.name / "made.json").read_text())
 
     @functools.cached_property
     def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids [T] and loss masks [T] of the text."""
+        """Ids [T] and loss mask [T] of each document of the text."""
         tokenizer = AutoTokenizer.from_pretrained(FOLDER / self.name / "target")
         seen = functions(held_out=False)[: RECIPES[self.name].num_functions]
         return list(encode(tokenizer, functions(held_out=True) if self.text == "held_out" else seen))
@@ -139,7 +139,7 @@ class Distribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """Made-up distributions of a vocabulary of any size: for the widths of ids alone, no figure of fidelity."""
+    """Artificial distributions over a vocabulary of any size, only for the sizes of ids and not for fidelity."""
 
     vocab_size: int
     name: str = "synthetic"
@@ -167,7 +167,7 @@ def load(folder):
 
 
 def encode(tokenizer, pairs):
-    """Yields ids and loss masks of documents as `dump_logits.py` makes them, cut at MAX_LENGTH."""
+    """Yields ids and loss mask of each document as `dump_logits.py` makes them, cut at MAX_LENGTH."""
     for pair in pairs:
         prompt = tokenizer(pair.prompt)["input_ids"]
         response = tokenizer(pair.response, add_special_tokens=False)["input_ids"]
@@ -179,13 +179,13 @@ def encode(tokenizer, pairs):
 
 
 def texts(limit=TEXT_BYTES, roots=TEXT_ROOTS):
-    """Yields files of text that are installed here, each once, in a random order that is always the same."""
+    """Yields the text files installed on this machine, each once, in a fixed random order."""
     paths = {path for root in roots for path in Path(root).rglob("*") if path.suffix in TEXT_SUFFIXES}
     seen, total = set(), 0
     for path in random.Random(0).sample(sorted(paths), len(paths)):
         try:
             text = path.read_text()
-        except (UnicodeDecodeError, OSError):  # other encodings; links to nothing
+        except (UnicodeDecodeError, OSError):  # other encodings and broken links
             continue
         if 500 <= len(text) <= 300_000 and text[:2000] not in seen:
             seen.add(text[:2000])
@@ -196,7 +196,7 @@ def texts(limit=TEXT_BYTES, roots=TEXT_ROOTS):
 
 
 def make(name, recipe):
-    """Trains a target by its recipe, unless it is there."""
+    """Trains a target by its recipe, unless it exists."""
     folder = FOLDER / name
     if (folder / "made.json").exists():
         return
@@ -233,9 +233,9 @@ def make(name, recipe):
 
 
 def train(model, tokens, recipe, save):
-    """Trains for some minutes; `save` keeps the draft on the way.
+    """Trains for some minutes and calls `save` for the draft on the way.
 
-    The body by AdamW, the embedding, which is the head too, row by row where a step touched it.
+    AdamW updates the body. The embedding, which is also the head, is updated only at the rows that a step used.
     """
     body = [parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name]
     optimizer = torch.optim.AdamW(body, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.1)
@@ -279,17 +279,17 @@ def train(model, tokens, recipe, save):
 
 
 def inclusion(counts, num):
-    """Returns with which chance each token is drawn, so that num are on average: more often what is more frequent."""
+    """Returns the probability of drawing each token, which grows with its frequency and sums to `num`."""
     weights = (counts + 0.5).pow(0.75)
     scale = num / weights.sum()
-    for _ in range(20 if num else 0):  # those that are drawn for certain leave more for the others
+    for _ in range(20 if num else 0):  # tokens limited to probability 1 raise those of the others
         chances = (scale * weights).clamp_max(1.0)
         scale *= num / chances.sum()
     return (scale * weights).clamp_max(1.0)
 
 
 def sampled_loss(hidden, labels, weights, is_drawn, chances):
-    """Cross entropy with sum_v exp(z_v) estimated by the label's and the drawn others' over their chances."""
+    """Returns the cross entropy. sum_v exp(z_v) is estimated from the label and the drawn tokens over their chances."""
     drawn = is_drawn.nonzero()[:, 0]
     others = hidden @ weights[drawn].T - chances[drawn].log()
     own = (hidden * weights[labels]).sum(-1)
@@ -298,7 +298,7 @@ def sampled_loss(hidden, labels, weights, is_drawn, chances):
 
 
 class RowwiseAdam:
-    """Adam on some rows of a matrix at a time: each has its own count of steps."""
+    """Adam for some rows of a matrix at a time. Each row has its own step count."""
 
     def __init__(self, weights):
         self.weights = weights
@@ -317,7 +317,7 @@ class RowwiseAdam:
 
 
 def summary(distribution, num_rows):
-    """Returns what a distribution is like: nats of entropy and loss, mass of its likeliest tokens."""
+    """Returns figures of a distribution: entropy and loss in nats, and the mass of its likeliest tokens."""
     sums, rows = {}, 0
     for chunk in distribution.chunks(num_rows, 128):
         probs = chunk.logprobs.exp()
@@ -337,7 +337,7 @@ def summary(distribution, num_rows):
 
 
 def sharpen(model: Path, folder: Path, temperature: float) -> Path:
-    """Makes a model that says what another does at a temperature: below 1, one as sure of itself as large ones are."""
+    """Makes a model with the distributions of another at a temperature. Below 1 they become more peaked."""
     made = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         made.model.norm.weight.div_(temperature)

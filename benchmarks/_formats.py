@@ -1,16 +1,16 @@
-"""Formats of others, re-implemented from their descriptions for comparison: none of this is their code.
+"""Other formats, re-implemented from their descriptions for comparison, without using their code.
 
-Each takes what it keeps of N rows and returns the bytes that it would store, without the tokens, and gives back what
-its reader hands to a training step: ids as int64 and logprobs.
+Each format encodes the entries of N rows, without the tokens, into the bytes that it would store. Its decoder returns
+the values that its reader passes to a training step: ids as int64, and logprobs.
 
-- DistillKit (arcee-ai, 2026-03): the k likeliest, ids in ceil(log2 V) bits each, most significant first; the first few
-  logprobs in bfloat16, the others as coefficients of a least-squares fit over their rank, in float32 through an SVD,
-  the rank as it is and not mapped to [0, 1]. One Parquet row a document, one list of bytes a position. Its reader makes
-  Python lists of them, then int64 tensors, and takes ids apart bit by bit. Trained on renormalised.
-- RS-KD (arXiv 2503.16870): 3 bytes an entry, 17 bits of id and 7 of how often it was drawn. The code is not released:
-  how many entries a row has is a byte here, and the reader is the fastest one that NumPy allows.
-- Parquet lists: int32 ids and float16 logprobs of each position as lists, zstd; read as flat arrays, not as lists.
-- raw NumPy: the same as two rectangular arrays.
+- DistillKit (arcee-ai, 2026-03): the k likeliest tokens, ids in ceil(log2 V) bits each, most significant first. The
+  first few logprobs are in bfloat16, the others are coefficients of a least-squares fit over their rank, in float32
+  through an SVD, with ranks not mapped to [0, 1]. One Parquet row per document, one list of bytes per position. The
+  reader makes Python lists and then int64 tensors, and unpacks ids bit by bit. Training renormalises.
+- RS-KD (arXiv 2503.16870): 3 bytes per entry, 17 bits for the id and 7 for the number of draws. Its code is not
+  released: here the number of entries of a row takes one byte, and the reader is the fastest possible in NumPy.
+- Parquet lists: int32 ids and float16 logprobs of each position as lists, with zstd; read as flat arrays.
+- raw NumPy: the same values as two rectangular arrays.
 
 N rows, K entries of a row, E entries in all, T positions of a document.
 """
@@ -32,7 +32,7 @@ RSKD_ENTRY_BYTES = 3
 
 
 class Top(NamedTuple):
-    """The likeliest tokens of N rows, likeliest first."""
+    """The likeliest tokens of N rows, in order of probability."""
 
     token_ids: np.ndarray
     """Int64 [N, K]."""
@@ -41,25 +41,25 @@ class Top(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens that were drawn, row by row."""
+    """The drawn tokens of N rows."""
 
     counts: np.ndarray
-    """Int64 [N]: distinct tokens of each row."""
+    """Int64 [N]: number of distinct tokens of each row."""
     token_ids: np.ndarray
     """Int64 [E]."""
     draws: np.ndarray
-    """Int64 [E]: how often."""
+    """Int64 [E]: number of draws of each token."""
 
 
 def pack_bits(values, width):
-    """Returns uint8 [N, ceil(K * width / 8)]: int64 [N, K] in `width` bits each, most significant first."""
+    """Packs int64 [N, K] into `width` bits each, most significant first. Returns uint8 [N, ceil(K * width / 8)]."""
     octets = values.astype(">u4").view(np.uint8).reshape(*values.shape, 4)
     bits = np.unpackbits(octets, axis=-1)[..., 32 - width :]
     return np.packbits(bits.reshape(len(values), -1), axis=-1)
 
 
 def unpack_bits(packed, width, num):
-    """Returns int64 [T, num] of uint8 [T, bytes], by way of an int64 for each bit, as DistillKit's reader does."""
+    """Unpacks uint8 [T, bytes] to int64 [T, num], with one int64 per bit in between as in DistillKit's reader."""
     shifts = torch.arange(7, -1, -1)
     bits = (packed.long()[..., None] >> shifts) & 1
     bits = bits.flatten(-2)[:, : num * width].unflatten(-1, (num, width))
@@ -75,7 +75,7 @@ class DistillKit:
     k: int
     exact_k: int
     terms: tuple[int | str, ...] = ()
-    """Powers of the rank, or sqrt."""
+    """Terms of the fit: powers of the rank, or "sqrt"."""
 
     @property
     def width(self):
@@ -83,11 +83,11 @@ class DistillKit:
 
     @property
     def payload_bytes(self):
-        """Bytes of a row before Parquet."""
+        """Bytes per row before Parquet."""
         return -(-self.k * self.width // 8) + 2 * self.exact_k + 4 * len(self.terms)
 
     def encode(self, top, lengths):
-        """Returns a Parquet file of documents of some numbers of positions."""
+        """Returns a Parquet file of documents with the given numbers of positions."""
         ids = pack_bits(top.token_ids[:, : self.k], self.width)
         values = torch.from_numpy(top.logprobs[:, : self.k])
         parts = [values[:, : self.exact_k].bfloat16().contiguous().view(torch.uint8)]
@@ -108,7 +108,7 @@ class DistillKit:
         return (values @ left * inverse) @ right
 
     def decode(self, data):
-        """Returns int64 ids and logprobs [N, k], bfloat16 if all are exact, else float32."""
+        """Returns int64 ids and logprobs [N, k]: bfloat16 if all are exact, otherwise float32."""
         columns = pq.read_table(io.BytesIO(data), use_threads=False)
         found = []
         for row in range(len(columns)):
@@ -137,7 +137,7 @@ def distillkit(vocab_size):
 
 
 def nested(values, lengths):
-    """Returns list<list<uint8>> [documents] of uint8 [N, bytes]."""
+    """Converts uint8 [N, bytes] to an Arrow array of list<list<uint8>>, one per document."""
     inner = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
     outer = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(outer, pa.ListArray.from_arrays(inner, pa.array(values.ravel())))
@@ -151,12 +151,12 @@ def to_parquet(table, **options):
 
 @dataclass(frozen=True, kw_only=True)
 class RsKd:
-    """RS-KD's draws in 3 bytes each."""
+    """RS-KD's draws in 3 bytes per entry."""
 
     name: str = "RS-KD 3-byte, 50 draws"
 
     def encode(self, drawn):
-        """Returns a byte for each row, then 3 bytes for each entry."""
+        """Returns one byte per row, then 3 bytes per entry."""
         if drawn.token_ids.max(initial=0) >= 1 << 17 or drawn.draws.max(initial=0) >= 1 << RSKD_COUNT_BITS:
             raise ValueError("ids must be below 2**17 and draws below 2**7 in 3 bytes")
         words = (drawn.token_ids << RSKD_COUNT_BITS | drawn.draws).astype("<u4")
@@ -164,7 +164,7 @@ class RsKd:
         return drawn.counts.astype(np.uint8).tobytes() + entries.tobytes()
 
     def decode(self, data, num_rows):
-        """Returns what was encoded."""
+        """Returns the rows that were encoded."""
         counts = np.frombuffer(data, np.uint8, num_rows).astype(np.int64)
         entries = np.frombuffer(data, np.uint8, offset=num_rows).reshape(-1, RSKD_ENTRY_BYTES)
         words = np.zeros((len(entries), 4), np.uint8)
@@ -175,7 +175,7 @@ class RsKd:
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetLists:
-    """Lists of ids and logprobs, one Parquet row a position."""
+    """Lists of ids and logprobs, one Parquet row per position."""
 
     k: int
     dtype: type = np.float16
@@ -202,7 +202,7 @@ class ParquetLists:
 
 @dataclass(frozen=True, kw_only=True)
 class RawNumPy:
-    """Two .npy arrays end to end."""
+    """Two .npy arrays, one after the other."""
 
     k: int = 64
 

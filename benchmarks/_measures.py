@@ -1,7 +1,7 @@
-"""What formats lose, row by row, against the exact distribution: the same numbers whatever the format.
+"""Losses of formats in each row compared with the exact distribution, with the same measures for all formats.
 
-Everything is computed from the entries and a few numbers of each whole distribution, so that a dozen formats cost
-little more than one. Sums are in float64.
+The measures need only the entries and a few numbers of each whole distribution, so a dozen formats cost little more
+than one. Sums are in float64.
 
 N rows, K entries of a row at most, V vocabulary.
 """
@@ -42,7 +42,7 @@ class Exact:
         def total(values):
             return values.sum(-1, dtype=torch.float64)
 
-        # Of 128,256 tokens a float32 log_softmax sums to 1 within 1e-4 only: as much as a KL of codes.
+        # With 128,256 tokens, a float32 log_softmax sums to 1 only within 1e-4, which is as large as the KL of codes.
         logprobs = logprobs - total(logprobs.exp()).log().float()[:, None]
         p, q = logprobs.exp(), draft.exp()
         return Exact(
@@ -51,28 +51,28 @@ class Exact:
         )  # fmt: skip
 
     def gradient(self):
-        """Float64 [V]: what full distillation adds to the gradient by the logits, summed over the rows."""
+        """Returns the gradient of full distillation by the logits, summed over the rows, float64 [V]."""
         return (self.q - self.p).sum(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What training sees of N rows."""
+    """N rows as training uses them."""
 
     kind: Literal["bucket", "renormalised", "drawn"]
-    """What stands for the tail: one more bucket, nothing, or the entries."""
+    """How the tail is represented: as one more bucket, not at all, or by the drawn entries."""
     token_ids: torch.Tensor
     """Int64 [N, K]; 0 beyond a row's entries."""
     weights: torch.Tensor
-    """Float64 [N, K]: what the loss weighs; 0 beyond a row's entries."""
+    """Float64 [N, K]: weights in the loss; 0 beyond a row's entries."""
     probs: torch.Tensor | None
-    """Float64 [N, K]: what is known of p at the entries; None where nothing is but the draws."""
+    """Float64 [N, K]: stored probabilities of the entries; None for formats that store only draws."""
     tail: torch.Tensor
-    """Float64 [N]: what is known of the tail."""
+    """Float64 [N]: stored mass of the tail."""
 
     @staticmethod
     def of_rows(rows: Rows, start, stop):
-        """Takes ours, as a trainer does."""
+        """Makes it from rows of logitstore, as the trainer uses them."""
         places = torch.arange(start, stop).numpy()
         stored = rows.padded(places)
         return Seen(
@@ -85,9 +85,9 @@ class Seen:
 
     @staticmethod
     def of_truncated(token_ids, logprobs):
-        """Takes rectangles that are trained on renormalised, as those who store them do.
+        """Makes it from rectangular top-k arrays, which are renormalised for training.
 
-        Alpha is estimated with what the stored probabilities leave as a tail bucket, which they do not do.
+        Alpha is estimated with the missing mass as a tail bucket, which the readers of these formats do not do.
         """
         probs = torch.as_tensor(logprobs).double().exp()
         mass = probs.sum(-1, keepdim=True)
@@ -98,13 +98,13 @@ class Seen:
 
 
 def compare(exact: Exact, seen: Seen):
-    """Compares N rows.
+    """Compares N rows with the exact distributions.
 
     Returns:
-        Float64 [N] by name: kl_codes, what rounding loses in nats; kl_tail, what the tail's loss is, spread evenly in
-        the bucket or -log of the kept mass where it is dropped; tv, half the L1 distance of the weights and p; the
-        estimate of alpha and its error; the angle, degrees, between the row's gradient by the logits and full
-        distillation's. And float64 [V]: the gradients' sum.
+        Measures by name, float64 [N], and the sum of the gradients by the logits, float64 [V]. The measures are
+        kl_codes, the loss by rounding in nats; kl_tail, the loss of the tail: spread evenly within the bucket, or
+        -log of the kept mass if the tail is dropped; tv, half the L1 distance between the weights and p; the estimate
+        of alpha and its error; the angle in degrees between the row's gradient and that of full distillation.
     """
     used = seen.weights > 0
     p = exact.p.gather(1, seen.token_ids).double().where(used, 0.0)
@@ -122,7 +122,7 @@ def compare(exact: Exact, seen: Seen):
     values["alpha"] = _alpha(seen, q, q_tail.clamp_min(TAIL_FLOOR), used)
     values["alpha_error"] = (values["alpha"] - exact.alpha).abs()
     bucket = seen.tail if seen.kind == "bucket" else torch.zeros_like(seen.tail)
-    # the gradient by the logits: total * q - weights at the entries, rest * q at all others
+    # The gradient by the logits is total * q - weights at the entries, and rest * q at all other tokens.
     total = seen.weights.sum(-1) + bucket
     rest = total - torch.where(q_tail > TAIL_FLOOR, bucket / q_tail.clamp_min(TAIL_FLOOR), 0.0)
     found = (total[:, None] * q - seen.weights).where(used, 0.0)
@@ -160,5 +160,5 @@ def _alpha(seen, q, q_tail, used):
 
 
 def angle(a, b):
-    """Returns the angle between two vectors, degrees."""
+    """Returns the angle between two vectors in degrees."""
     return torch.rad2deg((a @ b / (a.norm() * b.norm())).clamp(-1, 1).acos()).item()

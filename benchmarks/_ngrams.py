@@ -1,9 +1,8 @@
-"""A target of another kind: n-grams of all installed text, interpolated. No training, and as sure as large models are.
+"""A target of another kind: interpolated n-grams of all installed text, with entropies as low as those of large models.
 
-What a Llama can learn here in minutes leaves it unsure of most tokens. Counts of a hundred MB of text, by Witten and
-Bell's interpolation of contexts of one to five tokens with the frequencies of the whole vocabulary, are a proper
-distribution with the tail of a real text, and in a second. The draft knows shorter contexts only, and
-is flatter.
+A Llama trained here for minutes is uncertain about most tokens. N-gram counts of a hundred MB of text need no training.
+Witten-Bell interpolation of contexts of one to five tokens with the frequencies of the whole vocabulary gives a proper
+distribution with the tail of real text, in a second. The draft uses only shorter contexts and is flatter.
 
 N rows, V vocabulary.
 """
@@ -23,9 +22,9 @@ from benchmarks._distributions import RECIPES, TEXT_ROOTS, Chunk, encode, functi
 
 TOKENIZER_OF = "large"
 LONGEST, LONGEST_OF_DRAFT = 5, 2
-"""Tokens of a context."""
+"""Tokens of the longest context, of the target and of the draft."""
 DRAFT_TEMPERATURE = 1.2
-"""Where no longer context is known the draft would be the target, and what it has to learn rounding errors."""
+"""Makes the draft differ from the target even where the target knows no longer context."""
 END = 1
 ID_BITS = 18
 HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -33,9 +32,9 @@ TEXT_BYTES = 40_000_000
 
 
 def context_hashes(tokens, longest):
-    """Yields, for 1 to `longest` tokens, a hash of as many tokens before each place: uint64 [len(tokens)].
+    """Yields hashes of the 1 to `longest` tokens before each place, uint64 [len(tokens)] for each length.
 
-    The lowest ID_BITS are 0. Places with fewer tokens before them have hashes of none: few, and they do no harm.
+    The lowest ID_BITS are 0. The few places with fewer tokens before them get the hash of no tokens.
     """
     values = tokens.astype(np.uint64) + np.uint64(1)
     rolling = np.zeros(len(tokens), np.uint64)
@@ -48,7 +47,7 @@ def context_hashes(tokens, longest):
 
 
 class NGrams:
-    """Counts of what follows contexts."""
+    """Counts of the tokens that follow each context."""
 
     def __init__(self, tokens, vocab_size, longest):
         counts = np.bincount(tokens, minlength=vocab_size) + 0.1
@@ -57,11 +56,11 @@ class NGrams:
         self.tables = [np.unique(each | tokens.astype(np.uint64), return_counts=True) for each in hashes]
 
     def probs(self, contexts, longest):
-        """Returns float32 [N, V].
+        """Returns the probabilities of the next token, float32 [N, V].
 
         Args:
-            contexts: Hashes of the contexts of N places, uint64 [N] by length.
-            longest: Tokens of the longest that is used.
+            contexts: Hashes of the contexts of N places, uint64 [N] for each length.
+            longest: Number of tokens of the longest context to use.
         """
         found = np.empty((len(contexts[0]), len(self.base)), np.float32)
         left = np.ones(len(found))
@@ -86,21 +85,21 @@ class NGrams:
 
 @dataclass(kw_only=True)
 class NGramDistribution:
-    """The n-grams at a temperature; made as it is first used."""
+    """The n-grams at a temperature. They are counted at the first use."""
 
     name: str = "ngrams"
     temperature: float = 1.0
     text: Literal["held_out", "seen"] = "held_out"
-    """Functions of the standard library: it is left out of what is counted, or is not."""
+    """Whether the standard library, from which the functions are taken, is left out of the counts or included."""
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return RECIPES[TOKENIZER_OF].vocab_size
 
     @functools.cached_property
     def documents(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Ids [T] and loss masks [T] of the text."""
+        """Ids [T] and loss mask [T] of each document of the text."""
         return list(encode(tokenizer(), functions(held_out=True)))
 
     def chunks(self, num_rows: int, rows_per_chunk: int = 256):
@@ -129,7 +128,7 @@ def tokenizer():
 
 @functools.cache
 def counted(text):
-    """Counts the installed text, which is kept as tokens."""
+    """Counts the installed text. Its tokens are cached in a file."""
     path = _distributions.FOLDER / f"ngrams_{text}.npy"
     if not path.exists():
         backend, roots = tokenizer().backend_tokenizer, TEXT_ROOTS[text == "held_out" :]

@@ -1,4 +1,4 @@
-"""Rows of a distribution as this package stores them: the dump's arrays, whole shards, a reader's rectangles."""
+"""Rows of a distribution as logitstore stores them: arrays of the dump, whole shards, and rectangles of the reader."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from logitstore.format.layout import ENTRY_CHUNK
 from logitstore.format.schemes import make_scheme
 from logitstore.format.spec import ROW_CHUNK, ModelSpec, TargetSpec
 from logitstore.rows import codec
-from logitstore.rows.codec import MANTISSA_BITS, round_mantissa
 from logitstore.rows.tokens import encode_tokens
 
 BATCH_ROWS = 2048
-"""Rows that are laid out as one rectangle."""
+"""Number of rows in one rectangle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """Rows of one scheme, as the dump makes them and a reader finds them."""
+    """Rows of one scheme, as the dump makes them and a reader sees them."""
 
     name: str
     spec: TargetSpec
@@ -31,33 +30,28 @@ class Ours:
 
     @staticmethod
     def of(scheme, options, vocab_size, num_rows):
-        """Prepares for some rows, none of which is there yet."""
+        """Prepares for `num_rows` rows, which `keep` adds."""
         model = ModelSpec(name="bench", revision="0", dtype="float32", padded_vocab_size=vocab_size)
         spec = TargetSpec(model=model, scheme=make_scheme(scheme, options))
         name = f"{scheme} {' / '.join(f'{value:g}' for value in options.values())}"
         return Ours(name=name, spec=spec, uniform=uniforms(spec, 0, num_rows), parts=[])
 
     def keep(self, chunk, start):
-        """Truncates a chunk, keeps its arrays and returns them."""
+        """Truncates a chunk, stores its arrays and returns them."""
         boundaries = torch.from_numpy(self.spec.codebook.boundaries)
         uniform = torch.from_numpy(self.uniform[start : start + len(chunk.labels)])
         kept = truncate(chunk.logprobs, chunk.labels, self.spec, boundaries, uniform)
         counts = kept.counts.numpy()
         used = np.arange(kept.token_ids.shape[1]) < counts[:, None]
         floats = {name: getattr(kept, name).numpy() for name in ("tail", "label_logprob", "entropy")}
-        arrays = {
-            "counts": counts.astype(np.uint16),
-            "gaps": codec.gaps(kept.token_ids.numpy()[used], counts),
-            "logprobs": kept.codes.numpy()[used],
-            "draws": kept.draws.numpy()[used].astype(np.uint16),
-            **{name: round_mantissa(values, MANTISSA_BITS) for name, values in floats.items()},
-        }
+        entries = {name: getattr(kept, name).numpy()[used] for name in ("token_ids", "codes", "draws")}
+        arrays = codec.pack(counts=counts, **entries, **floats)
         exact = chunk.logprobs.gather(1, kept.token_ids.long().clamp_max(chunk.logprobs.shape[1] - 1))
         self.parts.append(arrays | {"exact_logprobs": exact.numpy()[used], "exact_tail": floats["tail"]})
         return arrays
 
     def arrays(self):
-        """Returns those of all rows."""
+        """Returns the arrays of all rows."""
         return {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
 
     def encode(self, arrays):
@@ -69,7 +63,7 @@ class Ours:
         return {"shard_rows": -(-num_rows // ENTRY_CHUNK) * ENTRY_CHUNK, "k": self.spec.room}
 
     def decode(self, held, counts):
-        """Reads objects and lays out all rows in batches."""
+        """Decodes objects and pads all rows to rectangles, in batches."""
         sizes = self._sizes(len(counts))
         lengths = {"row": len(counts), "entry": int(counts.sum(dtype=np.int64))}
         arrays = {a.name: zarr_objects.decode(held[a.name], lengths[a.per], a, **sizes) for a in layout.TARGET}
@@ -80,7 +74,7 @@ class Ours:
 
 
 def token_bytes(source, num_rows):
-    """Bytes of the tokens layer for each row that counts, and how many tokens there are to one."""
+    """Returns the bytes of the tokens layer, and the number of tokens, per row that counts."""
     documents, counted = [], 0
     for ids, mask in source.documents:
         documents.append((ids, mask))

@@ -1,7 +1,7 @@
-"""Rounds of writers: plain processes that write one store, several to each shard, while they are killed.
+"""Rounds with plain writer processes: several write each shard of one store while they are killed.
 
-Every few moments one is killed with SIGKILL, or stopped and woken up later: a zombie that finishes long after it was
-given up. Whoever is gone is replaced, until one has seen all shards committed.
+At random moments a writer is killed with SIGKILL, or stopped and continued later (a zombie, which finishes long after
+other writers assumed that it was dead). Killed writers are replaced until one has seen all shards committed.
 """
 
 from __future__ import annotations
@@ -29,59 +29,59 @@ from logitstore.store.take_back import sweep, take_back
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 STALLED_S = 300
-"""So long without an end, nobody being killed any more, is one."""
+"""Seconds after the last kill without any writer finishing that count as an error."""
 
 AIMS = (*[None] * 4, "stage", "elect", "publish", "commit", "clean")
-"""Half of the blows fall at any moment; most of them would never meet the short steps of a commit on a fast disk."""
+"""Steps at which a writer is killed. None is any moment, which would rarely be a short commit step on a fast disk."""
 AIM_S = 0.2
-"""How long one waits for such a step."""
+"""Seconds to wait for a writer to reach such a step."""
 
 
 class TortureError(RuntimeError):
-    """What may never happen did."""
+    """Raised when something happened that must never happen."""
 
 
 @dataclass(kw_only=True)
 class Totals:
-    """What was done, and what was found."""
+    """Counts of all actions and findings of a run."""
 
     rounds: Counter = field(default_factory=Counter)
     seconds: Counter = field(default_factory=Counter)
-    """By kind of round."""
+    """Duration by kind of round."""
     started: Counter = field(default_factory=Counter)
-    """Processes, by what they are."""
+    """Started processes by kind."""
     kills: Counter = field(default_factory=Counter)
-    """With SIGKILL, by what the process was: driver, actor, writer, and whatever else belongs to a Ray."""
+    """Processes killed with SIGKILL by kind: driver, actor, writer, and other processes of a Ray cluster."""
     steps: Counter = field(default_factory=Counter)
-    """What killed writers were doing."""
+    """Steps at which writers were killed."""
     faults: Counter = field(default_factory=Counter)
-    """Injected, by kind."""
+    """Injected faults by kind."""
     events: Counter = field(default_factory=Counter)
-    """All else that was done to a store, or happened to it."""
+    """All other events in a store."""
     rows: Counter = field(default_factory=Counter)
-    """Compared in finished stores, read meanwhile; lost, doubled, mixed."""
+    """Rows compared in finished stores, rows read meanwhile, and rows lost, doubled or mixed."""
     requests: int = 0
     differences: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Harm:
-    """How hard a round is."""
+    """Intensity of a round."""
 
     writers: int
-    """At any time."""
+    """Number of writers at any time."""
     blows: int
-    """At most; after that everybody may finish."""
+    """Maximum number of kills and stops. After these, all writers may finish."""
     every_s: float
-    """Between two of them, on average."""
+    """Mean seconds between two of them."""
     pauses: float
-    """Share of blows that stop a writer for a while instead. With 1 nobody is killed, and all must clean up."""
+    """Share that stops a writer for a while instead of killing it. With 1 all writers survive and must clean up."""
     pause_s: float
-    """For how long at most."""
+    """Maximum seconds of a stop."""
 
 
 def draw_harm(rng, *, in_bucket, effort):
-    """Draws how hard a round is: a shard of a layer takes some 10 ms in a folder, and some 30 requests in a bucket."""
+    """Draws the intensity of a round. A shard of a layer takes about 10 ms in a folder, or 30 requests in a bucket."""
     return Harm(
         writers=rng.randint(3, 6),
         blows=round(effort * rng.randint(15, 40)),
@@ -96,29 +96,29 @@ def log_uniform(rng, least, most):
 
 
 class WriterRound:
-    """One store, from nothing to finished."""
+    """One round: writes one store from the beginning to the end."""
 
     def __init__(self, *, url, options, direct, folder, oracles, seed, effort, totals, quiet, tick):
-        """Draws what is to be done.
+        """Draws the settings of the round.
 
         Args:
-            url: The store's, which does not exist yet.
-            options: By which writers reach it.
-            direct: By which it is looked at.
-            folder: For logs.
-            oracles: What it must be in the end, without and with what is appended.
-            seed: Of all that is drawn.
-            effort: How long a round is, 1 as a rule.
-            totals: Counted into.
-            quiet: Waits until nothing that was asked of the bucket is under way any more.
-            tick: Called now and then.
+            url: URL of the store, which does not exist yet.
+            options: Storage options of the writers.
+            direct: Storage options of the checks.
+            folder: Folder for logs.
+            oracles: The expected stores, without and with the appended documents.
+            seed: Seed of all draws.
+            effort: Relative length of the round, usually 1.
+            totals: Counts that the round adds to.
+            quiet: Function that waits until all requests to the bucket have ended.
+            tick: Function that is called repeatedly.
         """
         rng = random.Random(seed)
         self._rng, self._url, self._options, self._direct = rng, url, options, direct
         self._folder, self._totals, self._quiet, self._tick = Path(folder), totals, quiet, tick
         self._harm = draw_harm(rng, in_bucket=options is not None, effort=effort)
         self._conflicting = rng.random() < 0.6
-        # In one order all meet at the same shards.
+        # With a common order, all writers work on the same shards at the same time.
         self._order = rng.getrandbits(32) if rng.random() < 0.6 else None
         self._append = rng.random() < 0.4
         self._num_repairs = round(effort * rng.choice([0, 1, 1, 2]))
@@ -127,10 +127,10 @@ class WriterRound:
         self._paused = {}
 
     def run(self):
-        """Writes the store under attack; returns how it differs.
+        """Writes the store under attack. Returns the differences.
 
         Raises:
-            TortureError: A process ended in a way that none may.
+            TortureError: A process ended with an unexpected status or output.
         """
         self._fill(append=False)
         for _ in range(self._num_repairs):
@@ -141,14 +141,14 @@ class WriterRound:
             self._totals.events["documents appended to a store"] += 1
         left = self._left()
         self._totals.events["leftovers swept"] += sweep(self._store().storage)
-        if self._options is None:  # a day later they would be swept, too
+        if self._options is None:  # in a folder, partial files are deleted only after a day
             self._totals.events["half files of killed writers"] += len(list(Path(self._url).rglob(f"*{PARTIAL}")))
         verdict = self._oracle.compare(self._url, self._direct)
         verdict.differences += left
         return verdict
 
     def _left(self):
-        """Lists what is left of commits and appends though all writers finished; a bucket's requests may come late."""
+        """Lists leftovers of commits and appends if all writers finished; requests to a bucket may be delayed."""
         if self._num_unfinished or self._options is not None:
             return []
         self._totals.events["stores looked at before sweeping"] += 1
@@ -159,7 +159,7 @@ class WriterRound:
         return Store(Storage(self._url, self._direct))
 
     def _fill(self, *, append):
-        """Has all written that is missing, and again what was computed from rows that are no longer there."""
+        """Lets writers write all missing shards, and stale ones again."""
         self._attack(append=append)
         store = self._store()
         while stale := [(name, shard) for name, layer in store.layers.items() for shard in layer.stale]:
@@ -170,7 +170,7 @@ class WriterRound:
             store = self._store()
 
     def _attack(self, *, append):
-        """Has writers write all that is missing, and kills them meanwhile."""
+        """Starts writers for all missing shards, and kills them meanwhile."""
         stop = self._folder / f"stop-{self._num_started}"
         reader = self._start(writing.read, append, str(stop))
         crew = [self._start(writing.write, append) for _ in range(self._harm.writers)]
@@ -185,7 +185,7 @@ class WriterRound:
         self._quiet()
 
     def _fight(self, crew, append):
-        """Kills writers and replaces them, until one has finished and all are gone."""
+        """Kills and replaces writers, until one has finished and all have ended."""
         blows, done, give_up = 0, False, time.monotonic() + STALLED_S
         blow = time.monotonic() + self._wait()
         while crew:
@@ -197,7 +197,7 @@ class WriterRound:
                 if not done:
                     crew.append(self._start(writing.write, append))
             if done and self._paused and len(self._paused) == len(crew):
-                self._wake(everybody=True)  # zombies: all is committed by now
+                self._wake(everybody=True)  # stopped writers continue as zombies: all shards are committed by now
             self._wake()
             if crew and time.monotonic() >= blow:
                 blow = time.monotonic() + self._wait()
@@ -231,7 +231,7 @@ class WriterRound:
         return process
 
     def _victim(self, crew):
-        """Chooses a process: any, or one that is at a drawn step of a commit right now. None: the blow misses."""
+        """Chooses any process, or one that is at a drawn step of a commit now; None if there is none."""
         wanted, give_up = self._rng.choice(AIMS), time.monotonic() + AIM_S
         while wanted is not None and time.monotonic() < give_up:
             for process in crew:
@@ -239,7 +239,7 @@ class WriterRound:
                     return process
             time.sleep(0.0001)
         victim = self._rng.choice(crew)
-        # Starting takes longer than a shard: most would never get beyond it.
+        # Starting takes longer than a shard, so most writers would never get beyond it.
         return victim if step_of(victim) != writing.START or self._rng.random() < 0.1 else None
 
     def _strike(self, process):
@@ -258,7 +258,7 @@ class WriterRound:
                 send(process, signal.SIGCONT)
 
     def _settle(self, process):
-        """Counts how a process ended; returns whether it finished its work."""
+        """Counts the end of a process. Returns whether it finished its work."""
         process.join()
         log = Path(process.name)
         self._num_unfinished += process.exitcode != 0
@@ -273,10 +273,10 @@ class WriterRound:
         return process.exitcode == 0
 
     def _damage(self):
-        """Takes shards back, or damages them so that verify does, when nobody is at work."""
+        """Takes shards back, or damages them so that verify takes them back, while no process is writing."""
         storage = Storage(self._url, self._direct)
         for _ in range(self._rng.randint(1, 3)):
-            # Most of all the target: if another variant of its rows comes next, losses become stale.
+            # The target is chosen most often: if another variant of its rows comes next, the losses become stale.
             layer, shard = self._rng.choice([*rows.LAYERS, "target"]), self._rng.randrange(rows.NUM_SHARDS)
             array = self._rng.choice(layout.layer_arrays(layer))
             path = layout.object_path(layer, array, shard)
@@ -299,12 +299,12 @@ class WriterRound:
 
 
 def leftovers(paths):
-    """Chooses the objects that are there only while a shard, or an append, is being written."""
+    """Returns the paths of files that should exist only while a shard or an append is being written."""
     return [path for path in paths if path.startswith("staging/") or path.endswith((PARTIAL, ".claim"))]
 
 
 def step_of(process):
-    """Returns what a writer does, or did last."""
+    """Returns the current or last step of a writer."""
     try:
         return Path(f"{process.name}.step").read_text().strip() or writing.START
     except FileNotFoundError:

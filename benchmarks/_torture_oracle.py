@@ -1,7 +1,7 @@
 """Compares a finished store with undisturbed ones: every object byte for byte, and every row.
 
-Where values may differ between writers there are several undisturbed stores, one for each: then each shard must be one
-of theirs, whole, with what was computed from it.
+There is one undisturbed store for each variant of the values. Each shard, with the layers computed from it, must equal
+that of one variant completely.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from logitstore.store.commits.index import commit_names
 from logitstore.store.reader import Store
 
 PLACE = re.compile(r"(?:commits/)?(tokens|target|losses/[^/]+)/(?:[^/]+/c/([0-9]+)|([0-9]+)-[^/]*\.json)")
-"""Paths of what belongs to one shard of a layer."""
+"""Paths of files that belong to one shard of a layer."""
 VOLATILE = ("seconds", "writer", "written", "crc32c")
-"""Fields of a commit record that differ from run to run, and the checksum over them."""
+"""Fields of a commit record that differ between runs, and the checksum over them."""
 
 
 @dataclass(kw_only=True)
 class Verdict:
-    """How a finished store differs from the undisturbed one."""
+    """The differences between a finished store and an undisturbed one."""
 
     rows: int = 0
-    """Rows of all layers that were compared."""
+    """Number of compared rows of all layers."""
     lost: int = 0
     doubled: int = 0
     mixed: int = 0
-    """Rows that are not there, there twice, or not as one writer computed them."""
+    """Rows that are missing, present twice, or not as any single writer computed them."""
     differences: list[str] = field(default_factory=list)
-    """Everything else, and what led to the above, in words."""
+    """Descriptions of all differences."""
 
 
 class Oracle:
-    """Stores that nobody disturbed."""
+    """The undisturbed stores to compare with."""
 
     def __init__(self, urls):
         self._stores = [Store(Storage(url)) for url in urls]
@@ -59,7 +59,7 @@ class Oracle:
         ]
 
     def compare(self, url, options=None):
-        """Returns how a store differs that should be finished."""
+        """Returns the differences of a store that should be finished."""
         verdict = Verdict()
         found = snapshot(url, options)
         chosen = [self._variant(found, shard) for shard in range(self._num_shards)]
@@ -88,12 +88,12 @@ class Oracle:
         return verdict
 
     def _variant(self, found, shard):
-        """Returns whose rows a shard has; the first undisturbed store's if nobody's."""
+        """Returns the undisturbed store whose rows a shard has; the first one if there is none."""
         names = {path for path in found if path.startswith("commits/target/") and shard_of(path) == ("target", shard)}
         return next((i for i, files in enumerate(self._files) if not names.isdisjoint(files)), 0)
 
     def _compare_rows(self, store, chosen, verdict):
-        """Counts rows that are lost, doubled or mixed, by what a reader gets."""
+        """Counts the rows that a reader finds lost, doubled or mixed."""
         wanted, there = Counter(), Counter()
         for shard in range(max(self._num_shards, store.num_shards)):
             arrays = self._arrays[chosen[shard]][shard] if shard < self._num_shards else {}
@@ -108,7 +108,7 @@ class Oracle:
                 try:
                     read[layer] = store.reader.read_arrays(layer, shard)
                 except LogitStoreError as error:
-                    verdict.lost += num_rows if layer != "tokens" else 0  # those are counted by document
+                    verdict.lost += num_rows if layer != "tokens" else 0  # rows of tokens are counted by document
                     verdict.differences.append(f"{layer}/{shard} cannot be read: {error}")
             there.update(documents(read))
             for layer in read.keys() & arrays.keys():
@@ -126,7 +126,7 @@ class Oracle:
 
 
 def snapshot(url, options=None):
-    """Reads every object of a store, by path. What killed writers left under names that mean nothing is left out."""
+    """Returns the content of every object of a store, by path, without the partial files of killed writers."""
     fs, root = fsspec.url_to_fs(url, **(options or {}))
     fs.invalidate_cache()
     paths = [path for path in fs.find(root) if not path.endswith(PARTIAL)]
@@ -134,13 +134,13 @@ def snapshot(url, options=None):
 
 
 def shard_of(path):
-    """Returns the layer and the shard that an object belongs to; None for what belongs to none."""
+    """Returns the layer and the shard that an object belongs to; None if it belongs to no shard."""
     found = PLACE.fullmatch(path)
     return None if found is None else (found[1], int(found[2] or found[3]))
 
 
 def different(path, wanted, found):
-    """Returns how an object differs from the one that should be there; empty if it does not."""
+    """Returns a description of the difference between an object and the expected one; empty if they are equal."""
     if wanted is None or found is None:
         return "is not there" if found is None else "should not be there"
     if wanted == found:
@@ -154,7 +154,7 @@ def different(path, wanted, found):
 
 
 def documents(arrays):
-    """Returns the documents of a shard, so that they can be counted: ids and mask of each as bytes."""
+    """Returns ids and mask of each document of a shard as bytes, so that they can be counted."""
     if "tokens" not in arrays:
         return []
     ids, mask = arrays["tokens"]["ids"], arrays["tokens"]["loss_mask"]
@@ -166,7 +166,7 @@ def documents(arrays):
 
 
 def num_different(layer, wanted, read):
-    """Counts the rows of a shard of a layer that are not as they should be; of tokens, documents do."""
+    """Counts the rows of a shard of a layer that differ from the expected ones; 0 for tokens, compared by document."""
     if layer == "tokens":
         return 0
     if all(values.tobytes() == read[layer][name].tobytes() for name, values in wanted[layer].items()):

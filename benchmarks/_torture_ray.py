@@ -1,7 +1,7 @@
-"""Rounds of the real job: jobs/dump_logits.py on a Ray of its own, run again until it ends with 0.
+"""Rounds with the real job: jobs/dump_logits.py on its own Ray cluster, run again until it exits with status 0.
 
-Its actors are killed at random moments, its driver alone, or its whole family at once; sometimes the next run begins
-while actors of the last one still live, and sometimes a second job of the same command runs beside it.
+At random moments its actors, only its driver, or all its processes at once are killed. Sometimes the next run starts
+while actors of the last one are still alive, and sometimes a second job with the same command runs beside it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from logitstore.store.take_back import sweep
 ROOT = Path(__file__).parent.parent
 MAX_RUNS = 12
 QUIET_RUNS = 4
-"""After so many runs nobody is killed any more."""
+"""Number of runs after which no process is killed any more."""
 RUN_S = 600
-"""No run of such a small job takes longer."""
+"""Maximum seconds of a run; such a small job is always faster."""
 UNREACHABLE = "must be one that can be reached"
-"""What a job says that the bucket failed too often."""
+"""Text in the error line of a job when the bucket failed too often."""
 
 
 def make_command(folder):
-    """Makes models and documents as the tests do; returns the command, but for the store."""
+    """Makes models and documents as the tests do. Returns the command without the store."""
     from transformers.utils import logging
 
-    from tests.conftest import functions, make_model, make_tokenizer, write_jsonl
+    from tests.helpers.tiny import functions, make_model, make_tokenizer, write_jsonl
 
     logging.disable_progress_bar()
     tokenizer = make_tokenizer(folder / "tokenizer")
@@ -58,7 +58,7 @@ class Job:
 
     def __init__(self, command, folder, number):
         self.log = folder / f"job-{number}.log"
-        # Sockets lie there: their paths must be short.
+        # The folder contains sockets, whose paths must be short.
         self.temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         environment = os.environ | {
             "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
@@ -74,17 +74,17 @@ class Job:
         self.started = time.monotonic()
         self.kills = 0
         self.faults_before = 0
-        """Faults of the bucket until it began."""
+        """Number of faults of the bucket before the start of the job."""
 
     def look(self):
-        """Looks for the processes that belong to it; returns its status, None while it runs."""
+        """Updates the list of the job's processes. Returns its exit status, None while it runs."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in self.driver.children(recursive=True):
                 self.family.setdefault(child.pid, child)
         return self._process.poll()
 
     def actors(self):
-        """Lists its actors that live, also while they load their models."""
+        """Returns its living actors, including those that still load their models."""
         return [process for process in self.family.values() if is_actor(process)]
 
 
@@ -96,10 +96,10 @@ def is_actor(process):
 
 
 class RayRound:
-    """One store, from nothing to finished."""
+    """One round: the job writes one store from the beginning to the end."""
 
     def __init__(self, *, url, options, direct, folder, command, oracle, seed, totals, quiet, tick):
-        """As for WriterRound, with the command of the job and the one undisturbed store that there is."""
+        """Takes the arguments of WriterRound, with the command of the job and the oracle of one undisturbed store."""
         self._rng = random.Random(seed)
         self._folder, self._oracle, self._totals, self._quiet, self._tick = Path(folder), oracle, totals, quiet, tick
         self._url, self._direct = url, direct
@@ -111,10 +111,10 @@ class RayRound:
         self._jobs = []
 
     def run(self):
-        """Has the job write the store; returns how it differs.
+        """Runs the job until the store is finished. Returns the differences.
 
         Raises:
-            TortureError: A job ended in a way that none may, or never with 0.
+            TortureError: A job ended with an unexpected status or output, or no run ended with 0.
         """
         try:
             for number in range(MAX_RUNS):
@@ -127,13 +127,13 @@ class RayRound:
         finally:
             self._bury()
         self._quiet()
-        if zombies:  # of killed drivers: what they staged after the last job had cleaned up is nobody's
+        if zombies:  # actors of killed drivers may have staged files after the last job had cleaned up
             self._totals.events["actors that outlived the last job"] += len(zombies)
             self._totals.events["leftovers swept"] += sweep(self._storage)
         return self._oracle.compare(self._url, self._direct)
 
     def undisturbed(self):
-        """Has the job write the store in one go."""
+        """Runs the job once without any disturbance."""
         try:
             if not self._run(peaceful=True):
                 raise TortureError(f"undisturbed job must finish, got {self._jobs[-1].log.read_text()}")
@@ -149,10 +149,10 @@ class RayRound:
         return job
 
     def _run(self, *, peaceful):
-        """Runs the command once, perhaps twice at once; returns whether the store is finished."""
+        """Runs the command once, or two jobs at once. Returns whether the store is finished."""
         rng, running = self._rng, [self._start()]
         second = not peaceful and rng.random() < 0.3
-        # Where in its work the driver ends: when it starts, when so many shards are committed, or not at all.
+        # When the driver is killed: at its start, after a number of committed shards, or not at all.
         end = None if peaceful else rng.choice([None, "start", "shards", "shards"])
         after_s, after_shards = rng.uniform(3, 12), rng.randint(1, 20)
         actor_kills = 0 if peaceful else rng.randint(0, 5)
@@ -186,7 +186,7 @@ class RayRound:
         return finished
 
     def _end(self, job):
-        """Kills a driver alone, or all that belongs to it at once, the driver first or last."""
+        """Kills a driver alone, or all its processes at once with the driver first or last."""
         whole = self._rng.random() < 0.6
         job.look()
         members = [member for member in job.family.values() if member.pid != job.driver.pid] if whole else []
@@ -199,13 +199,13 @@ class RayRound:
         kind = "driver" if process.pid == job.driver.pid else "actor" if is_actor(process) else "other of a Ray"
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                return  # it had ended before
+                return  # the process had already ended
             process.send_signal(signal.SIGKILL)
             self._totals.kills[kind] += 1
             job.kills += 1
 
     def _judge(self, job, status):
-        """Counts how a run ended; returns whether it finished the store."""
+        """Counts the end of a run. Returns whether it finished the store."""
         said = job.log.read_text()
         if status == -signal.SIGKILL:
             return False
@@ -215,14 +215,14 @@ class RayRound:
         self._tick()
         had_faults = self._totals.faults.total() > job.faults_before
         excused = (status in (1, 3) and job.kills) or (had_faults and (status == 3 or UNREACHABLE in said))
-        if re.search(r"^Traceback ", said, re.MULTILINE):  # those of actors are indented
-            excused = "ray.init(" in said  # on a busy machine it does not always start
+        if re.search(r"^Traceback ", said, re.MULTILINE):  # tracebacks of actors are indented and do not count
+            excused = "ray.init(" in said  # Ray does not always start on a busy machine
         if not excused:
             raise TortureError(f"a job must end with 0, or say in one line why not, got {status}: {said}")
         return False
 
     def _bury(self):
-        """Ends what is left of all runs, most of which ends by itself."""
+        """Ends the remaining processes of all runs. Most of them end by themselves."""
         left = [member for job in self._jobs for member in job.family.values() if member.is_running()]
         _, alive = psutil.wait_procs(left, timeout=5)
         for member in alive:

@@ -1,8 +1,8 @@
-"""What the writers of a torture run write: values made from a shard's number, so that every row is known again.
+"""The values that the writers of a torture run write. They follow from the shard's number, so every row is recognised.
 
-A row's token id is the row's number: a row that is lost, doubled or in the wrong place shows. Of a shard of `target`
-there are several variants, as if models computed on different devices; `losses/reference` follows from the rows
-that it is computed from. R rows, D documents, E entries.
+The token id of a row is the row's number, so a row that is lost, doubled or in the wrong place is detected. A shard of
+`target` has several variants, as if it were computed on different devices. `losses/reference` follows from the rows of
+the target. R rows, D documents, E entries.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ SPEC = StoreSpec(
     data=DATA, max_length=MAX_LENGTH, shard_rows=SHARD_ROWS, num_shards=NUM_SHARDS,
 )  # fmt: skip
 MORE = dataclasses.replace(SPEC, data=dataclasses.replace(DATA, source="more"))
-"""Of a store of the appended documents alone."""
+"""Spec of a store with only the appended documents."""
 
 
 def tokens(shard):
-    """Returns the arrays of `tokens` of a shard. In every fifth shard no row counts: arrays without any object."""
+    """Returns the arrays of `tokens` of a shard. In every fifth shard no row counts, so some arrays have no object."""
     rng = np.random.default_rng([1, shard])
     lengths = []
     while (room := SHARD_ROWS - sum(lengths)) >= 2:
@@ -51,7 +51,7 @@ def tokens(shard):
 
 
 class Appended:
-    """The documents that are appended, as the dump has them."""
+    """The appended documents, in the form that the dump uses."""
 
     num_shards = APPENDED
 
@@ -66,7 +66,7 @@ def target(shard, variant):
     rng = np.random.default_rng([2, shard, variant])
     counts = np.where(mask, rng.integers(1, K + 1, len(mask)), 0).astype(np.uint16)
     entries = int(counts.sum())
-    # An array of nothing but its fill value has no object: it must not keep another variant's.
+    # An array of fill values has no object. In some variants `gaps` is one, and must replace another variant's object.
     gaps = np.zeros(entries) if (shard + variant) % 3 == 0 else rng.integers(0, VOCAB_SIZE // K - 1, entries)
     return {
         "counts": counts,
@@ -95,5 +95,5 @@ def masked(values, mask):
 
 
 def same(arrays, others):
-    """Compares the arrays of a shard, byte for byte."""
+    """Returns whether the arrays of two shards are equal byte for byte."""
     return all(arrays[name].tobytes() == others[name].tobytes() for name in others)

@@ -1,4 +1,4 @@
-"""The rounds of a torture run, one after the other, and what they share: the bucket and the undisturbed stores."""
+"""Runs the rounds of a torture run one after another, with their common bucket and undisturbed stores."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from benchmarks import _torture_writer as writing
 from benchmarks._torture_attack import FORKSERVER, TortureError, Totals, WriterRound
 from benchmarks._torture_oracle import Oracle, snapshot
 from benchmarks._torture_ray import RayRound, make_command
-from tests.faults import KINDS, FaultyProxy, S3Server, s3_options
+from tests.helpers.faults import KINDS, FaultyProxy, S3Server, s3_options
 
 SHARES = {"local": 0.08, "s3": 0.45, "ray-local": 0.2, "ray-s3": 0.27}
-"""Of the time, by kind of round."""
+"""Share of the time for each kind of round."""
 
 RATES = {"s3": (0.1, 0.2, 0.3), "ray-s3": (0.1, 0.15)}
-"""Shares of the requests that fail: a job writes its tokens one after the other, and waits after most faults."""
+"""Shares of requests that fail. A job writes shards of tokens one after another, and waits after most faults."""
 
 
 class Bucket:
-    """An S3 server, and the proxy that makes it fail."""
+    """An S3 server and the proxy that injects faults."""
 
     def __init__(self, stack, seed, totals):
         self._server = stack.enter_context(S3Server())
@@ -37,29 +37,29 @@ class Bucket:
         self.direct = s3_options(self._server.url)
 
     def begin(self, name, rng, rates):
-        """Makes an empty bucket, and draws how it fails; returns the options by which writers reach it."""
+        """Makes an empty bucket and draws its faults. Returns the storage options of the writers."""
         self._server.reset()
         self._server.make_bucket(name)
         kinds = KINDS if rng.random() < 0.6 else rng.sample(KINDS, 2)
         self._proxy.set(rate=rng.choice(rates), kinds=kinds)
         options = s3_options(self._proxy.url)
-        if rng.random() < 0.5:  # else botocore hides most faults from this package
+        if rng.random() < 0.5:  # otherwise botocore hides most faults from logitstore
             options["config_kwargs"] = {"retries": {"max_attempts": 1}}
         return options
 
     def quiet(self):
-        """Waits until nothing is under way any more that killed writers asked for."""
+        """Waits until all requests of killed writers have ended."""
         while self._proxy.busy:
             time.sleep(0.01)
 
     def count(self):
-        """Brings the totals up to date."""
+        """Adds the new faults to the totals."""
         self._totals.requests = self._proxy.requests
         self._totals.faults.update({kind: n - self._totals.faults[kind] for kind, n in self._proxy.faults.items()})
 
 
 class Run:
-    """Rounds of several kinds, until the time is over."""
+    """Rounds of several kinds until the time is over."""
 
     def __init__(self, folder, stack, *, minutes, seed, kinds, effort):
         self._folder, self._minutes, self._seed, self._kinds = Path(folder), minutes, seed, kinds
@@ -70,9 +70,9 @@ class Run:
         self._oracles = self._command = self._ray_oracle = None
 
     def run(self):
-        """Returns whether no store differed; the folder of one that does is kept."""
+        """Runs the rounds. Returns whether all stores were as expected; the folder of one that differs is kept."""
         while time.monotonic() - self._started < 60 * self._minutes or len(self.totals.rounds) < len(self._kinds):
-            # The kind that has had least of its share so far.
+            # The kind with the smallest part of its share so far comes next.
             kind = min(self._kinds, key=lambda name: self.totals.seconds[name] / SHARES[name])
             number = self.totals.rounds.total()
             seed = random.Random(f"{self._seed} {number}").getrandbits(32)
@@ -97,7 +97,7 @@ class Run:
         return True
 
     def _round(self, kind, folder, number, seed):
-        """Runs one round; returns how its store differs."""
+        """Runs one round. Returns the differences of its store."""
         name = f"round-{number}"
         arguments = {"folder": folder, "seed": seed, "totals": self.totals, "tick": self.tick}
         if "s3" in kind:
@@ -119,7 +119,7 @@ class Run:
         return verdict.differences
 
     def _prepare_ray(self):
-        """Makes models and documents, and the store that the job makes of them if nobody disturbs it."""
+        """Makes models and documents, and the store that the undisturbed job makes from them."""
         if self._ray_oracle is None:
             folder = self._folder / "undisturbed-ray"
             folder.mkdir()
@@ -130,7 +130,7 @@ class Run:
             self._ray_oracle = Oracle([url])
 
     def tick(self):
-        """Counts, and says where the run is."""
+        """Updates the counts and shows the progress of the run."""
         if self._bucket is not None:
             self._bucket.count()
         if sys.stderr.isatty() and time.monotonic() > self._next_line:
@@ -138,7 +138,7 @@ class Run:
             print(f"\r{self.line()}\x1b[K", end="", file=sys.stderr, flush=True)
 
     def line(self):
-        """Says in one line where the run is."""
+        """Returns one line with the progress of the run."""
         totals = self.totals
         wrong = sum(totals.rows[name] for name in ("lost", "doubled", "mixed"))
         return (
@@ -153,16 +153,16 @@ class Run:
 
 
 def keep(url, options, folder):
-    """Copies a store out of a bucket that will be gone."""
+    """Copies a store from the bucket to a folder, because the bucket is deleted at the end."""
     for path, data in snapshot(url, options).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
 
 
 def make_oracles(folder):
-    """Writes the undisturbed stores, one for each variant; returns their oracles, without and with an append.
+    """Writes one undisturbed store for each variant. Returns their oracles, without and with an append.
 
-    Nobody else is there, and nobody is killed.
+    A single writer writes each of them, and is not killed.
     """
     urls = [f"{folder}/undisturbed-{variant}" for variant in range(rows.VARIANTS)]
     for variant, url in enumerate(urls):
@@ -175,9 +175,9 @@ def make_oracles(folder):
 
 
 def start_forkserver():
-    """Starts the process that imports once what all writers need."""
+    """Starts the process that imports the modules of all writers once."""
     FORKSERVER.set_forkserver_preload(["benchmarks._torture_run"])
-    # Killed writers leave semaphores of numcodecs behind, which the tracker would list in the end.
+    # Killed writers leave semaphores of numcodecs behind, for which the resource tracker would print warnings.
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore"
     resource_tracker.ensure_running()
@@ -187,20 +187,20 @@ def start_forkserver():
 
 
 def torture(folder, *, minutes, seed, kinds, effort=1.0):
-    """Tortures for some minutes, and at least one round of each kind.
+    """Runs rounds for some minutes, and at least one round of each kind.
 
     Args:
-        folder: For everything; what is in it of a round whose store differs is kept.
-        minutes: No round begins after so long.
-        seed: Of what is drawn.
-        kinds: Some of SHARES.
-        effort: How long rounds of writers are: kills and repairs of each.
+        folder: Folder for all files. Those of a round whose store differs are kept.
+        minutes: Time after which no further round starts.
+        seed: Seed of all draws.
+        kinds: Kinds of rounds, some of SHARES.
+        effort: Relative length of the rounds with plain writers.
 
     Returns:
         The totals.
     """
     start_forkserver()
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # the proxy writes to clients that were killed
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # hides warnings of the proxy about killed clients
     with contextlib.ExitStack() as stack:
         run = Run(folder, stack, minutes=minutes, seed=seed, kinds=kinds, effort=effort)
         run.run()

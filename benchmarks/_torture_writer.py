@@ -1,6 +1,6 @@
-"""The processes of a torture run that write a store, and the one that reads it meanwhile. No torch, no Ray.
+"""The processes of a torture run that write a store, and the one that reads it meanwhile, without torch and Ray.
 
-A parent imports this module once and forks: nothing here may start a thread or an event loop before `write` or `read`.
+A parent imports this module and forks, so nothing here may start a thread or an event loop before `write` or `read`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import s3fs  # noqa: F401 - imported before forking, as it takes a second
+import s3fs  # noqa: F401 - imported before forking, because it takes a second
 
 from benchmarks import _torture_rows as rows
 from logitstore.documents.tokens_layer import write_part
@@ -24,33 +24,33 @@ from logitstore.store import writer
 from logitstore.store.reader import Store
 
 GAVE_UP = 75
-"""Exit status of a process for which the bucket failed too often: it is to be started again."""
+"""Exit status of a process that gave up because the bucket failed too often. It must be started again."""
 
 
 START = "start"
-"""What a writer does before its first shard."""
+"""Step of a writer before its first shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one process does."""
+    """Work of one process."""
 
     url: str
     options: dict | None
     seed: int
-    """Of the order of its shards."""
+    """Seed of the order of shards."""
     variant: int
     append: bool
     threads: int
-    """Shards written at once."""
+    """Number of shards written at once."""
     again: bool
-    """Whether it writes shards all the same that are committed."""
+    """Whether it also writes shards that are already committed."""
     log: str
-    """File for its stderr; beside it lies the one that says what it does right now."""
+    """File for its stderr. A file beside it contains its current step."""
 
 
 class TracedStorage(Storage):
-    """Says what it did last in a file, for those who kill the process."""
+    """Records the last step in a file, so that the process can be killed at a chosen step."""
 
     def __init__(self, url, options, steps):
         super().__init__(url, options)
@@ -94,7 +94,7 @@ class TracedStorage(Storage):
 
 
 def write(job):
-    """Writes all layers of all shards, whoever else does."""
+    """Writes all layers of all shards, beside other writers."""
     _leave_traces(job.log)
     try:
         write_all(job)
@@ -106,7 +106,7 @@ def write(job):
 
 
 def write_all(job):
-    """Creates the store and its layers, or finds them, and writes what is missing."""
+    """Creates the store and its layers if they do not exist, and writes the missing shards."""
     storage, rng = TracedStorage(job.url, job.options, f"{job.log}.step"), random.Random(job.seed)
     writer.create_store(storage, rows.SPEC)
     if job.append:
@@ -126,7 +126,7 @@ def write_all(job):
 
 
 def write_shard(storage, writers, shard, variant):
-    """Writes one shard of all layers, losses of the rows that are committed."""
+    """Writes one shard of all layers. The losses are computed from the committed rows."""
     storage.step("compute")
     started = time.monotonic()
     own = rows.tokens(shard)
@@ -143,10 +143,10 @@ def write_shard(storage, writers, shard, variant):
 
 
 def read(job, stop):
-    """Reads what is there again and again until the file `stop` exists; every value must be a writer's, whole.
+    """Reads the store repeatedly until the file `stop` exists. Every shard must be exactly that of one writer.
 
     Raises:
-        ValueError: A row was read that nobody wrote, or not as one wrote it.
+        ValueError: A row was read that no writer has written.
     """
     _leave_traces(job.log)
     storage, rng, num_rows = Storage(job.url, job.options), random.Random(job.seed), 0
@@ -169,7 +169,7 @@ def _read(storage, rng):
         layers = rows.LAYERS[: rng.randint(1, len(rows.LAYERS))]
         if not store.layers.keys() >= set(layers):
             continue
-        # Where shards were taken back, what was computed from them is there before they are again.
+        # After a shard was taken back, shards computed from it can exist before it is written again.
         there = frozenset.intersection(*(store.layers[name].committed - store.layers[name].stale for name in layers))
         if not there:
             continue
@@ -184,7 +184,7 @@ def _read(storage, rng):
         if rows.LOSSES in read and not rows.same(read[rows.LOSSES], rows.losses(read["target"])):
             raise ValueError(f"losses of shard {shard} must be of the rows that are there, got others")
         num_rows += len(read["tokens"]["ids"])
-    time.sleep(0.02 if storage.is_local else 0.5)  # not to take all from the writers
+    time.sleep(0.02 if storage.is_local else 0.5)  # leaves time for the writers
     return num_rows
 
 

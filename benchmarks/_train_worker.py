@@ -1,10 +1,10 @@
-"""One training run, in a process of its own: from the cache, on the text alone, or AdaSPEC with all models in a loop.
+"""One training run in a process of its own: from the cache, on the text alone, or AdaSPEC with all models loaded.
 
     python -m benchmarks._train_worker '{"kind": "ce", "store": ..., "draft": ..., "steps": 20, ...}'
 
-All three are transformers' Trainer with the same arguments on the same batches of the same store in the same order; the
-last line is JSON: seconds of each step but the first few, and memory. AdaSPEC with all models in one loop is written
-from its paper (arXiv 2510.19779, section 3): no code of anybody's.
+All three use transformers' Trainer with the same arguments on the same batches of the same store in the same order. The
+last line of output is JSON with the seconds of each step except the first few, and the memory. AdaSPEC with all models
+in one loop is implemented from its paper (arXiv 2510.19779, section 3), without using other code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.loss.objectives import make_objective
 from trainer.loss.selection import make_rule
 
 LEFT_OUT = 3
-"""First steps, which warm up and are not timed."""
+"""Number of warm-up steps that are not timed."""
 
 
 class Stopwatch(TrainerCallback):
@@ -49,7 +49,7 @@ class Stopwatch(TrainerCallback):
 
 
 class OtherTrainer(Trainer):
-    """Reads the batches that DraftTrainer reads."""
+    """A Trainer that reads the same batches as DraftTrainer."""
 
     def __init__(self, dataset, args, model, callbacks):
         super().__init__(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
@@ -60,7 +60,7 @@ class OtherTrainer(Trainer):
 
 
 class PlainTrainer(OtherTrainer):
-    """Fine-tunes on the text: the model computes its own loss, as anybody would have it."""
+    """Fine-tunes on the text. The model computes its own loss, as is usual."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
@@ -70,7 +70,7 @@ class PlainTrainer(OtherTrainer):
 
 
 class PublishedTrainer(OtherTrainer):
-    """Distils from a target, and a reference if there is one, that run beside the draft: whole vocabularies."""
+    """Distils over the whole vocabulary from a target, and optionally a reference, that run in the training loop."""
 
     def __init__(self, dataset, args, model, callbacks, target, reference, keep, vocab_size):
         super().__init__(dataset, args, model, callbacks)
@@ -98,7 +98,7 @@ def load(name):
 
 
 def resident():
-    """Bytes that this process holds now; on a GPU, those of its tensors there."""
+    """Returns the bytes that this process uses now, or on a GPU the bytes of its tensors."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return psutil.Process().memory_info().rss

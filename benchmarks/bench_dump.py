@@ -1,18 +1,18 @@
-"""Dump rows/s over the bare forward of the same model and batches, in one run.
+"""Rows/s of the dump relative to the bare forward pass of the same model on the same batches, in one run.
 
     python -m benchmarks.bench_dump [--hidden 512 --layers 8 --vocab_size 8192]
     python -m benchmarks.bench_dump --hidden 2048 --layers 16 --vocab_size 131072 --dtype bfloat16 --length 4096 \
         --shard_rows 65536 --batch_tokens 16384 --profile         1.6 B parameters, for a GPU; 9.7 B: 4096, 32
 
-The bare forward is `model(input_ids).logits`, thrown away; the chunked forward is the same with the head on chunks of
-rows, which alone can be faster, so that both are compared. Scoring is that and the truncation, up to arrays on the
-host. The dump is what an actor does: read tokens, backbone, head on the rows that count, truncation, codes, what is
-measured of fidelity and its control, encoding, compression, checksums, writing to a local folder, commit; two shards in
-flight. Shares are differences of these, each timed alone: what hides behind the device counts for nothing, and noise
-may make a small one negative. `--profile` adds the operations on which scoring a shard spends most.
+The bare forward pass is `model(input_ids).logits`. The chunked one runs the head on chunks of rows, which can be
+faster; both are compared. Scoring adds the truncation, up to arrays on the host. The dump is all the work of an actor
+with two shards in flight: reading tokens, backbone, head on the rows that count, truncation, codes, fidelity
+measurements and their control, encoding, compression, checksums, writing to a local folder, and commit. The shares are
+differences of separately timed stages, so work hidden behind the device counts as 0, and noise can make a small share
+negative. `--profile` adds the operations that take most of the time of scoring a shard.
 
-Every row counts here, the worst case for the dump: with a loss mask it runs the head on fewer rows.
-Tokens and weights are random (Zipf ids, peaked logits): only time is measured.
+Every row counts here, which is the worst case for the dump: with a loss mask, the head runs on fewer rows. Tokens and
+weights are random (Zipf ids, peaked logits), because only time is measured.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_model(folder, args):
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
     with torch.no_grad():
-        model.lm_head.weight.mul_(16 * (512 / args.hidden) ** 0.5)  # peaked, as a trained model's distributions are
+        model.lm_head.weight.mul_(16 * (512 / args.hidden) ** 0.5)  # makes distributions peaked as in trained models
     model.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
@@ -88,7 +88,7 @@ def make_store(folder, args):
 
 @torch.no_grad()
 def forward(dumper, storage, args, *, head):
-    """Seconds of the forward alone, over the batches that the dump runs; head: whole, in chunks of rows, none."""
+    """Returns the seconds of the forward pass alone on the batches of the dump. `head`: "whole", "chunks" or "none"."""
     lm = dumper._target
     shards = list(Store(storage).shards(("tokens",)))
     work = [batch for shard in shards for batch in batches(shard, args.batch_tokens)]
@@ -107,7 +107,7 @@ def forward(dumper, storage, args, *, head):
 
 
 def score(dumper, storage, args):
-    """Seconds of scoring alone: what the dump's actors run on the device, up to arrays on the host."""
+    """Returns the seconds of scoring alone: the work on the device, up to arrays on the host."""
     store = Store(storage)
     shards = list(store.shards(("tokens",)))
     synchronize(args)
@@ -118,7 +118,7 @@ def score(dumper, storage, args):
 
 
 def profile(dumper, storage, args):
-    """Prints the operations that scoring the first shard takes most time for."""
+    """Prints the operations that take most of the time of scoring the first shard."""
     store = Store(storage)
     shard = store.read_shard(0, ("tokens",))
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -131,9 +131,9 @@ def profile(dumper, storage, args):
 
 
 def dump(dumper, args):
-    """Seconds of the whole dump, as an actor runs it."""
+    """Returns the seconds of the whole dump, as an actor runs it."""
     for shard in range(args.shards):
-        take_back(dumper._storage, "target", shard)  # of the round before
+        take_back(dumper._storage, "target", shard)  # deletes the shard of the previous round
     started = time.perf_counter()
     with ThreadPoolExecutor(SHARDS_IN_FLIGHT) as pool:
         list(pool.map(lambda shard: dumper.dump(shard, ("target",)), range(args.shards)))
@@ -141,7 +141,7 @@ def dump(dumper, args):
 
 
 def spread(ratios):
-    """Median, smallest and largest of the ratios within each round."""
+    """Returns the median, smallest and largest of the ratios of the rounds."""
     return {name: round(f(ratios), 3) for name, f in (("median", statistics.median), ("min", min), ("max", max))}
 
 
@@ -182,7 +182,7 @@ def main(argv=None):
                 "dump": dump(dumper, args),
             }
             for _ in range(args.rounds + 1)
-        ][1:]  # the first warms up
+        ][1:]  # the first round is a warm-up
         if args.profile:
             profile(dumper, storage, args)
         store = Store(storage)

@@ -1,14 +1,14 @@
-"""Rows/s of the loader alone, beside those that the demo's drafts train on from the same store, in one run.
+"""Rows/s of the loader alone, compared with training the demo's drafts from the same store, in one run.
 
     python -m benchmarks.bench_loader [--shards 24 --seconds 20 --record]
 
-The store is the demo's in all that costs time: documented functions of the standard library in its vocabulary and
-length, its scheme, its shards. The rows of one shard were really dumped, of a target with random peaked weights; the
-others are copies. Rows are those whose loss mask is 1. The bucket is a real S3 server on loopback, in a process of its
-own, which needs a core too.
+The store equals the demo's in everything that costs time: documented functions of the standard library with the same
+vocabulary, length, scheme and shards. One shard is a real dump of a target with random peaked weights; the others are
+copies. Rows are those whose loss mask is 1. The bucket is a real S3 server on loopback, in a process of its own, which
+also needs a core.
 
-Loader: an epoch in batches of 8 packs, from the first thing asked for to the last batch; first: seconds to the first
-batch. Trained: rows/s of DraftTrainer as Trainer counts them, with batches of 8 documents, all rows.
+Loader: one epoch in batches of 8 packs, from the first request to the last batch; first: seconds to the first batch.
+Trained: rows/s of DraftTrainer as Trainer counts them, with batches of 8 documents and all rows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ sys.path.append(str(Path(__file__).parents[1] / "jobs"))
 import numpy as np
 import torch
 import transformers
-from demo_corpus import read_pairs, standard_library, train_tokenizer
-from demo_models import DRAFTS, MAX_LENGTH, TARGET, save_new_model
+from _demo.corpus import read_pairs, standard_library, train_tokenizer
+from _demo.models import DRAFTS, MAX_LENGTH, TARGET, save_new_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import logitstore
@@ -56,7 +56,7 @@ PACK_LENGTH = 4 * MAX_LENGTH
 
 
 def shard_tokens(tokenizer, pairs):
-    """Tokens of the documents that fill a shard."""
+    """Returns the arrays of tokens of the documents that fill a shard."""
     ids, masks = [], []
     for pair in pairs:
         prompt, response = (tokenizer(text)["input_ids"] for text in (pair.prompt, pair.response))
@@ -70,7 +70,7 @@ def shard_tokens(tokenizer, pairs):
 
 
 def make_store(url, options, tokenizer, target, values, num_shards):
-    """Writes a store whose shards are all the same; `values` are its arrays by layer, without target to dump them."""
+    """Writes a store of equal shards. `values` are their arrays by layer; without a target, they are dumped first."""
     model = ModelSpec(name="bench", revision="0", dtype="float32", padded_vocab_size=len(tokenizer))
     layer = TargetSpec(model=model, scheme=make_scheme("hybrid", {"num_draws": NUM_DRAWS}))
     spec = StoreSpec(
@@ -95,7 +95,7 @@ def make_store(url, options, tokenizer, target, values, num_shards):
 
 
 def load_alone(url, options, *, packing, workers):
-    """Rows/s of an epoch, and seconds to its first batch."""
+    """Returns the rows/s of an epoch and the seconds to its first batch."""
     data = DocumentDataset([logitstore.open(url, options)], packing=packing, pack_length=PACK_LENGTH)
     batches = RankBatches(data.order, Deal(per_device_batch=BATCH))
     rows, first = 0, 0.0
@@ -108,7 +108,7 @@ def load_alone(url, options, *, packing, workers):
 
 
 def train(url, options, draft, folder, tokenizer, *, workers, seconds):
-    """Rows/s of training, for about as many seconds."""
+    """Returns the rows/s of training, which runs for about `seconds`."""
     data = DocumentDataset([logitstore.open(url, options)])
 
     def run(steps):
@@ -154,8 +154,8 @@ def measure(places, drafts, folder, tokenizer, args):
 
 
 def run(folder, server, args):
-    """Makes the stores and the drafts, and yields the lines of the record."""
-    from tests.faults import s3_options
+    """Makes the stores and the drafts. Yields the lines of the record."""
+    from tests.helpers.faults import s3_options
 
     pairs = read_pairs(standard_library())
     tokenizer = train_tokenizer(pairs[:3000], VOCAB_SIZE)
@@ -163,7 +163,7 @@ def run(folder, server, args):
     source = ModelSource(name=str(folder / "target"), dtype="float32")
     target = load_model(source, what="target", device="cpu")
     with torch.no_grad():
-        target.lm_head.weight.mul_(6)  # peaked, as a trained model's distributions are
+        target.lm_head.weight.mul_(6)  # makes distributions peaked as in trained models
     target.save_pretrained(folder / "target")
     values = {"tokens": shard_tokens(tokenizer, pairs)}
     make_store(str(folder / "one.zarr"), None, tokenizer, str(folder / "target"), values, 1)
@@ -192,7 +192,7 @@ def main(argv=None):
     parser.add_argument("--record", action="store_true", help=f"write {RESULTS.name}/ too")
     args = parser.parse_args(argv)
     transformers.logging.disable_progress_bar()
-    from tests.faults import S3Server
+    from tests.helpers.faults import S3Server
 
     day = datetime.datetime.now(datetime.UTC).date()
     command = f"--shards {args.shards} --rounds {args.rounds} --seconds {args.seconds:g}"

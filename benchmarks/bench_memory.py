@@ -1,18 +1,18 @@
-"""Memory that a dump takes at the largest vocabulary: 262,144 tokens, documents of 4,096, the real job.
+"""Memory of a dump with the real job at the largest vocabulary, 262,144 tokens, and documents of 4,096 tokens.
 
     python -m benchmarks.bench_memory [--schemes "topk --k 64" "hybrid --num_draws 50"] [--record]
 
-A target and a reference of random weights are saved with a tokenizer of as many words; their embedding and head are
-most of them, as of small models of such vocabularies. `jobs/dump_logits.py` then writes tokens, rows and losses of
-documents of `--length` ids each, every row of which counts, in a process of its own, and the memory of it and of all
-that it started is looked at 20 times a second. The bound is on the actor, the process that holds models and whole
-distributions:
+A target and a reference with random weights are saved with a tokenizer of this vocabulary. Embedding and head are most
+of their weights, as in small models with such vocabularies. `jobs/dump_logits.py` then dumps tokens, rows and losses of
+documents with `--length` ids each, in which every row counts, in a process of its own. The memory of this process and
+its children is sampled 20 times a second. The benchmark fails if the actor, the process with the models and whole
+distributions, takes more than
 
     weights of all models + 1 GiB + 64 KiB for each token of a batch
 
-and the bench fails if it takes more. What grows with none of these is in the 1 GiB: the process with its libraries, a
-chunk of logits and what truncation makes of it, the rows that fidelity is measured on, two shards' entries. What the
-backbone holds of a batch is in the other term; attention that is not fused, or a much wider model, takes more.
+The 1 GiB covers the fixed parts: the process with its libraries, a chunk of logits and its truncation, the rows for
+measuring fidelity, and the entries of two shards. The last term covers the activations of the backbone for a batch.
+Attention that is not fused, or a much wider model, takes more.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LOOK_S = 0.05
 
 
 def make_models(folder, args):
-    """Saves a target and a reference with their tokenizer; returns the bytes of their weights."""
+    """Saves a target and a reference with their tokenizer. Returns the bytes of their weights."""
     words = {f"w{i}": i for i in range(args.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
     total = 0
@@ -59,7 +59,7 @@ def make_models(folder, args):
         )  # fmt: skip
         model = LlamaForCausalLM(config)
         with torch.no_grad():
-            model.lm_head.weight.mul_(16 * (512 / args.hidden) ** 0.5)  # peaked, as a trained model's are
+            model.lm_head.weight.mul_(16 * (512 / args.hidden) ** 0.5)  # makes distributions peaked
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         total += sum(p.numel() * p.element_size() for p in model.parameters())
@@ -75,19 +75,19 @@ def make_documents(path, args):
 
 
 class Peaks:
-    """The most memory that processes had, by process and in all."""
+    """The peak memory of processes, for each process and in total."""
 
     def __init__(self):
         self.by_name, self.together = {}, 0
 
     def look(self, root):
-        """Looks at a process and all that it started."""
+        """Samples the memory of a process and its children."""
         total = 0
         for process in [root, *root.children(recursive=True)]:
             try:
                 name, own = process.cmdline(), process.memory_info().rss
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue  # it ended between the two
+                continue  # the process has just ended
             total += own
             key = "job" if process == root else (name[0].split("(")[0] if name else "?")
             self.by_name[key] = max(self.by_name.get(key, 0), own)
@@ -95,7 +95,7 @@ class Peaks:
 
 
 def dump(folder, scheme, args):
-    """Runs the job; returns its figures and the peaks."""
+    """Runs the job. Returns its figures and the peaks."""
     url = folder / "cache.zarr"
     command = [
         sys.executable, str(JOB), "--store", str(url), "--target", str(folder / "target"), "--reference",
@@ -118,7 +118,7 @@ def dump(folder, scheme, args):
 
 
 def report(args):
-    """Yields lines of Markdown; raises SystemExit at the end if an actor took more than the bound."""
+    """Yields lines of Markdown. Raises SystemExit at the end if an actor took more than the bound."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = make_models(folder, args)

@@ -1,16 +1,15 @@
-"""Opening a store of very many committed shards: seconds, bytes and requests.
+"""Cost of opening a store with very many committed shards: seconds, bytes and requests.
 
     python -m benchmarks.bench_open [--num_shards 100000 --s3_shards 1000 5000 20000]
 
-Makes a store whose three layers (tokens, target, losses/reference) have a commit record for every shard, whole and
-consistent, and no payload: opening reads none. Each figure comes from a fresh process: `logitstore.open` and its
-memory, `locate`, the first `commit`, how long a writer looks for the record of a shard (twice for each that it writes),
-and the whole `logitstore info` command; beside them, in the same rounds, the floor: a bare `os.listdir` of the same
-three folders. The system's cache of names and inodes is warm. CPU seconds stand beside the wall's, which a busy
-machine stretches.
+Makes a store whose three layers (tokens, target, losses/reference) have a complete commit record for every shard, and
+no objects, because opening reads none. Each figure comes from a new process: `logitstore.open` and its memory,
+`locate`, the first `commit`, the time in which a writer looks for the record of a shard (twice per shard), and all of
+`logitstore info`. The same rounds measure the lower bound, a bare `os.listdir` of the same three folders. The system's
+cache of names and inodes is warm. CPU seconds are shown with wall seconds, which are longer on a busy machine.
 
-Then the same store grows in a bucket, a real S3 server behind a proxy that counts requests: opening takes a few, and
-one listing for every 1,000 records of a layer.
+Then the same store grows in a bucket of a real S3 server, behind a proxy that counts requests. Opening takes a few
+requests, and one listing for every 1,000 records of a layer.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from logitstore.store.commits.index import commits_folder, find_commit
 LAYERS = ("tokens", "target", "losses/reference")
 BUCKET = "s3://bucket/cache.zarr"
 PAGE = 1000
-"""Names that one request of S3 lists."""
+"""Number of names that one S3 request lists."""
 
 
 # The store
@@ -67,7 +66,7 @@ def make_store(storage, spec):
 
 
 def record(spec, layer, shard):
-    """Returns the commit record of a shard that was never computed: path and content."""
+    """Returns path and content of the commit record of a shard that was never computed."""
     below = layout.below(layer)
     own = {"tokens": spec, "target": spec.target}.get(layer, spec.losses["reference"])
     rows = 2**18 - shard % 512
@@ -86,7 +85,7 @@ def digest(layer, shard):
 
 
 def fill_folder(root, spec):
-    """Writes all records, without the care that a store takes."""
+    """Writes all records as plain files, without the commit protocol."""
     for layer in LAYERS:
         Path(root, commits_folder(layer)).mkdir(parents=True)
         for shard in range(spec.num_shards):
@@ -101,11 +100,11 @@ def put_records(storage, spec, shards):
         storage.for_each(lambda shard, layer=layer: storage.put(*record(spec, layer, shard)), shards)
 
 
-# What is measured, each in a process of its own
+# Measurements, each in a process of its own
 
 
 def measure_open(url, options=None):
-    """Opens the store, and prints what that took beyond loading the driver and connecting."""
+    """Opens the store and prints the cost, without that of loading the driver and connecting."""
     Storage(url, options).get("zarr.json")
     before = memory()
     started, busy = time.perf_counter(), time.process_time()
@@ -136,7 +135,7 @@ def measure_open(url, options=None):
 
 
 def measure_allocations(url):
-    """Opens the store while Python counts what it allocates, which takes longer."""
+    """Opens the store while Python traces allocations, which is slower."""
     tracemalloc.start()
     store = logitstore.open(url)
     gc.collect()
@@ -145,7 +144,7 @@ def measure_allocations(url):
 
 
 def measure_floor(root):
-    """Lists the folders that opening lists, and does nothing with the names."""
+    """Lists the folders that opening lists, without using the names."""
     started, busy = time.perf_counter(), time.process_time()
     names = [os.listdir(f"{root}/{commits_folder(layer)}") for layer in LAYERS]
     taken, cpu = time.perf_counter() - started, time.process_time() - busy
@@ -153,13 +152,13 @@ def measure_floor(root):
 
 
 def memory():
-    """Bytes that this process holds, and the most that it held. ru_maxrss would be its parent's where that is more."""
+    """Returns current and peak memory of this process in bytes. ru_maxrss would include the peak of its parent."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:")}
 
 
 def fresh(measure, *arguments):
-    """Runs one of the above in a new process."""
+    """Runs one of the measurements above in a new process."""
     code = f"from benchmarks import bench_open; bench_open.{measure.__name__}(*{arguments!r})"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
@@ -167,7 +166,8 @@ def fresh(measure, *arguments):
 
 def info_seconds(url):
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "logitstore.cli", "info", url], stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, "-m", "logitstore.commands.main", "info", url]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - started
 
 
@@ -180,7 +180,7 @@ def bench_folder(num_shards, rounds):
         spec = make_spec(num_shards)
         make_store(Storage(root), spec)
         fill_folder(root, spec)
-        found = [measure_floor_and_open(root) for _ in range(rounds + 1)][1:]  # the first warms up
+        found = [measure_floor_and_open(root) for _ in range(rounds + 1)][1:]  # the first round is a warm-up
         allocations = fresh(measure_allocations, root)
         info = statistics.median(info_seconds(root) for _ in range(3))
     records = num_shards * len(LAYERS)
@@ -212,7 +212,7 @@ def measure_floor_and_open(root):
 
 
 def bench_bucket(sizes):
-    from tests.faults import FaultyProxy, S3Server, s3_options
+    from tests.helpers.faults import FaultyProxy, S3Server, s3_options
 
     rows = []
     spec = make_spec(max(sizes))
@@ -227,7 +227,7 @@ def bench_bucket(sizes):
             before = proxy.counts.copy()
             found = fresh(measure_open, BUCKET, s3_options(proxy.url))
             counts = proxy.counts - before
-            # Not of opening: the GET that connects, that of `commit`, and what the look of a writer takes.
+            # Other requests than those of opening: the GET that connects, the GET of `commit`, and those of a writer.
             counts -= Counter({"GET": 3, "LIST": 1})
             pages = -(-size // PAGE)
             rows.append(

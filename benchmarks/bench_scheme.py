@@ -1,21 +1,21 @@
-"""What a scheme costs a draft: drafts trained from each scheme against drafts trained from whole distributions.
+"""Quality of drafts by scheme: drafts trained from each scheme, compared with training from whole distributions.
 
     python -m benchmarks.bench_scheme [--seeds 3] [--steps 400] [--schemes "topk --k 16" ...] [--record]
     python -m benchmarks.bench_scheme --temperature 0.6 --warm_start [--record]
 
-A target is made once (benchmarks/_distributions.py, `demo`: 2,048 tokens, real text), and dumped by jobs/dump_logits.py
-by each scheme and once with every token of the vocabulary kept. From each store drafts are trained by
-jobs/train_draft.py from the same initial weights, on the same documents in the same order, for the same steps; only
-what a row keeps differs. `--temperature` below 1 makes the target's distributions as peaked as those of large models
-are. Drafts begin at random, or with `--warm_start` as what was distilled before, from whole distributions of the target
-at temperature 1: as a model that was trained on text before, they then know what is likely in the tail.
+A target is made once (benchmarks/_distributions.py, `demo`: 2,048 tokens, real text). jobs/dump_logits.py dumps it with
+each scheme, and once with every token of the vocabulary kept. jobs/train_draft.py trains drafts from each store, with
+the same initial weights, documents, order and steps; only the kept entries differ. `--temperature` below 1 makes the
+target's distributions as peaked as those of large models. Drafts start with random weights or, with `--warm_start`,
+from a draft that was distilled from whole distributions of the target at temperature 1. Like a model that was already
+trained on text, such a draft knows which tokens of the tail are likely.
 
-Drafts are compared on held-out documents whose rows keep every token: alpha there is exact but for the codes,
-teacher-forced, sum_v min(p, q). Differences to the whole distribution are taken seed by seed.
+Drafts are compared on held-out documents whose rows keep every token. There alpha is exact up to the codes:
+teacher-forced, sum_v min(p, q). Differences to whole distributions are computed for each seed.
 
-Bytes are those of all arrays of the `target` layer for each row that counts. The selected set is AdaSPEC's: of the rows
-of the training documents the 40 % whose loss gap, of the untrained draft and a reference, is largest, computed from
-each store; its overlap with that from whole distributions says how many of the same rows would be trained on.
+Bytes are those of all arrays of the `target` layer per row that counts. The selected set is that of AdaSPEC: the 40% of
+the rows of the training documents with the largest loss gap between the untrained draft and a reference, computed from
+each store. Its overlap with the set from whole distributions is the share of rows that both would train on.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from benchmarks import _distributions
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import demo_models
-import dump_logits
 import numpy as np
 import torch
-import train_draft
 import transformers
-from demo_corpus import write_jsonl
+from _demo import models
+from _demo.corpus import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import logitstore
+from logitstore.commands import dump as dump_command
 from logitstore.inspection import info
+from trainer.commands import train as train_command
 from trainer.evaluation.from_cache import cached_acceptance
 
 SCHEMES = (
@@ -60,26 +60,26 @@ KEEP = 0.4
 DOCUMENTS = shlex.split("--max_length 256 --shard_rows 16384")
 TRAINING = shlex.split(
     "--per_device_train_batch_size 8 --learning_rate 5e-3 --lr_scheduler_type cosine --warmup_steps 20 "
-    "--weight_decay 0.1 --adam_beta2 0.95 --logging_strategy no --save_strategy no --disable_tqdm true"
+    "--weight_decay 0.1 --adam_beta2 0.95 --logging_strategy no --save_strategy no --no_progress true"
 )
 
 
 @dataclass
 class Outcome:
-    """What came of one scheme."""
+    """Results of one scheme."""
 
     bytes_per_row: float
     entries: float
     overlap: float = float("nan")
-    """Of AdaSPEC's selected set with that from whole distributions."""
+    """Overlap of AdaSPEC's selected set with the one from whole distributions."""
     alphas: list[float] = field(default_factory=list)
-    """By seed."""
+    """Alpha of the draft of each seed."""
     greedy: list[float] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
 
 
 class Bench:
-    """The folder, the target and the text that all schemes share."""
+    """The common folder, target and text of all schemes."""
 
     def __init__(self, folder, *, seeds, steps, num_functions, temperature, warm_start):
         self.folder, self.seeds, self.steps = folder, seeds, steps
@@ -91,7 +91,7 @@ class Bench:
             write_jsonl(folder / f"{name}.jsonl", _distributions.functions(held_out=held_out)[:num_functions])
         tokenizer = AutoTokenizer.from_pretrained(self.target)
         for seed in range(seeds):
-            demo_models.save_new_model(demo_models.DRAFTS[0], tokenizer, folder / f"new-{seed}", seed=seed + 1)
+            models.save_new_model(models.DRAFTS[0], tokenizer, folder / f"new-{seed}", seed=seed + 1)
         if warm_start:
             store = self._dump("train", WHOLE)
             for seed in range(seeds):
@@ -107,18 +107,18 @@ class Bench:
     def _dump(self, data, scheme):
         url = self.folder / f"{data} {scheme}".replace(" --", "_").replace(" ", "_")
         argv = ["--store", str(url), "--target", str(self.target), "--data", str(self.folder / f"{data}.jsonl")]
-        self._job(dump_logits.main, [*argv, *DOCUMENTS, "--no_progress", "--scheme", *scheme.split()])
+        self._job(dump_command.run, [*argv, *DOCUMENTS, "--no_progress", "--scheme", *scheme.split()])
         return url
 
     def _train(self, store, seed, name):
         folder = self.folder / name
         argv = ["--store", str(store), "--draft", str(self.folder / f"new-{seed}"), "--output_dir", str(folder)]
-        self._job(train_draft.main, [*argv, "--max_steps", str(self.steps), "--seed", str(seed), *TRAINING])
+        self._job(train_command.run, [*argv, "--max_steps", str(self.steps), "--seed", str(seed), *TRAINING])
         return folder
 
     def _add_losses(self, store, reference):
         argv = ["--store", str(store), "--reference", f"new={self.folder / 'new-0'}", "--reference", f"ref={reference}"]
-        self._job(dump_logits.main, [*argv, "--no_progress"])
+        self._job(dump_command.run, [*argv, "--no_progress"])
         gap = logitstore.open(store).gap("new", "ref")
         return np.concatenate([gap[i] for i in range(len(gap))])
 
@@ -127,7 +127,7 @@ class Bench:
             return main(argv)
 
     def outcome(self, scheme, gap_of_all, reference):
-        """Dumps by a scheme, trains a draft for each seed, and compares."""
+        """Dumps with a scheme, trains a draft for each seed, and compares."""
         store = self._dump("train", scheme)
         layer = info.describe(logitstore.open(store))["layers"]["target"]
         found = Outcome(sum(layer["bytes_per_row"].values()), layer["entries"] / layer["counted"])
@@ -144,7 +144,7 @@ class Bench:
 
 
 def overlap(expected, found):
-    """Share of the KEEP of rows with the largest gap that two gaps have in common."""
+    """Returns the share of rows that are in both selected sets, the KEEP rows with the largest gaps."""
     there = np.isfinite(expected)
     num = round(KEEP * there.sum())
     chosen = [set(np.argsort(-gap[there], kind="stable")[:num].tolist()) for gap in (expected, found)]
@@ -152,7 +152,7 @@ def overlap(expected, found):
 
 
 def rows(outcomes):
-    """The lines of the table, by bytes a row."""
+    """Returns the lines of the table, sorted by bytes per row."""
     whole = outcomes[WHOLE]
     yield "| scheme | bytes/row | entries | alpha, % | less than whole, points | greedy, % | KL, nats | overlap, % |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -167,7 +167,7 @@ def rows(outcomes):
 
 
 def plot(outcomes, path):
-    """Draws what alpha costs in bytes."""
+    """Plots alpha over bytes per row."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,15 +1,15 @@
-"""Bytes, fidelity and speed of stored rows, by scheme and against formats of others: one run, the same rows.
+"""Bytes, fidelity and speed of stored rows, for each scheme and for other formats, on the same rows in one run.
 
-    python -m benchmarks._distributions demo mid large      trains the targets, once, in 24 minutes
+    python -m benchmarks._distributions demo mid large      trains the targets once, in 24 minutes
     python -m benchmarks.bench_store [--distributions demo mid large --temperatures 1 0.6] [--record]
-    python -m benchmarks.bench_store codes     what the codes cost: orders of ids, code books, settings of Blosc
+    python -m benchmarks.bench_store codes     size of codes by order of ids, codebook and settings of Blosc
     python -m benchmarks.bench_store all       both
 
-Bytes are those of whole shards as they are stored, without the tokens, which every format needs and which are given on
-a line of their own. What training sees is compared with the exact distribution (_measures.py). Encoding begins with the
-entries in memory, since choosing them is the GPU's work, and ends with bytes; decoding begins with bytes and ends with
-what a training step takes: int64 ids and float32 probabilities or logprobs as rectangles. Rows/s are for each second of
-a core. Formats of others are re-implemented from their descriptions (_formats.py).
+Bytes are those of whole stored shards without the tokens, which every format needs and which have their own line.
+Fidelity compares the rows that training uses with the exact distribution (_measures.py). Encoding starts from entries
+in memory, because the GPU chooses them, and ends with bytes. Decoding starts from bytes and ends with the input of a
+training step: int64 ids and float32 probabilities or logprobs as rectangles. Rows/s are per second of one core. Other
+formats are re-implemented from their descriptions (_formats.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import platform
 import time
 from pathlib import Path
 
-from benchmarks._distributions import Distribution, Synthetic  # first: it sets what torch reads as it is loaded
+from benchmarks._distributions import Distribution, Synthetic  # first, because it sets variables that torch reads
+from tests.helpers.encoding import encode_rows
 
 # isort: split
 import numcodecs
@@ -49,7 +50,7 @@ SCHEMES = [
 TOP = 128
 ROWS_PER_CHUNK = 256
 DOCUMENT_ROWS = 128
-"""Positions of a Parquet row of DistillKit's: its reader takes documents."""
+"""Positions per Parquet row of DistillKit, whose reader expects documents."""
 YARDSTICK = "DistillKit top-64 bf16"
 NOTES = f"""
 kl_codes: nats that rounding loses, in the kept entries and the tail. kl_tail: nats lost in the tail, where it is one
@@ -65,7 +66,7 @@ over those of {YARDSTICK}, in Parquet as it writes it.
 
 
 class Measured:
-    """Sums of what one format loses."""
+    """Sums of the losses of one format."""
 
     def __init__(self, name, *, is_ours=False):
         self.name, self.is_ours, self.rows, self.sums, self.angles = name, is_ours, 0, {}, []
@@ -84,15 +85,15 @@ class Measured:
             self.sums[name] = self.sums.get(name, 0.0) + value.sum().item()
 
     def mean(self, name):
-        """Returns the mean over rows, None for what does not apply."""
+        """Returns the mean over rows; None if the measure does not apply."""
         return self.sums[name] / self.rows if name in self.sums else None
 
 
 def measure(source, args):
-    """Runs all formats over the rows of a distribution.
+    """Measures all formats on the rows of a distribution.
 
     Returns:
-        The formats, what the distribution is like, and ours with their arrays.
+        The measurements of the formats, the figures of the distribution, and our schemes with their arrays.
     """
     ours = [Ours.of(scheme, options, source.vocab_size, args.rows) for scheme, options in SCHEMES]
     others = [*distillkit(source.vocab_size), ParquetLists(k=64), ParquetLists(k=20), RawNumPy()]
@@ -147,7 +148,7 @@ def drawn_of(arrays):
 
 
 def seen_of(rskd, drawn):
-    """What RS-KD's reader finds, as a rectangle."""
+    """Returns the rows of RS-KD's reader as a rectangle."""
     counts, token_ids, draws = rskd.decode(rskd.encode(drawn), len(drawn.counts))
     num_draws = int(draws[: counts[0]].sum())
     numbers = np.zeros(len(counts), np.float32)
@@ -163,7 +164,7 @@ def seen_of(rskd, drawn):
 
 
 def weigh(ours, others, rskd, top, measured):
-    """Counts the bytes of whole shards."""
+    """Computes the bytes of whole shards."""
     num_rows = len(top.token_ids)
     for one in ours:
         parts = {name: len(data or b"") / num_rows for name, data in one.encode(one.arrays()).items()}
@@ -178,7 +179,7 @@ def weigh(ours, others, rskd, top, measured):
 
 
 def measure_speed(ours, others, rskd, top, measured, args):
-    """Times encoding and decoding of more rows, the same ones over and over; rows for each second of one core."""
+    """Measures rows/s of encoding and decoding on one core. The same rows are repeated to get more of them."""
     torch.set_num_threads(1)
     numcodecs.blosc.set_nthreads(1)
     times = -(-args.timing_rows // len(top.token_ids))
@@ -187,7 +188,7 @@ def measure_speed(ours, others, rskd, top, measured, args):
     for one in ours:
         arrays = {name: np.tile(values, times) for name, values in one.arrays().items()}
         rows, held, found = codec.decode(arrays, one.spec), one.encode(arrays), measured[one.name]
-        found.encode = num_rows / best(lambda one=one, rows=rows: one.encode(codec.encode(rows, one.spec)))
+        found.encode = num_rows / best(lambda one=one, rows=rows: one.encode(encode_rows(rows, one.spec)))
         found.decode = num_rows / best(lambda one=one, held=held, counts=arrays["counts"]: one.decode(held, counts))
         if one.spec.scheme.name == "sample" and measured[rskd.name].rows:
             drawn, found = drawn_of(arrays), measured[rskd.name]
@@ -213,7 +214,7 @@ def read_rskd(rskd, data, counts):
 
 
 def best(run, rounds=2):
-    """Returns seconds of a core, whichever threads had it: other work on the machine is not in them."""
+    """Returns the CPU seconds of all threads of this process, without other work on the machine."""
     taken = []
     for _ in range(rounds):
         started = time.process_time()
@@ -245,7 +246,7 @@ def table(found):
 
 
 def verdicts(ours, yardstick):
-    """Says which of ours is smallest of those that are no worse than the yardstick."""
+    """Returns lines that name our smallest scheme which is no worse than another format."""
     of_rows = {"alpha of a row": lambda one: one.mean("alpha_error")}
     of_rows["the gradient of a row"] = lambda one: one.mean("angle_row")
     of_many = {"mean alpha": lambda one: abs(one.mean("alpha") - one.mean("alpha_exact"))}
@@ -336,7 +337,7 @@ def main(argv=None):
     for line in run(args):
         print(line, flush=True)
         lines.append(line)
-        if args.record:  # what there is, if it is stopped
+        if args.record:  # written after each part, so that an interrupted run leaves a record
             path.write_text("\n".join(lines))
 
 

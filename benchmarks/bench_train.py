@@ -1,22 +1,23 @@
-"""What training from the cache costs: against fine-tuning on the text, and against AdaSPEC with all models in one loop.
+"""Cost of training from the cache, compared with fine-tuning on text and with AdaSPEC with all models in one loop.
 
     python -m benchmarks.bench_train step [--vocab_size 131072 --hidden 256 ...] [--rounds 3] [--record]
     python -m benchmarks.bench_train adaspec [--drafts 5] [--steps 300] [--temperature 0.6 --warm_start] [--record]
 
-`step`: the same draft, optimizer and batches by transformers' Trainer, whose model computes its own cross entropy with
-all logits, and by DraftTrainer: all rows, AdaSPEC (0.4 of the rows), and a static gap that needs no look at the draft.
-Rows of a store of random models with a vocabulary of any size; every row counts. Runs are processes of their own, one
-after another in rounds; a rate is that of a run's median step, and of a run's kind the best round's, as machines are
-shared. Memory is the peak of the process while it trains less what it held before any model was loaded; on a GPU that
-of its tensors.
+`step` trains the same draft with the same optimizer and batches in transformers' Trainer, where the model computes its
+own cross entropy with all logits, and in DraftTrainer: with all rows, with AdaSPEC (0.4 of the rows), and with a static
+gap, which needs no additional pass through the draft. The rows come from random models with a vocabulary of any size;
+every row counts. Each run is a process, and the runs are repeated in rounds. The rate of a run is that of its median
+step, and the best round of each kind is reported because machines are shared. Memory is the peak of the process during
+training minus its memory before a model is loaded, or on a GPU the peak of its tensors.
 
-`adaspec`: real text and a trained target (benchmarks/_distributions.py, `demo`). As published: a reference is distilled
-with the target in the loop, then the draft with target and reference in the loop, each step on whole vocabularies. From
-the cache: one dump, then for each draft a reference, its losses, and the draft. Both from the same initial weights, on
-the same documents in the same order. Acceptance is that of held-out documents whose rows keep every token. The
-selected set is compared on all training documents for the same draft and reference: gaps of whole distributions
-against those of the cache. `--temperature` below 1 makes the target as sure of itself as large models are. Drafts begin
-at random, or with `--warm_start` as what was trained on the text for as many steps.
+`adaspec` uses real text and a trained target (benchmarks/_distributions.py, `demo`). As published: a reference is
+distilled with the target in the loop, then the draft with target and reference in the loop, every step on whole
+vocabularies. From the cache: one dump, then for each draft a reference, its losses, and the draft. Both start from the
+same initial weights and use the same documents in the same order. Acceptance is measured on held-out documents whose
+rows keep every token. The selected sets are compared on all training documents for the same draft and reference: gaps
+of whole distributions and gaps of the cache. `--temperature` below 1 makes the target's distributions as peaked as
+those of large models. Drafts start with random weights or, with `--warm_start`, from a draft trained on the text for
+the same number of steps.
 """
 
 from __future__ import annotations
@@ -40,17 +41,18 @@ from benchmarks import _distributions
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ADDRESS", "local")
 
-import demo_models
-import dump_logits
 import numpy as np
 import torch
 import transformers
-from demo_corpus import write_jsonl
-from tokenizers import Tokenizer, models
+from _demo import models
+from _demo.corpus import write_jsonl
+from tokenizers import Tokenizer
+from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import logitstore
 from benchmarks._train_worker import LEFT_OUT
+from logitstore.commands import dump as dump_command
 from trainer.evaluation.from_cache import cached_acceptance
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,19 +61,19 @@ MIB = 2**20
 DOCUMENTS = shlex.split("--max_length 256 --shard_rows 16384 --no_progress")
 BATCH = 8
 SCHEMES = ["hybrid --num_draws 50", "topk --k 2048"]
-"""What is recommended, and whole distributions, which differ from those in the loop by their codes alone."""
+"""The recommended scheme, and whole distributions, which differ from those in the loop only by the codes."""
 
 
 def job(folder, argv):
-    """Dumps, in this process; returns seconds."""
+    """Runs a dump in this process. Returns its seconds."""
     began = time.perf_counter()
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-        dump_logits.main([str(part) for part in argv])
+        dump_command.run([str(part) for part in argv])
     return time.perf_counter() - began
 
 
 def work(**spec):
-    """Runs a worker to its end; returns what it found."""
+    """Runs a worker to its end. Returns its results."""
     command = [sys.executable, "-m", "benchmarks._train_worker", json.dumps(spec)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -84,7 +86,7 @@ def work(**spec):
 
 def make_words(folder, vocab_size):
     words = {f"w{i}": i for i in range(vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(token_models.WordLevel(words, unk_token="w0")))
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -178,7 +180,7 @@ LOOP = "in one loop"
 
 
 class Adaspec:
-    """What all ways share: target, text, initial drafts, held-out rows; and a store for each scheme."""
+    """The common target, text, initial drafts and held-out rows of all methods, and a store for each scheme."""
 
     def __init__(self, args):
         self.args = args
@@ -192,7 +194,7 @@ class Adaspec:
         for name, held_out in (("train", False), ("held_out", True)):
             write_jsonl(self.folder / f"{name}.jsonl", _distributions.functions(held_out=held_out))
         for seed in range(args.drafts):
-            demo_models.save_new_model(demo_models.DRAFTS[0], tokenizer, self.folder / f"new-{seed}", seed=seed + 1)
+            models.save_new_model(models.DRAFTS[0], tokenizer, self.folder / f"new-{seed}", seed=seed + 1)
         if args.temperature != 1:
             self.target = _distributions.sharpen(self.target, self.folder / "target", args.temperature)
         self.check, _ = self.dump("held_out", f"topk --k {self.vocab_size}")
@@ -206,20 +208,20 @@ class Adaspec:
             made.rename(self.folder / f"new-{seed}")
 
     def dump(self, data, scheme):
-        """Dumps a file of documents; returns the store and seconds."""
+        """Dumps a file of documents. Returns the store and the seconds."""
         url = self.folder / f"{data} {scheme}".replace(" --", "_").replace(" ", "_")
         argv = ["--store", url, "--target", self.target, "--data", self.folder / f"{data}.jsonl", *DOCUMENTS]
         return url, job(self.folder, [*argv, "--scheme", *scheme.split()])
 
     def add_losses(self, store, models_):
-        """Scores models on the training rows; returns seconds."""
+        """Dumps the losses of models on the training rows. Returns the seconds."""
         argv = ["--store", store, "--no_progress"]
         for name, model in models_.items():
             argv += ["--reference", f"{name}={model}"]
         return job(self.folder, argv)
 
     def train(self, name, seed, store, **spec):
-        """Trains one model; returns its folder and what the worker found."""
+        """Trains one model. Returns its folder and the results of the worker."""
         out = self.folder / f"{name}-{seed}"
         common = {"store": str(store), "draft": str(self.folder / f"new-{seed}"), "seed": seed, "save": True}
         found = work(
@@ -234,7 +236,7 @@ class Adaspec:
         return {"sampled": found.alpha_estimate, "greedy": found.argmax_agreement}
 
     def exact_gaps(self, drafts, reference):
-        """Gaps of several drafts by whole distributions, at every fourth document's rows that count."""
+        """Returns the gaps of several drafts from whole distributions, at the rows of every fourth document."""
         store = logitstore.open(next(iter(self.stores.values())))
         loaded = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (self.target, reference, *drafts)]
         gaps = [[] for _ in drafts]
@@ -249,13 +251,13 @@ class Adaspec:
         return gaps
 
     def stored_gaps(self, scheme, draft, reference):
-        """The same gaps, from the losses of a store."""
+        """Returns the same gaps from the losses of a store."""
         gap = logitstore.open(self.stores[scheme]).gap(draft, reference)
         return [gap[number][np.isfinite(gap[number])] for number in range(0, len(gap), 4)]
 
 
 def overlap(exact, cached):
-    """Share of rows that both select, of micro-batches of BATCH documents, as published."""
+    """Returns the share of rows that both select in micro-batches of BATCH documents, as in the paper."""
     same = kept = 0
     for start in range(0, len(exact), BATCH):
         ours, theirs = (np.concatenate(gaps[start : start + BATCH]) for gaps in (exact, cached))

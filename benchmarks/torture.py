@@ -1,15 +1,15 @@
-"""Kills everything that writes a store, again and again, and compares what comes out with an undisturbed store.
+"""Kills the processes that write a store repeatedly, and compares the result with an undisturbed store.
 
     python -m benchmarks.torture --minutes 20 [--seed 1] [--kinds local s3 ray-local ray-s3]
 
-Each round makes a new store. In `local` and `s3` rounds plain processes write it, several to each shard, and are
-killed with SIGKILL or stopped for a while at random moments; shards are taken back, objects damaged and repaired,
-documents appended; another process reads meanwhile. In `ray-local` and `ray-s3` rounds jobs/dump_logits.py writes it:
-its actors are killed, its driver, its whole family, and a second job is started beside it. The bucket is that of a real
-S3 server behind a proxy, which answers with errors, resets, slow bodies, or not at all after doing what was asked.
+Each round makes a new store. In `local` and `s3` rounds, several plain processes write each shard, and are killed with
+SIGKILL or stopped for a while at random moments. Shards are taken back, objects are damaged and repaired, documents are
+appended, and another process reads meanwhile. In `ray-local` and `ray-s3` rounds jobs/dump_logits.py writes the store:
+its actors, its driver or all its processes are killed, and a second job is started beside it. The bucket is on a real
+S3 server behind a proxy that injects errors, resets, slow bodies, and lost responses to completed requests.
 
-A finished store must be the undisturbed one: every object byte for byte, commit records but for their times and
-writers, nothing left in staging. Exit status 1 and the folder kept if one is not.
+A finished store must equal the undisturbed one: every object byte for byte, commit records except for their times and
+writers, and no files in staging. If one differs, the exit status is 1 and its folder is kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS = ("compared", "read meanwhile", "lost", "doubled", "mixed")
 
 
 def table(totals, seconds):
-    """Returns what was done and found, as lines."""
+    """Returns the table of all actions and findings."""
 
     def line(what, counts):
         detail = ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n)

@@ -3,8 +3,8 @@
     make demo
     python jobs/demo.py [--output build/demo] [--scale 0.1]
 
-The text is the running Python's own standard library (demo_corpus.py). A small target is trained on it first
-(demo_models.py); from there on every stage is one of the jobs beside this file, called as the line printed before it.
+The text is the standard library of the running Python (_demo/corpus.py). First a small target is trained on it
+(_demo/models.py). Every later stage is a logitstore command, which the demo prints before it runs it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _errors import user_errors
-from demo_report import ADASPEC, DISTILLATION, RANDOM, report
+from _demo.report import ADASPEC, DISTILLATION, RANDOM, report
+
+from logitstore.commands.user_errors import user_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,11 +32,11 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # Threads that spin while they wait for each other's tiny products make this up to 30 times slower where anything
-    # else wants a core; asleep they cost a tenth where nothing does.
+    # Threads that spin while they wait for small matrix products make the demo up to 30 times slower on a busy
+    # machine. Threads that sleep while they wait make it 10% slower on an idle machine.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""Read once, by libraries as they are loaded: before the first import of torch, transformers or ray."""
+"""Environment variables of the demo. They are set before torch, transformers and ray are imported, which read them."""
 
 LINE_WIDTH = 110
 MARKER = ".logitstore-demo"
@@ -47,7 +48,8 @@ MAX_NEW_TOKENS = 48
 DOCUMENTS = shlex.split("--max_length 256 --shard_rows 32768")
 TRAINED_ON = shlex.split("--scheme hybrid --num_draws 50")
 COMPARED_WITH = shlex.split("--scheme topk --k 1024")
-"""Of the held-out rows, which are few, half of the vocabulary is kept: acceptance from the cache is nearly exact."""
+"""Options of the held-out store. Its rows are few, and each keeps half of the vocabulary, so that acceptance rates from
+the cache are nearly exact."""
 SELECTION = {
     DISTILLATION: ["--selection", "all"],
     RANDOM: ["--selection", "random", "--keep", "0.4"],
@@ -61,16 +63,16 @@ TRAINING = shlex.split(
 
 @dataclass(kw_only=True)
 class Story:
-    """Runs the stages one after another, and says which, how, and how long each took."""
+    """Runs the stages one after another, and prints the title, the command and the duration of each."""
 
     logs: Path
-    """Folder for what the jobs print: the terminal shows their progress bars alone."""
+    """Folder for the output of the jobs. The terminal shows only their progress bars."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage, in order."""
+    """Duration of each stage, in order."""
 
     @contextlib.contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Announces a stage of several steps and times it."""
+        """Prints the title of a stage at its start, and its duration at its end."""
         print(f"\n{len(self.seconds) + 1}. {title}", flush=True)
         started = time.monotonic()
         yield
@@ -81,10 +83,16 @@ class Story:
         """Prints a line of the stage."""
         print(f"   {text}", flush=True)
 
-    def job(self, name: str, main: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> dict[str, Any]:
-        """Calls a job in this process, as its command line would; imports are paid for once."""
-        words = shlex.join(argv).replace(" --", "\n--").split("\n")  # a flag stays with its value
-        lines, line = [], f"$ python jobs/{main.__module__}.py"
+    def command(self, name: str, run: Callable[[list[str]], dict[str, Any]], argv: list[str]) -> dict[str, Any]:
+        """Runs a command in this process, which avoids repeated imports, and prints its command line.
+
+        Args:
+            name: Name of the log file, which starts with the name of the command.
+            run: Function of the command.
+            argv: Arguments of the command.
+        """
+        words = shlex.join(argv).replace(" --", "\n--").split("\n")  # Keeps each flag and its value on one line.
+        lines, line = [], f"$ logitstore {name.partition('_')[0]}"
         for word in words:
             if len(line) + len(word) > LINE_WIDTH:
                 lines.append(line)
@@ -92,24 +100,24 @@ class Story:
             line += f" {word}"
         print(" \\\n".join([*lines, line]), flush=True)
         with (self.logs / f"{name}.txt").open("w") as log, contextlib.redirect_stdout(log):
-            return main(argv)
+            return run(argv)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Returns the command line."""
+    """Returns the parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--output", type=Path, default=Path("build/demo"), metavar="DIR",
-                   help="new, empty, or an earlier demo's, which is deleted (default %(default)s)")  # fmt: skip
+                   help="new or empty folder, or an earlier demo's (is deleted) (default %(default)s)")  # fmt: skip
     p.add_argument("--scale", type=float, default=1.0,
-                   help="times all numbers of steps and prompts, for a quick look (default %(default)s)")  # fmt: skip
+                   help="factor for the numbers of steps and prompts, at most 1 (default %(default)s)")  # fmt: skip
     return p
 
 
 def prepare_output(folder: Path) -> None:
-    """Makes the folder anew.
+    """Creates the folder, and deletes an earlier demo in it.
 
     Raises:
-        ValueError: It holds something else than an earlier demo.
+        ValueError: The folder contains files that are not an earlier demo's.
     """
     if folder.exists():
         if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file()):
@@ -123,7 +131,7 @@ def prepare_output(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Runs the demo; returns what is in results.json."""
+    """Runs the demo. Returns the contents of results.json."""
     args = parser().parse_args(argv)
     with user_errors():
         if not 0.0 < args.scale <= 1.0:
@@ -138,13 +146,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["seconds"] = story.seconds | {"total": round(time.monotonic() - began, 1)}
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(report(results)))
-    print(f"\nAll figures: {args.output / 'results.json'}; what the jobs printed: {story.logs}")
+    print(f"\nAll figures: {args.output / 'results.json'}; output of the jobs: {story.logs}")
     return results
 
 
 def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
-    """Runs all stages in a fresh folder; returns their figures."""
-    from demo_corpus import is_held_out, read_pairs, standard_library, train_tokenizer, write_jsonl
+    """Runs all stages in an empty folder. Returns their figures."""
+    from _demo.corpus import is_held_out, read_pairs, standard_library, train_tokenizer, write_jsonl
 
     train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
     with story.stage("text", f"Text: documented functions of Python {platform.python_version()}'s standard library"):
@@ -159,25 +167,25 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
         story.say(f"a byte-level BPE vocabulary of {len(tokenizer):,} tokens")
 
     # Slow imports come after the first lines are on the screen.
-    import demo_models
-    import dump_logits
-    import evaluate_draft
     import torch
-    import train_draft
     import transformers
+    from _demo import models
 
     import logitstore
+    from logitstore.commands import dump as dump_command
+    from trainer.commands import evaluate as evaluate_command
+    from trainer.commands import train as train_command
 
-    transformers.logging.disable_progress_bar()  # those of loading weights, not Trainer's
+    transformers.logging.disable_progress_bar()  # Hides only the bars of loading weights.
 
     def steps(number: int) -> int:
         return max(2, round(number * scale))
 
     target, cache, check = folder / "target", folder / "cache.zarr", folder / "held_out.zarr"
     with story.stage("target", "Target: a small Llama, trained from scratch on whole functions"):
-        shape = f"{demo_models.TARGET_BATCH} x {demo_models.MAX_LENGTH}"
+        shape = f"{models.TARGET_BATCH} x {models.MAX_LENGTH}"
         story.say(f"{steps(TARGET_STEPS):,} steps of {shape} tokens, next-token cross entropy")
-        num_parameters = demo_models.train_target(trained_on, tokenizer, target, steps(TARGET_STEPS), story.logs)
+        num_parameters = models.train_target(trained_on, tokenizer, target, steps(TARGET_STEPS), story.logs)
 
     with story.stage("dump", "Dump: the target's distribution at every token, once, by Ray actors"):
         dumped = {}
@@ -186,8 +194,8 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
             ("held_out", held_out, check, COMPARED_WITH),
         ):
             argv = ["--store", str(store), "--target", str(target), "--data", str(data), *DOCUMENTS, *rows]
-            dumped[name] = story.job(f"dump_{name}", dump_logits.main, argv)
-        losses = demo_models.held_out_losses(logitstore.open(cache), logitstore.open(check))
+            dumped[name] = story.command(f"dump_{name}", dump_command.run, argv)
+        losses = models.held_out_losses(logitstore.open(cache), logitstore.open(check))
         story.say(
             f"target of {num_parameters / 1e6:.2f} M parameters: {losses['target_nll']:.2f} nats a held-out token, "
             f"where the unigram distribution has {losses['unigram_nll']:.2f}"
@@ -196,37 +204,36 @@ def run(story: Story, folder: Path, scale: float) -> dict[str, Any]:
     drafts: list[dict[str, Any]] = []
 
     def train_drafts(*methods: str) -> None:
-        for size in demo_models.DRAFTS:
+        for size in models.DRAFTS:
             for method in methods:
                 name = f"{size.name}_{SELECTION[method][1]}"
                 argv = ["--store", str(cache), "--draft", str(folder / size.name), "--output_dir", str(folder / name)]
                 argv += SELECTION[method] + (["--reference", f"ref_{size.name}"] if method == ADASPEC else [])
                 argv += ["--max_steps", str(steps(DRAFT_STEPS)), *TRAINING]
-                figures = story.job(f"train_{name}", train_draft.main, argv)
+                figures = story.command(f"train_{name}", train_command.run, argv)
                 drafts.append({"draft": size.name, "method": method, "folder": str(folder / name), "training": figures})
 
     with story.stage("references", "References: each draft distilled in the ordinary way, from the cache alone"):
         sizes = {
-            size.name: demo_models.save_new_model(size, tokenizer, folder / size.name, seed=1)
-            for size in demo_models.DRAFTS
+            size.name: models.save_new_model(size, tokenizer, folder / size.name, seed=1) for size in models.DRAFTS
         }
         story.say("random initial weights: " + ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in sizes.items()))
         train_drafts(DISTILLATION)
         argv = ["--store", str(cache)]
         for draft in drafts:
             argv += ["--reference", f"ref_{draft['draft']}={draft['folder']}"]
-        dumped["references"] = story.job("dump_references", dump_logits.main, argv)
+        dumped["references"] = story.command("dump_references", dump_command.run, argv)
 
     with story.stage("selective", "Selective distillation: the same initial weights, as many steps, 40 % of the rows"):
         train_drafts(RANDOM, ADASPEC)
 
     with story.stage("evaluate", "Evaluation: real speculative decoding of held-out functions, and the held-out cache"):
-        torch.set_num_threads(1)  # one token at a time is too little work for two
+        torch.set_num_threads(1)  # Generating one token at a time is too little work for two threads.
         drafts.sort(key=lambda draft: list(sizes).index(draft["draft"]))
         for draft in drafts:
             argv = ["--target", str(target), "--draft", draft["folder"], "--data", str(held_out), "--store", str(check)]
             argv += ["--num_prompts", str(steps(NUM_PROMPTS)), "--max_new_tokens", str(MAX_NEW_TOKENS)]
-            draft["evaluation"] = story.job(f"evaluate_{Path(draft['folder']).name}", evaluate_draft.main, argv)
+            draft["evaluation"] = story.command(f"evaluate_{Path(draft['folder']).name}", evaluate_command.run, argv)
 
     return {
         "settings": {"scale": scale, "cpus": os.cpu_count(), "python": platform.python_version()},

@@ -1,6 +1,6 @@
 """logitstore: an offline cache of next-token distributions for training speculative-decoding drafts.
 
-Reading a store needs NumPy, zarr and fsspec alone: this package loads neither torch nor ray nor transformers.
+Reading a store needs only NumPy, zarr and fsspec. This package does not import torch, ray or transformers.
 """
 
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError, LogitStoreError

@@ -1,51 +1,60 @@
-"""The exceptions that a store raises about its own state. Bad arguments raise plain ValueError.
+"""Exceptions that a store raises about its own state. Bad arguments raise a plain ValueError.
 
-LogitStoreError
-├── StoreNotFoundError      (FileNotFoundError)  no store at this URL
-├── FormatError             (ValueError)         metadata that this version cannot read
-├── IdentityError           (ValueError)         the store holds something other than what was asked for
-├── LayerNotFoundError      (LookupError)        no such layer, or a shard of it is not committed
-├── DamagedShardError       (OSError)            stored bytes differ from what was committed
-├── FidelityError           (ValueError)         what would be stored is further from the target than was allowed
-├── StorageError            (OSError)            the URL cannot be reached, even after some tries
-│   └── StorageRefusedError (PermissionError)    no space, no permission, no valid credentials
-└── MissingDriverError      (ImportError)        the URL needs a package that is not installed
+The tree::
+
+    LogitStoreError
+    ├── StoreNotFoundError      (FileNotFoundError) the URL holds no store
+    ├── FormatError             (ValueError)        this version cannot read the metadata
+    ├── IdentityError           (ValueError)        the store differs from the requested one
+    ├── LayerNotFoundError      (LookupError)       the store lacks the layer, or a shard of the layer is not committed
+    ├── DamagedShardError       (OSError)           the stored bytes differ from the committed ones
+    ├── FidelityError           (ValueError)        storing the rows would lose more than the budget
+    ├── StorageError            (OSError)           the URL cannot be reached, even after retries
+    │   └── StorageRefusedError (PermissionError)   no space, no permission, or no valid credentials
+    └── MissingDriverError      (ImportError)       the URL needs a package that is not installed
 """
 
 from __future__ import annotations
 
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class LogitStoreError(Exception):
-    """Base of everything that a store raises about its own state."""
+    """Base class of all errors that a store raises about its own state."""
 
 
 class StoreNotFoundError(LogitStoreError, FileNotFoundError):
-    """There is no store at the URL."""
+    """The URL holds no store."""
 
 
 class FormatError(LogitStoreError, ValueError):
-    """The metadata is not that of a store, is malformed, or has a format version that this code cannot read."""
+    """The metadata is malformed, does not belong to a store, or has a format version that this code cannot read."""
 
 
 class IdentityError(LogitStoreError, ValueError):
-    """The store was made from another tokenizer, other documents, another model or scheme than the one given."""
+    """The store was made with another tokenizer, other documents, another model or another scheme than requested."""
 
 
 class LayerNotFoundError(LogitStoreError, LookupError):
-    """The store has no such layer, or one of its shards is not committed yet."""
+    """The store does not have the layer, or one of the layer's shards is not committed yet."""
 
 
 class DamagedShardError(LogitStoreError, OSError):
-    """Stored bytes differ from what the commit record says. Names the layer and the shard.
+    """The stored bytes of a shard differ from its commit record. The message names the layer and the shard.
 
     Attributes:
-        layer: The damaged layer.
-        shard: The damaged shard.
+        layer: Name of the damaged layer.
+        shard: Number of the damaged shard.
+        reason: Text that says what is wrong with the shard.
     """
 
     def __init__(self, layer: str, shard: int, reason: str) -> None:
         super().__init__(
-            f"shard {shard} of layer {layer!r} must be as committed, got {reason}; "
+            f"shard {shard} of layer {layer!r} is damaged: {reason}; "
             "run `logitstore verify` on the store to list all damage"
         )
         self.layer = layer
@@ -53,21 +62,35 @@ class DamagedShardError(LogitStoreError, OSError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[DamagedShardError], tuple[str, int, str]]:
-        # It comes from other processes: an exception is built anew from its message alone.
+        # Ray and worker processes pickle this error. By default, unpickling would pass only the message.
         return type(self), (self.layer, self.shard, self.reason)
 
 
 class FidelityError(LogitStoreError, ValueError):
-    """What would be stored of a shard is further from the target's distributions than the budget allows."""
+    """Storing the rows of a shard would lose more nats per row than the budget (max_kl) allows."""
 
 
 class StorageError(LogitStoreError, OSError):
-    """The URL cannot be read or written: no such bucket, no network, a service that answers with errors."""
+    """The URL cannot be read or written: the bucket does not exist, the network is down, or the service fails."""
 
 
 class StorageRefusedError(StorageError, PermissionError):
-    """The disk is full, the credentials are missing or no longer valid, or the permission is: no use in more tries."""
+    """The disk is full, permission is missing, or credentials are missing or expired. Retrying is pointless."""
 
 
 class MissingDriverError(LogitStoreError, ImportError):
     """No installed package can open this kind of URL."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """Returns the message of an error on one line: every run of whitespace becomes one space."""
+    return " ".join(str(error).split())
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean X?)" with the known name nearest to the given one, or "" if none is near."""
+    names: dict[str, str] = {}
+    for name in known:
+        names.setdefault(name.replace("-", "_"), name)
+    found = difflib.get_close_matches(given.partition("=")[0].replace("-", "_"), names, 1)
+    return f" (did you mean {names[found[0]]}?)" if found else ""

@@ -1,4 +1,7 @@
-"""Trains drafts for speculative decoding from a logitstore, without the target, and measures their acceptance."""
+"""Trains drafts for speculative decoding, and measures their acceptance rates.
+
+Training reads the target's distributions from logitstore stores, so the target model itself is not needed.
+"""
 
 from trainer.data.dataset import DocumentDataset
 from trainer.loop.draft_trainer import DraftTrainer

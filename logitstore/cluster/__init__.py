@@ -1,1 +1,1 @@
-"""What a Ray cluster has room for, and functions that run on its workers."""
+"""Computes the sizes of Ray workers, and runs functions on them."""

@@ -1,1 +1,1 @@
-"""The command line. Only this package and `trainer.commands` end the process."""
+"""The command line. Only code in this package and in `trainer.commands` ends the process."""

@@ -1,1 +1,1 @@
-"""From `--data` to the tokens layer: sources, records, tokens, loss masks. Loads no model."""
+"""Turns `--data` into the tokens layer: sources, records, tokens, loss masks. Loads no model."""

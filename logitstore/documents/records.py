@@ -1,4 +1,4 @@
-"""Reads the records of `--data`, from files or from the hub."""
+"""Reads the records of `--data` from files or from the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetsError
 from fsspec.implementations.local import LocalFileSystem
 
-from logitstore.documents.sources import Source, reached, suffixes
+from logitstore.documents.sources import Source, reached, suffixes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,23 +22,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """How to read records from rows of the table that holds them. Goes to the processes that tokenise."""
+    """Reads records from the rows of a table. An instance is pickled and sent to the processes that tokenise."""
 
     source: Source
+    """Source of the records, without its file system."""
     paths: tuple[str, ...]
-    """Local copy of each file."""
+    """For each file of the source, path of a local copy or of a link to the file. Empty for a data set on the hub."""
 
     def read(self, batch: dict[str, list[Any]], indices: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields (row, record) of a batch; lines without a character but spaces are no records.
+        """Yields (row, record) for each record of a batch. Skips lines that are empty or hold only white space.
+
+        Args:
+            batch: Values of each column. For JSONL and text files, the only column is "text", with one line each.
+            indices: Number of the table row that each value comes from.
 
         Raises:
-            ValueError: A line is no JSON object; names the file and the line.
+            ValueError: A line is not a JSON object. The message names the file and the line.
         """
         if self.source.format not in ("jsonl", "text"):
             for i, index in enumerate(indices):
                 yield index, {name: values[i] for name, values in batch.items()}
             return
         for index, line in zip(indices, batch["text"], strict=True):
+            # Some editors begin a file with a byte order mark, which JSON does not allow.
             if not (text := line.removeprefix("\ufeff")).strip():
                 continue
             if self.source.format == "text":
@@ -53,14 +59,33 @@ class Records:
             yield index, record
 
     def bad_line(self, index: int, text: str, reason: str) -> ValueError:
-        """Describes a malformed line."""
+        """Returns the error for a malformed line.
+
+        Args:
+            index: Number of the table row that holds the line.
+            text: The line.
+            reason: Description of the problem, for the message.
+        """
         return ValueError(
             f"data must have one JSON object per line, got {text[:60]!r} in {self.place(index)} ({reason}); "
-            "mend or remove that line"
+            "fix or remove that line"
         )
 
     def place(self, index: int) -> str:
-        """Says where a row of the table comes from: line and file, or the record's number from 0."""
+        """Returns the file and line, or the number of the record, that a row of the table comes from.
+
+        Meant for error messages only: this is slow, because it reads the files from the beginning.
+
+        Args:
+            index: Row of the table, from 0.
+
+        Returns:
+            For JSONL and text files, a text such as "line 3 of FILE", where lines count from 1. For other formats, a
+            text such as "record 2 of DATA", where records count from 0.
+
+        Raises:
+            IndexError: The files have fewer than `index` + 1 lines.
+        """
         if self.source.format not in ("jsonl", "text"):
             return f"record {index} of {self.source.name}"
         for path, name in zip(self.paths, self.source.names, strict=True):
@@ -69,27 +94,32 @@ class Records:
                     if index == 0:
                         return f"line {number} of {name}"
                     index -= 1
-        raise IndexError(f"index must be that of a line, got {index} lines more than there are")
+        raise IndexError(f"index must be that of a line, got an index {index} lines beyond the end")
 
 
 def open_records(
     source: Source, folder: Path, choose: Callable[[list[str]], list[str]]
 ) -> tuple[datasets.Dataset, Records, list[str]]:
-    """Makes a table on disk of all records: of their lines for JSONL and text, else of the chosen columns.
+    """Puts all records of a source into a table on disk.
 
-    Lines are parsed later, in the processes that tokenise: in parallel, each record as it was written rather than
-    cast to the types of the first ones, and with its line number at hand for a message.
+    For JSONL and text files, the table has a single column, which holds the lines. For other sources, the table has the
+    chosen columns.
+
+    JSON lines are parsed later, in the processes that tokenise. This has three advantages: lines are parsed in
+    parallel, the types of the first records are not imposed on the others, and error messages can name the line.
 
     Args:
-        source: As found.
-        folder: Where copies and tables may lie for as long as the records are used.
-        choose: Picks from the names of all columns those that are of use, or raises ValueError.
+        source: Source of the records, as returned by `find_source`.
+        folder: Folder in which file copies and tables are created. It must exist for as long as the records are used.
+        choose: Function that receives the names of all columns, and returns the names of the needed columns or raises
+            ValueError.
 
     Returns:
-        The table, how to read its rows, and the chosen columns.
+        The table, the reader of its rows, and the chosen columns.
 
     Raises:
-        ValueError: The files are not what their suffix says, or hold no record.
+        ValueError: The files cannot be read in the format that their suffix states, or hold no record.
+        StorageError: Remote files cannot be read.
     """
     if source.format == "hub":
         paths: tuple[str, ...] = ()
@@ -99,11 +129,13 @@ def open_records(
         dataset = _load_files(source, paths, folder / "tables", choose)
     if not len(dataset):
         raise _empty(source)
-    # without the file system: it may hold credentials, and the processes that tokenise need none
+    # The file system is left out: it may hold credentials, and the processes that tokenise do not need it.
     records = Records(source=Source(name=source.name, format=source.format, names=source.names), paths=paths)
     if source.format in ("hub", "parquet"):
         columns = choose(dataset.column_names)
         return dataset.select_columns(columns), records, columns
+    # A table of lines has no named columns, so the columns of the first record are used. The loop skips blank lines
+    # before that record.
     for index, row in enumerate(dataset):
         for _, record in records.read({"text": [row["text"]]}, [index]):
             return dataset, records, choose(list(record))
@@ -115,11 +147,15 @@ def _empty(source: Source) -> ValueError:
 
 
 def _fetch(source: Source, folder: Path) -> tuple[str, ...]:
-    """Brings the files to a folder under plain names: datasets takes brackets for a glob.
+    """Links or copies the files into a folder under plain names.
 
-    Remote ones are copied here because datasets refuses any URL, a bucket's too, where HF_HUB_OFFLINE is set.
+    Plain names are needed because the datasets library would read brackets in a name as a glob. Remote files are copied
+    because the library refuses every URL, even the URL of a bucket, if HF_HUB_OFFLINE is set.
+
+    Returns:
+        Path of each file in the folder.
     """
-    paths = [str(folder / f"{i:06d}{''.join(suffixes(file))}") for i, file in enumerate(source.files)]
+    paths = [str(folder / f"{i:06d}{''.join(suffixes_of(file))}") for i, file in enumerate(source.files)]
     if isinstance(source.fs, LocalFileSystem):
         for file, path in zip(source.files, paths, strict=True):
             Path(path).symlink_to(file)
@@ -134,6 +170,7 @@ def _load_files(
 ) -> datasets.Dataset:
     columns: list[str] = []
     if source.format == "parquet":
+        # Columns are chosen before the table is made, so that the other columns are not copied into it.
         try:
             found = pyarrow.parquet.read_schema(paths[0]).names
         except pa.ArrowException as error:
@@ -145,7 +182,7 @@ def _load_files(
         text = datasets.Features({"text": datasets.Value("string")})
         return datasets.Dataset.from_text(list(paths), features=text, cache_dir=str(cache))
     except (DatasetsError, OSError, ValueError) as error:
-        if "corresponds to no data" in str(error):  # what datasets says of files without a single line
+        if "corresponds to no data" in str(error):  # datasets says this if the files have no line.
             raise _empty(source) from error
         raise _unreadable(source, paths, error) from error
 
@@ -156,17 +193,17 @@ def _load_hub(source: Source) -> datasets.Dataset:
         return datasets.load_dataset(name, split=split or "train")
     except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(
-            f"data must name a data set that can be loaded, and a split of it, got data={source.name}: "
+            f"data must name a data set that can be loaded, and one of its splits, got data={source.name}: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
 
 
 def _unreadable(source: Source, paths: tuple[str, ...], error: Exception) -> ValueError:
-    """Says what is wrong in one line; names the file and the line of bytes that are no text."""
+    """Returns a one-line error for files that cannot be read. If a line is not UTF-8, the error names it."""
     cause = error.__cause__ or error
     reason = (str(cause) or type(cause).__name__).strip().splitlines()[0]
     if isinstance(cause, UnicodeDecodeError):
-        reason = f"{_undecodable_line(source, paths)} is not UTF-8; mend or remove that line"
+        reason = f"{_undecodable_line(source, paths)} is not UTF-8; fix or remove that line"
     return ValueError(f"data must be readable as {source.format}, got data={source.name}: {reason}")
 
 

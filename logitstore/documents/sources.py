@@ -1,4 +1,4 @@
-"""What --data names: the files behind it, and their records one by one. Knows nothing of tokens."""
+"""Finds the files, or the data set on the hub, that `--data` names. Reads no record and does not tokenise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from logitstore.errors import LogitStoreError, StorageError
 from logitstore.storage.filesystems import open_fs
-from logitstore.storage.options import without_credentials
+from logitstore.storage.options import Url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,39 +24,45 @@ FORMATS: dict[str, Literal["jsonl", "parquet", "text"]] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+"""Format of a data file by its suffix. The suffix of a compression may follow, as in `.jsonl.gz`."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+"""Suffixes of compressed data files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The files, or the hub's data set, that --data names; nothing is read yet."""
+    """The files, or the data set on the hub, that --data names. The contents of the files are not included."""
 
     name: str
-    """As given, without credentials."""
+    """Value of --data, without credentials."""
     format: Literal["jsonl", "parquet", "text", "hub"]
+    """Format of all files; "hub" for a data set on the hub."""
     files: tuple[str, ...] = ()
-    """Path of each file in its file system, in the order in which their documents come."""
+    """Path of each file in `fs`, in the order in which the files are read; empty for a data set on the hub."""
     names: tuple[str, ...] = ()
-    """What to call each file in a message: its URL without credentials, or its local path."""
+    """Name of each file in messages: its URL without credentials, or its local path."""
     digest: str | None = None
-    """sha256 over names, sizes and change marks of the files."""
+    """sha256 over path, size and change mark (fsspec's `ukey`) of each file; None for a data set on the hub."""
     fs: Any = field(default=None, repr=False)
-    """The fsspec file system they are in."""
+    """fsspec file system that holds the files; None for a data set on the hub."""
 
 
 def find_source(data: str, storage_options: dict[str, Any] | None) -> Source:
-    """Lists the files that --data names, without reading any.
+    """Lists the files that --data names, without reading them. Does not access a data set on the hub.
+
+    If --data names a folder, all files below the folder are listed in the order of their paths. Files and folders whose
+    name begins with "." or "_" are skipped.
 
     Args:
         data: Path or URL of a file, a glob or a folder; or hf:name[:split].
-        storage_options: What the URL's file system needs.
+        storage_options: Options for the fsspec file system of the URL, such as credentials.
 
     Raises:
-        ValueError: There is nothing there, or files of no or several known formats.
-        MissingDriverError: No installed package opens such a URL.
-        StorageError: The URL cannot be reached, or not with these credentials.
+        ValueError: No file was found, or the files have an unknown format or several formats.
+        MissingDriverError: No installed package can open such a URL.
+        StorageError: The URL cannot be reached, or the credentials are not accepted.
     """
-    name = without_credentials(data)
+    name = str(Url(data))
     if data.startswith("hf:") and not data.startswith("hf://"):
         return Source(name=name, format="hub")
     with reached(name):
@@ -65,12 +71,18 @@ def find_source(data: str, storage_options: dict[str, Any] | None) -> Source:
 
 @contextlib.contextmanager
 def reached(name: str) -> Iterator[None]:
-    """Says in one line what a file system says in its own ways."""
+    """Turns any error of a file system inside the context into a StorageError with a one-line message.
+
+    ValueError and LogitStoreError pass unchanged.
+
+    Args:
+        name: Value of --data without credentials, for the message.
+    """
     try:
         yield
     except (ValueError, LogitStoreError):
         raise
-    except Exception as error:  # drivers raise whatever their services' libraries do
+    except Exception as error:  # Each driver raises the exceptions of its own service's library.
         raise StorageError(
             f"data must be at a URL that can be read, got data={name} ({type(error).__name__}: "
             f"{' '.join(str(error).split()):.300}); check the bucket, the credentials and --storage_options"
@@ -78,9 +90,9 @@ def reached(name: str) -> Iterator[None]:
 
 
 def _find(data: str, name: str, storage_options: dict[str, Any] | None) -> Source:
-    fs, path = open_fs(data, storage_options)
-    fs.invalidate_cache()
-    # An existing file first: its name may hold brackets, which would make a glob of it.
+    fs, path = open_fs(Url(data), storage_options)
+    fs.invalidate_cache()  # fsspec keeps the listings of earlier calls, which may be out of date.
+    # Existing files and folders are tried first: if their name has brackets, it must not be read as a glob.
     if fs.isfile(path):
         files = [path]
     elif fs.isdir(path):
@@ -94,17 +106,18 @@ def _find(data: str, name: str, storage_options: dict[str, Any] | None) -> Sourc
         files = sorted(file for file in fs.glob(path) if fs.isfile(file)) if any(c in path for c in "*?[") else []
     if not files:
         raise ValueError(
-            f"data must name a file, a folder or a glob that matches files, got data={name}, where there is none; "
-            "check the path, or give hf:name for a data set of the hub"
+            f"data must name a file, a folder or a glob that matches files, got data={name}, where no file was "
+            "found; check the path, or give hf:name for a data set on the hub"
         )
-    formats = {FORMATS.get(suffixes(file)[0]) for file in files}
+    formats = {FORMATS.get(suffixes_of(file)[0]) for file in files}
     known = formats.pop()
     if formats or known is None:
-        suffixes = sorted({suffixes(file)[0] or "no suffix" for file in files})
+        suffixes = sorted({suffixes_of(file)[0] or "no suffix" for file in files})
         raise ValueError(
             f"data must be files of one format out of {', '.join(FORMATS)} (compressed or not), got data={name} with "
-            f"{', '.join(suffixes)}; give a glob that picks those meant"
+            f"{', '.join(suffixes)}; give a glob that matches only files of one of these formats"
         )
+    # No file is read for the digest. The digest still changes when a file is replaced, because `ukey` changes.
     sha = hashlib.sha256()
     for file in files:
         sha.update(json.dumps([file, fs.info(file)["size"], str(fs.ukey(file))]).encode())
@@ -113,14 +126,18 @@ def _find(data: str, name: str, storage_options: dict[str, Any] | None) -> Sourc
         name=name,
         format=known,
         files=tuple(files),
-        names=tuple(files if local else [without_credentials(fs.unstrip_protocol(file)) for file in files]),
+        names=tuple(files if local else [str(Url(fs.unstrip_protocol(file))) for file in files]),
         digest=f"sha256:{sha.hexdigest()}",
         fs=fs,
     )
 
 
-def suffixes(file: str) -> tuple[str, str]:
-    """Returns the suffix that tells the format, and that of a compression or ''."""
+def suffixes_of(file: str) -> tuple[str, str]:
+    """Splits the suffixes of a file name by their meaning.
+
+    Returns:
+        The suffix that determines the format, in lower case, and the suffix of the compression. '' if there is none.
+    """
     path = PurePosixPath(file)
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     return PurePosixPath(file.removesuffix(compression)).suffix.lower(), compression

@@ -1,11 +1,14 @@
-"""Documents as token ids and loss masks, in order, in one Arrow table."""
+"""Tokenises documents into one Arrow table on disk, in order, and divides them into shards.
+
+D: number of documents. S: number of shards.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -13,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from logitstore.documents.columns import COLUMNS, choose_columns
 from logitstore.documents.records import open_records
-from logitstore.documents.tokenizing import COLUMNS, Encoder, choose_columns
+from logitstore.documents.tokenizing import Encoder
 from logitstore.rows.tokens import encode_tokens
 
 if TYPE_CHECKING:
@@ -30,19 +34,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH = 256
-"""Records tokenised at once."""
+"""Number of records tokenised at once."""
 FEATURES = {"ids": datasets.List(datasets.Value("int32")), "mask": datasets.List(datasets.Value("uint8"))}
+"""Columns of the table of documents, which has one row for each document."""
 
 
 def assign_shards(lengths: NDArray[np.int64], shard_rows: int) -> NDArray[np.int64]:
-    """Assigns documents to shards: whole, in order, as many to each as fit.
+    """Assigns documents to shards in order. Each shard gets as many whole documents as fit.
 
     Args:
-        lengths: [D], none above shard_rows.
-        shard_rows: Most rows of a shard.
+        lengths: [D]: number of tokens in each document, each at most `shard_rows`.
+        shard_rows: Largest number of rows in a shard.
 
     Returns:
-        [S + 1]: shard s holds documents bounds[s]..bounds[s + 1].
+        Bounds [S + 1]: shard s holds the documents from bounds[s] up to, but not including, bounds[s + 1].
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     bounds = [0]
@@ -54,26 +59,33 @@ def assign_shards(lengths: NDArray[np.int64], shard_rows: int) -> NDArray[np.int
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """All documents, in a table on disk."""
+    """All tokenised documents of a source, in a table on disk."""
 
     table: pa.Table
-    """Columns ids and mask, lists."""
+    """Table with one row for each document. Column `ids` holds a list of token ids, column `mask` a loss mask."""
     lengths: NDArray[np.int64]
-    """[D]: tokens of each; 0 for a dropped one."""
+    """[D]: number of tokens in each document; 0 for a document that was dropped because no prediction in it counts."""
     bounds: NDArray[np.int64]
-    """[S + 1]: shard s holds documents bounds[s]..bounds[s + 1]."""
+    """[S + 1]: shard s holds the documents from bounds[s] up to, but not including, bounds[s + 1]."""
+
+    _digests: dict[int, NDArray[np.uint64]] = field(default_factory=dict, repr=False)
+    """Digests of the documents in the shards that were encoded already, by number of the shard."""
 
     @property
     def num_shards(self) -> int:
-        """How many shards they fill."""
+        """Number of shards that the documents fill."""
         return len(self.bounds) - 1
 
     def shard(self, number: int) -> dict[str, NDArray[Any]]:
-        """Returns one of them, from 0, as the arrays of a shard of `tokens`."""
+        """Returns the arrays of a `tokens` shard by name; `number` counts from 0."""
         first, stop = self.bounds[number : number + 2].tolist()
         lengths = self.lengths[first:stop]
         ids, mask = self._values("ids", first, stop).view(np.uint32), self._values("mask", first, stop)
-        return encode_tokens(ids, mask, lengths[lengths > 0])
+        arrays = encode_tokens(ids, mask, lengths[lengths > 0], self._digests.get(number))
+        # A shard is encoded twice: to compute the identity of all documents, and to be written. Hashing the documents
+        # is the slow part, so their digests are kept for the second time.
+        self._digests[number] = arrays["digests"]
+        return arrays
 
     def _values(self, column: str, first: int, stop: int) -> NDArray[Any]:
         chunks = self.table.column(column).slice(first, stop - first).chunks
@@ -81,14 +93,22 @@ class Documents:
 
 
 def tokenize(dataset: datasets.Dataset, encoder: Encoder, num_proc: int, folder: Path, shard_rows: int) -> Documents:
-    """Tokenises all records into a table in a folder.
+    """Tokenises all records into a table on disk. Logs how many documents and assistant turns are left out.
+
+    Args:
+        dataset: Table of the records.
+        encoder: Turns the rows of that table into documents.
+        num_proc: Largest number of processes to use.
+        folder: Folder in which the table is created. It must exist for as long as the documents are used.
+        shard_rows: Largest number of rows in a shard.
 
     Raises:
-        ValueError: A record is malformed, or no document is left.
+        ValueError: A record is malformed, or no record gives a document.
     """
+    # More processes than batches would have nothing to do.
     num_proc = min(num_proc, -(-len(dataset) // BATCH))
-    # The folder is fresh, so no result of another tokenizer or version is found in it; a fingerprint of our own spares
-    # datasets from computing one by pickling the tokenizer.
+    # The file is in a new folder, so that the datasets library cannot reuse the result of another tokenizer or version.
+    # A fingerprint is given, because the library would otherwise pickle the tokenizer to compute one.
     mapped = dataset.map(
         encoder,
         batched=True,
@@ -110,29 +130,41 @@ def tokenize(dataset: datasets.Dataset, encoder: Encoder, num_proc: int, folder:
         if encoder.kind == "messages":
             raise ValueError(
                 f"messages must yield at least one response token, got none in data={name} ({unlocated} assistant "
-                "turns not found in the chat template's text); give assistant messages after a user's, or a tokenizer "
-                "whose chat template has {% generation %} around them"
+                "turns not found in the chat template's text); give assistant messages that follow a user message, or "
+                "a tokenizer whose chat template has {% generation %} around them"
             )
         raise ValueError(
-            f"data must hold at least one document of 2 tokens of which one counts, got data={name} with none; "
+            f"data must hold a document of at least 2 tokens in which a prediction counts, got data={name} with none; "
             "check the columns and the loss mask"
         )
     if unlocated:
-        logger.warning("%s: %d assistant turns are not found in the template's text, do not count", name, unlocated)
+        logger.warning("%s: %d assistant turns were not found in the template's text and do not count", name, unlocated)
     if dropped:
-        logger.warning("%s: dropped %d of %d windows, in which no prediction counts", name, dropped, len(lengths))
+        logger.warning("%s: dropped %d of %d windows because no prediction in them counts", name, dropped, len(lengths))
     return Documents(table=table, lengths=lengths, bounds=assign_shards(lengths, shard_rows))
 
 
 def open_encoder(
     source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_length: int
 ) -> tuple[datasets.Dataset, Encoder]:
-    """Makes a table of all records in a folder, and what turns them into documents.
+    """Opens the records of a source, and makes the encoder that turns them into documents.
+
+    Args:
+        source: Source of the records.
+        folder: Folder in which file copies and tables are created. It must exist for as long as the records are used.
+        tokenizer: The target's tokenizer.
+        vocab_size: Size of the tokenizer's vocabulary.
+        max_length: Largest number of tokens in a document, at least 2.
+
+    Returns:
+        Table of the records, and the encoder.
 
     Raises:
-        ValueError: The records cannot be read, or make no documents with this tokenizer.
+        ValueError: The records cannot be read or lack the needed columns, or the tokenizer lacks the chat template or
+            the character offsets that messages need.
     """
     dataset, records, columns = open_records(source, folder, choose_columns)
+    # The first column alone tells the kind, because no two kinds have the same first column.
     kind = next(kind for kind, needed in COLUMNS.items() if needed[0] == columns[0])
     if kind == "messages":
         _check_chat_tokenizer(tokenizer)
@@ -146,18 +178,23 @@ def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise ValueError(
             f"tokenizer must have a chat template for data with messages, got tokenizer={tokenizer.name_or_path} "
-            "without; give --tokenizer of an instruction-tuned model, or data with prompt and response"
+            "without one; give --tokenizer of an instruction-tuned model, or data with prompt and response"
         )
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer must be a fast one for data with messages, got tokenizer={tokenizer.name_or_path} "
-            f"({type(tokenizer).__name__}); only those tell which characters a token stands for"
+            f"({type(tokenizer).__name__}); only fast ones report which characters a token stands for"
         )
 
 
 @contextlib.contextmanager
 def progress_bars(progress: bool) -> Iterator[None]:
-    """Turns datasets' own progress bars off for a while, unless they are wanted."""
+    """Turns off the progress bars of the datasets library inside the context.
+
+    Args:
+        progress: Whether to leave the bars on.
+    """
+    # Bars that were off before must stay off afterwards.
     if progress or datasets.are_progress_bars_disabled():
         yield
         return

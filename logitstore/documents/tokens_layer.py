@@ -1,8 +1,12 @@
-"""The documents of a store: those that it began with, and those that were added. No tokenizer, no model, no Ray.
+"""Writes documents into a new store, or appends them to an existing store. Uses no tokenizer, no model and no Ray.
 
-Documents come in parts, each of shards of its own, and a part is known by its identity: what its shards hold, in their
-order. Of several jobs that write the same part at once each does what is left; of those that would add different ones
-one goes first, by a claim (appends.py). S shards.
+The documents of a store form parts. The first part holds the documents that the store was created with, and each append
+adds one part. Each part has its own shards. The identity of a part is a digest of the contents of its shards, in order.
+Several jobs may write the same part at once: each writes the shards that are missing. A job claims an append before it
+writes (appends.py). If several jobs append different documents at once, the job that creates the claim continues, and
+the other jobs raise IdentityError.
+
+S: number of shards in a part.
 """
 
 from __future__ import annotations
@@ -32,32 +36,43 @@ if TYPE_CHECKING:
 
 
 class Shards(Protocol):
-    """Documents, in the shards that they fill."""
+    """Documents that are divided into shards."""
 
     @property
     def num_shards(self) -> int:
-        """How many there are."""
+        """Number of shards."""
 
     def shard(self, number: int) -> dict[str, NDArray[Any]]:
-        """Returns one of them, from 0, as the arrays of a shard of `tokens`."""
+        """Returns the arrays of a `tokens` shard by name; `number` counts from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Documents that came into a store together."""
+    """Documents that were written into a store together."""
 
     data: DataSpec
+    """Source and identity of the documents."""
     first_shard: int
+    """Number, in the store, of the first shard of the part."""
     num_shards: int
+    """Number of shards in the part."""
 
     @property
     def shards(self) -> range:
-        """Those that they fill."""
+        """Numbers, in the store, of the shards of the part."""
         return range(self.first_shard, self.first_shard + self.num_shards)
 
 
 def read_parts(storage: Storage, stored: StoreSpec) -> list[Part]:
-    """Lists what the store began with, and what was appended since."""
+    """Lists the parts of a store: the documents that it began with, then the appends in order.
+
+    Args:
+        storage: Root of the store.
+        stored: Spec of the store, read from the attributes of its root. This spec does not list the appends.
+
+    Raises:
+        FormatError: A file that describes an append is malformed.
+    """
     appended = read_appends(storage, stored)
     return [
         Part(data=stored.data, first_shard=0, num_shards=stored.num_shards),
@@ -66,19 +81,22 @@ def read_parts(storage: Storage, stored: StoreSpec) -> list[Part]:
 
 
 def write_part(storage: Storage, spec: StoreSpec, documents: Shards, *, append: bool, progress: bool = False) -> None:
-    """Writes documents into a store, or what is missing of them where it has these very ones.
+    """Writes documents into a store as one part. If the store has this part already, writes only its missing shards.
 
     Args:
-        storage: The store's root.
-        spec: Of a store of these documents alone. What they are, and how many shards, is filled in.
-        documents: All of them.
-        append: Add them if the store has others.
-        progress: Show a progress bar.
+        storage: Root of the store, which is created if it does not exist.
+        spec: Spec for a store that would hold only these documents. This function fills in the identity of the
+            documents and the number of shards.
+        documents: All documents of the part.
+        append: Whether to append the documents if the store has other documents.
+        progress: Whether to show a progress bar.
 
     Raises:
-        IdentityError: The store has others, and is not to be appended to, or is being appended to by others.
-        LayerNotFoundError: Documents are to be appended to a store whose own are not all there.
+        IdentityError: The store was made with other options, or it has other documents and `append` is False, or
+            another job is appending other documents.
+        LayerNotFoundError: The documents must be appended, but shards of an earlier part are missing.
     """
+    # The identity of the part must be known before its first shard is written.
     digests = [layer_digest("tokens", documents.shard(number)) for number in range(documents.num_shards)]
     sha = hashlib.sha256("".join(digests).encode())
     own = dataclasses.replace(spec.data, documents=f"sha256:{sha.hexdigest()}")
@@ -91,7 +109,9 @@ def write_part(storage: Storage, spec: StoreSpec, documents: Shards, *, append: 
         check_same(stored, spec, "store", writer.OTHER_STORE)
     writing = _Writing(storage=storage, stored=stored, own=own, documents=documents, digests=digests, progress=progress)
     appended = False
-    while True:  # each time around, either this job or another has appended something
+    # Each complete pass ends after this job or another job has published an append. The parts are then read again,
+    # because the append of another job may hold these documents.
+    while True:
         parts = writing.parts()
         if (part := next((part for part in parts if part.data.documents == own.documents), None)) is not None:
             break
@@ -109,48 +129,57 @@ def write_part(storage: Storage, spec: StoreSpec, documents: Shards, *, append: 
 
 @dataclass(frozen=True, kw_only=True)
 class _Writing:
-    """Documents on their way into a store."""
+    """State of one call of `write_part`: the store, and the documents that the call writes."""
 
     storage: Storage
     stored: StoreSpec
-    """As the root has it: without what was appended."""
+    """Spec of the store, read from the attributes of its root. This spec does not list the appends."""
     own: DataSpec
+    """Source and identity of the documents."""
     documents: Shards
     digests: Sequence[str]
-    """[S], of each shard."""
+    """[S]: digest of each shard."""
     progress: bool
 
     def parts(self) -> list[Part]:
         return read_parts(self.storage, self.stored)
 
     def append(self, parts: Sequence[Part]) -> None:
-        """Writes the documents behind those that are there, and makes them all exist at once.
+        """Writes the documents after the store's last shard, then publishes all of them at once.
 
-        Or does nothing, where some were appended meanwhile: these may be among them.
+        Returns without publishing if another job published an append in the meantime. The caller must then read the
+        parts again, since that append may hold these documents.
 
         Args:
-            parts: What is there, without these documents.
+            parts: Parts of the store, none of which holds these documents.
+
+        Raises:
+            IdentityError: Another job has claimed this append for other documents, or has written shards of other
+                documents after the store's end.
+            LayerNotFoundError: Shards of an earlier part are missing.
         """
         self._check_complete(parts)
         number, end = len(parts), parts[-1].shards.stop
         new = Append(data=self.own, first_shard=end, num_shards=len(self.digests))
         holder = claim(self.storage, number, new)
-        # Who has published drops his claim: that of a number that is over can be had again, and means nothing.
+        # If another job has just published this append and removed its claim, the call above has created a claim for a
+        # number that is already published. That claim has no meaning and is removed.
         if len(self.parts()) > number:
             drop_claim(self.storage, number)
             return
         if holder is None:
             raise IdentityError(
-                f"append {number} must be claimed while its documents are written, got a claim that was given up just "
-                "now; run the same command again"
+                f"append {number} must be claimed while its documents are written, got a claim that another process "
+                "removed just now; run the same command again"
             )
         if holder.data.documents != self.own.documents:
             raise IdentityError(
-                f"append must be of {holder.data.source} ({_short(holder.data.documents)}), which is under way or was "
-                f"left unfinished, got {self.own.source} ({_short(self.own.documents)}); finish that one with its "
+                f"append must be of {holder.data.source} ({_short(holder.data.documents)}), which is in progress or "
+                f"was left unfinished, got {self.own.source} ({_short(self.own.documents)}); finish that one with its "
                 "--data and --append, or give it up with `logitstore verify --repair`"
             )
-        # Before anything is written beside what may be others', and before it becomes part of the store.
+        # Shards after the store's end are checked twice: before this job writes, because another job may have written
+        # some of them, and before all of them become part of the store.
         if not self._check_behind(number, end):
             return
         self.write(end)
@@ -161,7 +190,14 @@ class _Writing:
         drop_claim(self.storage, number)
 
     def write(self, first_shard: int) -> None:
-        """Writes those shards of the documents that are missing, from a shard on."""
+        """Writes the shards of the part that are not committed.
+
+        Args:
+            first_shard: Number, in the store, of the first shard of the part.
+
+        Raises:
+            IdentityError: Another job has committed one of these shards with other documents.
+        """
         attributes = read_attributes(self.storage, "") or {}
         tokens = writer.LayerWriter(self.storage, stored_spec(StoreSpec, attributes, "store"), "tokens")
         index = read_index(self.storage, "tokens")
@@ -178,6 +214,7 @@ class _Writing:
                 computed_from=None,
                 started=started,
             )
+            # If another job has committed the shard first, `commit` is the commit of that job.
             if commit.digest != (digest := self.digests[number]):
                 raise IdentityError(
                     f"tokens of shard {commit.shard} must be {_short(digest)}, got {_short(commit.digest)} from "
@@ -185,32 +222,41 @@ class _Writing:
                 )
 
     def make_room(self, new: Append | None = None) -> None:
-        """Makes the arrays cover all documents, and those of an append.
+        """Enlarges the array shapes in the Zarr metadata to cover all parts.
 
-        Again once it is published, as a late writer of an earlier append may have put back smaller ones.
+        This method is called before an append is published, and once more afterwards. The second call is needed because
+        a slow job that writes an earlier append may have restored smaller shapes in between.
+
+        Args:
+            new: Append that is about to be published and must be covered too; None if all appends are published.
         """
         end = self.parts()[-1].shards.stop if new is None else new.first_shard + new.num_shards
         writer.make_room(self.storage, dataclasses.replace(self.stored, num_shards=end), "tokens")
 
     def _check_complete(self, parts: Sequence[Part]) -> None:
+        """Raises LayerNotFoundError if a shard of one of the parts is not committed."""
         index = read_index(self.storage, "tokens")
         for part in parts:
             if missing := [shard for shard in part.shards if shard not in index]:
                 raise LayerNotFoundError(
-                    f"tokens must be complete before others are appended, got {len(missing)} shards of "
+                    f"tokens must be complete before documents are appended, got {len(missing)} shards of "
                     f"{part.data.source} missing in {self.storage.url}; give --data {part.data.source} to finish them"
                 )
 
     def _check_behind(self, number: int, end: int, *, complete: bool = False) -> bool:
-        """Checks that what is behind the store's end is of these documents.
+        """Checks that all committed shards after the store's last one belong to these documents.
 
         Args:
-            number: Of the append.
-            end: Where the store ends without it.
-            complete: Whether all of them must be there.
+            number: Number of the append.
+            end: Number of shards in the store without the append.
+            complete: Whether all shards of these documents must be committed.
 
         Returns:
-            False if this append, or another of its number, was published meanwhile.
+            True if the shards belong to these documents. False if an append of this number, by this or another job, was
+            published in the meantime.
+
+        Raises:
+            IdentityError: A shard holds other documents, has several commits, or is missing although `complete` is set.
         """
         index = read_index(self.storage, "tokens")
         wanted = dict(enumerate(map(short_digest, self.digests), end))
@@ -224,11 +270,12 @@ class _Writing:
                 return False
             raise IdentityError(
                 f"tokens of shard {shard} must be {wanted.get(shard, 'none')} to be appended, got {found} from another "
-                "job; if a file in appends/ is gone, restore it, else give that append up with `logitstore verify "
+                "job; if a file in appends/ is gone, restore it, otherwise give that append up with `logitstore verify "
                 "--repair`; then run the same command again"
             )
         return True
 
 
 def _short(digest: str | None) -> str:
+    """Returns the beginning of a digest, for messages: "sha256:" and 12 hexadecimal digits."""
     return str(digest)[:19]

@@ -1,4 +1,4 @@
-"""The actors of a dump: how many there are and how large, and who takes a dead one's place."""
+"""Starts, sizes and replaces the Ray actors of a dump."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PROGRESS = "progress"
+"""Name of the Ray concurrency group for calls to `ShardDumper.progress`. The group has a thread of its own, so that an
+actor answers these calls even while its other threads are busy."""
+
 
 class Pool:
-    """A fixed number of places for actors; a dead one is replaced.
+    """A fixed number of places, with one actor at each. If an actor dies, a new actor can be started at its place.
 
-    An actor starts when a node has room for it, and has started once its models are loaded. Either may take long, or
-    never happen: nothing is to be handed to an actor before.
+    Ray starts an actor when a node has room for it, and the actor then loads its models. Both steps may take long, or
+    never end. No shard may be handed to an actor before both steps are done.
     """
 
     def __init__(self, storage: Storage, plan: DumpPlan) -> None:
-        """Begins to start an actor at every place."""
+        """Starts an actor at every place. Does not wait until the actors are ready."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num, cpus, gpus = size(nodes, plan)
         if num > (most := room(nodes, cpus, gpus)):
             logger.warning(
-                "%d actors of %g CPUs and %g GPUs are wanted where the cluster's nodes have room for %d; waiting for "
-                "it to grow", num, cpus, gpus, most,
+                "%d actors of %g CPUs and %g GPUs are requested, but the cluster's nodes have room for %d; waiting "
+                "for the cluster to grow", num, cpus, gpus, most,
             )  # fmt: skip
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": SHARDS_IN_FLIGHT}
         self._arguments = {
@@ -45,29 +49,31 @@ class Pool:
             "batch_tokens": plan.batch_tokens,
             "max_kl": plan.max_kl,
             "device": "cuda" if gpus else "cpu",
-            # Ray gives its workers one OpenMP thread whatever they reserved.
+            # By default, Ray limits a worker to one OpenMP thread, even if the worker has reserved several CPUs.
             "num_threads": None if gpus else max(1, int(cpus)),
         }
         self.actors: list[Any] = [None] * num
-        """By place; None where there will be no more."""
+        """The actor at each place; None at a place that was given up."""
         self.starting: dict[Any, int] = {}
-        """Places whose actor is starting, by what is there, or fails, when that is over."""
+        """Place of each actor that is starting. The key is a Ray object reference: it becomes ready when the start
+        ends, and `ray.get` raises if the start failed."""
         for place in range(num):
             self._start(place)
 
     def _start(self, place: int) -> None:
-        # No retries by Ray itself: the dump's loop knows which shards are committed and counts attempts.
-        actor: Any = ray.remote(ShardDumper).options(**self._options).remote(**self._arguments)
+        # Ray must not retry calls by itself, because only the dispatcher counts attempts and knows what is committed.
+        kind: Any = ray.remote(concurrency_groups={PROGRESS: 1})  # type: ignore[call-overload]  # missing in its types
+        actor: Any = kind(ShardDumper).options(**self._options).remote(**self._arguments)
         self.actors[place] = actor
         self.starting[actor.__ray_ready__.remote()] = place
 
     def replace(self, place: int) -> None:
-        """Starts another actor at a place."""
-        ray.kill(self.actors[place])  # one that only could not be reached would go on holding its GPU
+        """Ends the actor at a place and starts a new one there."""
+        ray.kill(self.actors[place])  # An actor that is alive but out of reach would keep its GPU.
         self._start(place)
 
     def give_up(self, place: int) -> None:
-        """Leaves a place without an actor."""
+        """Ends the actor at a place. The place then stays empty."""
         ray.kill(self.actors[place])
         self.actors[place] = None
 
@@ -79,25 +85,28 @@ class Pool:
 
 
 def size(nodes: Sequence[Mapping[str, float]], plan: DumpPlan) -> tuple[int, float, float]:
-    """Chooses what the plan leaves open, so that all actors fit.
+    """Chooses the number of actors, and the CPUs and GPUs of each, so that all actors fit on the nodes.
 
     Args:
-        nodes: What each node has of "CPU" and "GPU".
-        plan: What is given is taken, whether it fits or not. But a share of a GPU becomes an even one: 0.6 a whole GPU.
+        nodes: For each node, its number of CPUs under the key "CPU" and its number of GPUs under the key "GPU".
+        plan: The plan. If the plan gives one of these numbers, this number is used, even if the actors then do not fit.
+            Only a fraction of a GPU is changed: it is rounded up to 1, 1/2, 1/3, ..., so that 0.6 becomes a whole GPU.
 
     Returns:
-        How many actors, and the CPUs and the GPUs of each.
+        The number of actors, the CPUs of each actor, and the GPUs of each actor.
     """
     gpus = plan.gpus_per_actor
     if gpus is None:
         gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes))
     if 0 < gpus < 1:
-        # Ray sends actors to nodes by the sum of their GPUs: where two have 0.4 left, one of 0.6 would wait for ever.
+        # Ray adds up the free parts of a node's GPUs. If two GPUs of a node have 0.4 left each, Ray would choose this
+        # node for an actor that needs 0.6, and the actor would wait forever.
         gpus = 1 / times(gpus, 1)
     if gpus:
         cpus = plan.cpus_per_actor or 1.0
         return plan.num_actors or max(1, room(nodes, cpus, gpus)), cpus, gpus
     num = plan.num_actors or 1
+    # Each actor gets the most CPUs with which all actors fit, or 1 if they never fit together.
     largest = int(max(node.get("CPU", 0) for node in nodes))
     shares = (float(cpus) for cpus in range(largest, 0, -1) if room(nodes, cpus, 0) >= num)
     return num, plan.cpus_per_actor or next(shares, 1.0), gpus

@@ -1,4 +1,4 @@
-"""Ray actors over the shards that are missing. No file of the package but this and `pool` imports ray."""
+"""Hands missing shards out to Ray actors, waits for the results, and retries or sets aside shards that fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from tqdm import tqdm
 
-from logitstore.dump.actors import Pool
+from logitstore.dump.actors import PROGRESS, Pool
 from logitstore.dump.missing import Todo, check_makers, documents_set_aside, find_todo
 from logitstore.dump.plan import DumpError, DumpPlan, DumpReport
 from logitstore.dump.schedule import Schedule
@@ -27,22 +27,27 @@ from logitstore.store.take_back import sweep
 
 if TYPE_CHECKING:
     from logitstore.format.commit import Commit
-    from logitstore.storage.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 FATAL = (StorageRefusedError, IdentityError, FidelityError)
-"""No other shard would do better: no space, no permission, the layer is another job's by now, or it loses too much."""
+"""Errors that end the dump, because every other shard would fail with them too: the disk or the bucket refuses (no
+space, no permission), another job replaced a layer, or storing loses more than `max_kl`."""
+
+PROGRESS_S = 1.0
+"""Interval in seconds at which actors are asked for the progress of running shards."""
 
 RAISED = re.compile(r"^[\w.]*(?:Error|Exception)(?=: |$)", re.MULTILINE)
-"""Where a traceback that Ray hands over as text comes to what was raised; the last one is meant."""
+"""Matches the name of an exception at the beginning of a line, in a traceback that Ray returns as text. The last match
+is the exception that was raised."""
 
 
 class _Run:
-    """The loop over shards: hand out, wait, settle."""
+    """The loop that hands shards out to actors, waits for the results, and records them."""
 
     def __init__(self, store: Store, pool: Pool, todo: Todo, bar: tqdm[Any]) -> None:
-        self.rows = store.layers["tokens"].index.rows  # without a gap: shards are their own places
+        # Number of rows of each shard. The index in this array is the shard's number, because no shard lacks tokens.
+        self.rows = store.layers["tokens"].index.rows
         self.storage = store.storage
         self.pool = pool
         self.todo = todo
@@ -50,6 +55,11 @@ class _Run:
         self.report = DumpReport(shards_skipped=store.num_shards - len(todo.shards))
         self.bar = bar
         self.running: dict[Any, tuple[Any, int, int]] = {}
+        self.shown: dict[int, int] = {}
+        """Number of rows that the progress bar already shows for each running shard."""
+        self.asked: dict[Any, int] = {}
+        """Place of each actor that was asked for its progress and has not answered yet. The key is the Ray object
+        reference of the answer."""
 
     def loop(self) -> None:
         while not self.schedule.is_done:
@@ -57,20 +67,50 @@ class _Run:
                 actor = self.pool.actors[place]
                 result = actor.dump.remote(shard, self.todo.layers, self.todo.shards[shard])
                 self.running[result] = (actor, place, shard)
-            (done,), _ = ray.wait([*self.pool.starting, *self.running], num_returns=1)
-            if done in self.running:
-                self.settle(done, *self.running.pop(done))
-            else:
-                self.open(done, self.pool.starting.pop(done))
+            finished, _ = ray.wait([*self.pool.starting, *self.running], num_returns=1, timeout=PROGRESS_S)
+            if not finished:
+                self.show_progress()
+            for done in finished:
+                if done in self.running:
+                    self.settle(done, *self.running.pop(done))
+                else:
+                    self.open(done, self.pool.starting.pop(done))
+
+    def show_progress(self) -> None:
+        """Shows the progress of running shards from the answers that have arrived, and asks actors for new answers."""
+        if self.bar.disable:
+            return
+        answered, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0) if self.asked else ([], [])
+        for answer in answered:
+            place = self.asked.pop(answer)
+            try:
+                shares = ray.get(answer)
+            except RayError:  # The actor died. Its shards fail too, and `settle` deals with them.
+                continue
+            here = {shard for _, at, shard in self.running.values() if at == place}
+            for shard in here & shares.keys():
+                self.show(shard, int(shares[shard] * self.rows[shard]))
+        # An actor is asked again only after it has answered, so that requests to a slow actor do not pile up.
+        for place in {at for _, at, _ in self.running.values()} - set(self.asked.values()):
+            actor = self.pool.actors[place]
+            if actor is not None:
+                self.asked[actor.progress.options(concurrency_group=PROGRESS).remote()] = place
+
+    def show(self, shard: int, rows: int) -> None:
+        """Sets how many rows of a shard the progress bar counts as done."""
+        self.bar.update(rows - self.shown.pop(shard, 0))
+        if 0 < rows < self.rows[shard]:
+            self.shown[shard] = rows
 
     def open(self, started: Any, place: int) -> None:  # noqa: ANN401
-        """Lets an actor have shards from now on, if it could be started."""
+        """Opens the place of an actor that has started. If the start failed, counts a failure of the place."""
         try:
             ray.get(started)
         except RayError as error:
             if not (isinstance(error, ActorDiedError) and error.actor_init_failed):
-                self.blame(place, None, f"its process died, as with too little memory ({_line(error)})", is_lost=True)
+                self.blame(place, None, f"its process died, perhaps for lack of memory ({_line(error)})", is_lost=True)
                 return
+            # Ray passes on an error in the actor's constructor only as text.
             starts = [found.start() for found in RAISED.finditer(str(error))]
             raised = textwrap.shorten(str(error)[starts[-1] if starts else 0 :], 500, placeholder=" ...")
             name, _, reason = raised.partition(": ")
@@ -78,10 +118,11 @@ class _Run:
                 raise DumpError(reason) from error
             self.blame(place, None, raised, is_lost=True)
         else:
+            self.bar.set_description("dump")
             self.schedule.open(place)
 
     def settle(self, result: Any, actor: Any, place: int, shard: int) -> None:  # noqa: ANN401
-        is_there = self.pool.actors[place] is actor  # and not replaced since
+        is_there = self.pool.actors[place] is actor  # False if the actor was replaced in the meantime.
         try:
             written = ray.get(result)
         except RayTaskError as error:
@@ -92,7 +133,8 @@ class _Run:
                 way_out = "`logitstore verify --repair` takes it back, and the dump then writes it again"
                 self.fail(place, shard, f"layer {cause.layer!r} is damaged: {cause.reason}; {way_out}", again=False)
                 return
-            # Wrong numbers stay wrong; anything else (a bucket, a device) may pass.
+            # A ValueError is caused by the documents, so that another attempt would fail too. Other errors, such as
+            # those of a bucket or a device, may be gone at the next attempt.
             again = not isinstance(cause, ValueError)
             self.fail(place, shard, f"{type(cause).__name__}: {_line(cause)}", again=again)
             if is_there:
@@ -106,8 +148,8 @@ class _Run:
 
     def finish(self, place: int, shard: int, written: list[Commit]) -> None:
         self.schedule.finish(place, shard)
-        self.bar.update(int(self.rows[shard]))
-        if not written:  # another job did it, or an actor that died after it
+        self.show(shard, int(self.rows[shard]))
+        if not written:  # The shard was committed already: by another job, or by an actor that died afterwards.
             self.report.shards_skipped += 1
             return
         self.report.shards_done += 1
@@ -115,33 +157,43 @@ class _Run:
         self.report.entries += sum(commit.entries for commit in written)
 
     def blame(self, place: int, shard: int | None, reason: str, *, is_lost: bool) -> None:
-        """Counts a failure against the place where it happened, and puts another actor there if need be.
+        """Counts a failure of a place. Gives the place up if it failed too often.
+
+        If the place is not given up, and its actor is lost, a new actor is started there.
 
         Args:
-            place: Where.
-            shard: Of which shard; None if the actor could not be started.
-            reason: Why, in one line.
-            is_lost: Whether the actor is of no use any more.
+            place: The place where the failure happened.
+            shard: The shard that failed; None if the actor could not be started.
+            reason: The cause of the failure in one line.
+            is_lost: Whether the actor cannot be used any more.
+
+        Raises:
+            DumpError: This was the last place, and shards are left.
         """
         if not self.schedule.blame(place, shard):
             if shard is None:
-                logger.warning("an actor is started again, it could not load the models: %s", reason)
+                logger.warning("an actor could not load the models and is started again: %s", reason)
             if is_lost:
                 self.schedule.close(place)
                 self.pool.replace(place)
             return
         self.pool.give_up(place)
+        # The failed shard may have been the last one. The dump then ends normally.
         if self.schedule.is_done:
             return
         if self.schedule.has_places:
-            logger.error("one actor less is used, because all that was tried there failed: %s", reason)
+            logger.error("the dump goes on with one actor less, because every shard failed there: %s", reason)
         elif shard is None:
-            raise DumpError(f"models must load on an actor, got {reason}")
+            raise DumpError(f"no actor could load the models: {reason}; fix that and run the same command again")
         else:
             hint = "; too little memory is the usual cause: give a smaller --batch_tokens" if is_lost else ""
-            raise DumpError(f"shards must succeed now and then, got only failures: {reason}{hint}")
+            raise DumpError(
+                f"all shards that were tried failed; the last error was: {reason}{hint}. Fix it and run the same "
+                "command again; finished shards are kept"
+            )
 
     def fail(self, place: int, shard: int, reason: str, *, again: bool) -> None:
+        self.show(shard, 0)
         if not self.schedule.fail(place, shard, again=again):
             logger.warning("shard %d is tried again: %s", shard, reason)
             return
@@ -154,39 +206,43 @@ class _Run:
         except StorageRefusedError as error:
             raise DumpError(_line(error)) from error
         except StorageError as error:
-            logger.warning("that shard %d is set aside could not be recorded: %s", shard, _line(error))
+            logger.warning("shard %d is set aside, but that could not be recorded: %s", shard, _line(error))
 
 
-def run_dump(storage: Storage, plan: DumpPlan, *, progress: bool = True) -> DumpReport:
-    """Fills the missing shards of the plan's layers, and replaces stale ones. Needs a Ray that was initialised.
+def run_dump(store: Store, plan: DumpPlan, todo: Todo | None = None, *, progress: bool = True) -> DumpReport:
+    """Computes the missing and stale shards of the plan's layers. Ray must be initialised before the call.
 
-    Shards that are committed are skipped. A shard whose actor dies or that raises is tried again, up to MAX_ATTEMPTS
-    times, and then set aside; the others are finished. What other jobs and repairs take back at the same time is not
-    computed once more, but reported.
+    Shards that are committed and not stale are skipped. A shard that raises an error, or whose actor dies, is tried up
+    to MAX_ATTEMPTS times and then set aside; the dump goes on with the other shards. If another job or a repair takes
+    shards back during the dump, these shards are reported, but not computed again.
 
     Args:
-        storage: A store with tokens and with the layers created.
-        plan: What to compute.
+        store: A store that was opened just before the call. It must have tokens, and the layers of the plan must exist.
+        plan: The layers to fill, the models and the resources.
+        todo: The result of `find_missing`. If None, this function calls it.
         progress: Whether to show a bar of rows on stderr.
 
     Returns:
-        What was written, and what could not be.
+        The rows that were written, and the shards and documents that could not be computed.
 
     Raises:
-        DumpError: The models load on no actor, the disk or the service refuses, another job writes the layers with
-            another model, a shard is above `max_kl`, or shard after shard fails.
-        IdentityError: Another job began a layer anew.
+        DumpError: The dump stopped early for one of these reasons: no actor can load the models; the disk or the
+            storage service refuses; another job writes the layers with another model; storing a shard loses more than
+            `max_kl`; or all shards that were tried failed.
+        IdentityError: Another job replaced a layer of the plan with a layer of another model.
         StorageError: The store cannot be reached.
     """
-    store = Store(storage)
-    extent = store.num_shards  # what others append meanwhile is theirs to compute
-    todo = _find_todo(store, plan)
+    storage = store.storage
+    extent = store.num_shards  # Shards that other jobs append meanwhile are left to these jobs.
+    todo = find_missing(store, plan) if todo is None else todo
     report = _run(store, plan, todo, progress=progress) if todo.shards else DumpReport(shards_skipped=store.num_shards)
+    # Opened again, because the index of an open store does not show later commits.
     store = Store(storage)
     check_makers(store.storage, plan.made_by)
     sweep(storage)
     for layer in plan.made_by:
         set_aside.clear_committed(storage, layer)
+        report.counted[layer] = int(store.layers[layer].index.upto(store.num_shards).counted.sum())
         if found := int(store.layers[layer].index.upto(store.num_shards).set_aside.sum()):
             report.num_documents[layer] = found
             report.documents[layer] = documents_set_aside(store, store.layers[layer])
@@ -205,9 +261,10 @@ def _run(store: Store, plan: DumpPlan, todo: Todo, *, progress: bool) -> DumpRep
                        spans(runs(shards)))  # fmt: skip
     pool = Pool(store.storage, plan)
     started = time.monotonic()
+    # In a log file, where each update of the bar is kept, the bar is updated less often than in a terminal.
     bar = tqdm(
         total=int(store.layers["tokens"].index.rows[list(todo.shards)].sum()),
-        desc="dump", unit="row", unit_scale=True, smoothing=0.1, disable=not progress,
+        desc="loading models", unit="row", unit_scale=True, smoothing=0.1, disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )  # fmt: skip
     run = _Run(store, pool, todo, bar)
@@ -220,16 +277,16 @@ def _run(store: Store, plan: DumpPlan, todo: Todo, *, progress: bool) -> DumpRep
     return run.report
 
 
-def needs_models(storage: Storage, plan: DumpPlan) -> bool:
-    """Returns whether the plan has anything to compute."""
-    return bool(_find_todo(Store(storage), plan).shards)
+def find_missing(store: Store, plan: DumpPlan) -> Todo:
+    """Finds the shards in which layers of the plan are missing or must be replaced.
 
-
-def _find_todo(store: Store, plan: DumpPlan) -> Todo:
+    Raises:
+        IdentityError: Another job replaced a layer by one of another model.
+    """
     check_makers(store.storage, plan.made_by)
     return find_todo(store, list(plan.made_by), retry_set_aside=plan.retry_set_aside)
 
 
 def _line(error: BaseException) -> str:
-    """Writes an error in one line: its first, if it has more."""
+    """Returns the first line of an error's message that is not blank. If there is none, returns its class name."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

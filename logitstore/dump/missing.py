@@ -1,4 +1,4 @@
-"""What a dump has to do in a store, and what it left undone. Knows no Ray and no model."""
+"""Finds the shards that a dump has to compute, and the documents that were set aside. Uses no Ray and no model."""
 
 from __future__ import annotations
 
@@ -27,37 +27,40 @@ if TYPE_CHECKING:
     from logitstore.store.reader import Store
 
 FIRST_COMMITS = 256
-"""Of each layer: whose they are is looked at before a dump goes on. More than any job writes within a second or two."""
+"""Number of commit records of each layer that a dump checks when it starts, to find shards that another model made. A
+job whose layer was replaced stops within a second or two, and commits fewer shards than this number in that time."""
 MOST_NAMED = 1000
-"""Documents set aside whose reasons are read, of each layer."""
+"""Maximum number of documents of each layer for which a dump reads the reason why they were set aside."""
 READ_AT_ONCE = 64
+"""Number of commit records read in parallel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Todo:
-    """The shards to dump."""
+    """The shards that a dump has to compute."""
 
     layers: tuple[str, ...]
-    """That are wanted, target first. Which of them a shard lacks is seen when its turn comes."""
+    """Layers to fill, target first. An actor finds out itself which of these layers a shard lacks."""
     shards: dict[int, tuple[str, ...]]
-    """Those that lack something, ascending; and names of commit records that are to give way to another try."""
+    """Numbers of the shards that lack a layer, or in which a layer must be computed again, ascending. The value of a
+    shard names those of its commit records that are tried again because they set documents aside."""
     stale: dict[str, list[int]]
-    """Those of them whose values were computed from others than there are now, by layer."""
+    """Stale shards in `shards`, by layer. A stale shard was computed from values that the store no longer holds."""
     retried: dict[str, list[int]]
-    """Those of them with documents to be tried again, by layer."""
+    """Shards in `shards`, by layer, that are tried again because documents were set aside in them."""
     failed_before: frozenset[int]
-    """Those of them that another run set aside."""
+    """Shards in `shards` that an earlier dump set aside."""
 
 
 def check_makers(storage: Storage, made_by: Mapping[str, str]) -> None:
-    """Checks that layers are as they were when they were added.
+    """Checks that no job has given a layer another spec since the layer was added.
 
     Args:
-        storage: The store's root.
-        made_by: Digests of their specs, by layer.
+        storage: Root of the store.
+        made_by: Digest of the spec that each layer had when it was added, by layer.
 
     Raises:
-        IdentityError: One is another's by now, or gone.
+        IdentityError: Another job gave a layer another spec, or the layer no longer exists.
     """
     for layer, wanted in made_by.items():
         attributes = read_attributes(storage, layer)
@@ -65,18 +68,18 @@ def check_makers(storage: Storage, made_by: Mapping[str, str]) -> None:
         found = "none" if attributes is None else maker(stored_spec(kind, attributes, layer))
         if found != wanted:
             raise IdentityError(
-                f"layer {layer!r} must be made by {wanted[:19]} in {storage.url}, got {found[:19]}: another job began "
-                "it anew with another model; stop one of them"
+                f"layer {layer!r} must be made by {wanted[:19]} in {storage.url}, got {found[:19]}: another job "
+                "started the layer again with another model; stop one of the two jobs"
             )
 
 
 def find_todo(store: Store, layers: Sequence[str], *, retry_set_aside: bool) -> Todo:
-    """Finds what some layers lack, within the store's extent.
+    """Finds the shards in which at least one of some layers is missing, stale or made by another model.
 
     Args:
-        store: As it is now.
-        layers: Wanted ones, target first.
-        retry_set_aside: Whether shards with documents set aside are to be dumped again.
+        store: The store, just opened.
+        layers: Layers to fill, target first.
+        retry_set_aside: Whether shards in which documents were set aside are dumped again.
     """
     wanted: dict[int, list[str]] = {}
     stale: dict[str, list[int]] = {}
@@ -106,15 +109,30 @@ def find_todo(store: Store, layers: Sequence[str], *, retry_set_aside: bool) -> 
 
 
 def _of_others(store: Store, layer: Layer) -> Iterator[int]:
-    """Finds shards that another model's job committed while this layer was begun anew: it had nothing then."""
+    """Finds committed shards of a layer that were made by another model.
+
+    A job may replace the spec of a layer only while the layer has no commits. The job that worked with the earlier spec
+    may still commit a few shards just afterwards, before it stops. Only the first commit records of a layer can come
+    from such a job.
+    """
     for commit in _read_commits(store, layer, np.arange(min(FIRST_COMMITS, len(layer.index.upto(store.num_shards))))):
         if commit.made_by != layer.made_by:
             yield commit.shard
 
 
 def documents_set_aside(store: Store, layer: Layer) -> dict[int, str]:
-    """Reads why documents could not be computed, by number in the store: of the first MOST_NAMED."""
+    """Reads the reasons why documents of a layer were set aside.
+
+    Args:
+        store: The store.
+        layer: A layer of the store.
+
+    Returns:
+        Reasons for the first MOST_NAMED documents that were set aside, by number of the document in the store.
+    """
     index = layer.index.upto(store.num_shards)
+    # Commit records number the documents within their shard. `first` is the number, in the store, of the first document
+    # of each shard.
     first = np.concatenate([[0], np.cumsum(store.layers["tokens"].index.documents)])
     named: dict[int, str] = {}
     for commit in _read_commits(store, layer, np.flatnonzero(index.set_aside)):
@@ -125,7 +143,10 @@ def documents_set_aside(store: Store, layer: Layer) -> dict[int, str]:
 
 
 def _read_commits(store: Store, layer: Layer, places: NDArray[np.intp]) -> Iterator[Commit]:
-    """Reads records as they are, some at once; those that are damaged or gone are others' business."""
+    """Reads commit records of a layer, several in parallel. Skips records that are damaged or no longer exist.
+
+    The dump need not stop at a damaged commit record, because `verify` reports it.
+    """
     for start in range(0, len(places), READ_AT_ONCE):
         some = [(int(layer.index.shards[place]), layer.index.name(place)) for place in places[start:][:READ_AT_ONCE]]
         paths = [f"{commits_folder(layer.name)}/{name}" for _, name in some]

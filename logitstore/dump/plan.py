@@ -1,4 +1,4 @@
-"""The plan of a dump, its report, and the error that ends it."""
+"""Classes for the plan of a dump, its report, and the error that ends a dump."""
 
 from __future__ import annotations
 
@@ -11,51 +11,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DumpPlan:
-    """What is to be computed, with what."""
+    """The layers to fill, the models that compute them, and the resources to use."""
 
     target: ModelSource | None
+    """The target model; None if the layer `target` is not filled."""
     references: dict[str, ModelSource]
+    """Reference models by name. Each of them fills the layer `losses/<name>`."""
     made_by: dict[str, str]
-    """The layers to be filled, target first, and the digests of the specs that they were added with."""
+    """The keys are the layers to fill, with `target` first. The value is the digest that the layer's spec had when the
+    layer was added."""
     retry_set_aside: bool = False
-    """Whether documents that were set aside are tried again."""
+    """Whether to retry documents that were set aside."""
     num_actors: int | None = None
-    """None: as many as the GPUs of the cluster's nodes take, or one on a cluster without GPUs."""
+    """Number of actors. None: as many as fit on the GPUs of the cluster's nodes, or one if actors use no GPUs."""
     gpus_per_actor: float | None = None
-    """Share of a GPU that each actor holds, rounded up so that a GPU is shared evenly. None: 1 where the cluster has
-    GPUs, else 0."""
+    """GPUs of each actor. A fraction is rounded up to 1, 1/2, 1/3, ... None: 1 if the cluster has GPUs, else 0."""
     cpus_per_actor: float | None = None
-    """None: 1 beside a GPU, else as many as let all actors have a place on the cluster's nodes."""
+    """CPUs of each actor. None: 1 if the actor has a GPU, else the largest number with which all actors fit."""
     batch_tokens: int = 16384
-    """Most tokens of a forward, padding included."""
+    """Largest number of tokens in a forward pass, including padding."""
     max_kl: float | None = None
-    """Most nats that storing may lose of a row of the target, on average over those measured of a shard."""
+    """Limit for the loss that storing the target's rows causes, in nats per row. The dump stops if the mean loss of the
+    rows that are measured in a shard is larger. None for no limit."""
 
 
 @dataclass(kw_only=True)
 class DumpReport:
-    """How a dump went."""
+    """Result of a dump."""
 
     rows: int = 0
-    """Rows written, prompt rows included."""
+    """Number of rows in the shards written, including masked rows."""
     entries: int = 0
-    """Entries written."""
+    """Number of entries written."""
     seconds: float = 0.0
-    """From the first shard handed out to the last one committed, loading of the models included."""
+    """Seconds from the start of the actors to the last commit, including the loading of the models."""
     shards_done: int = 0
+    """Number of shards written."""
     shards_skipped: int = 0
-    """Shards that needed nothing, or that another job did meanwhile."""
+    """Number of shards that were complete at the start, or that another job completed in the meantime."""
     failed: dict[int, str] = field(default_factory=dict)
-    """Why each shard that was set aside failed last."""
+    """Last error of each shard that was set aside, by number of the shard."""
+    counted: dict[str, int] = field(default_factory=dict)
+    """Number of committed rows that count (loss mask 1, document not set aside), by layer of the plan."""
     num_documents: dict[str, int] = field(default_factory=dict)
-    """How many documents are set aside in each of the plan's layers, whoever did it; layers without are not here."""
+    """Number of documents that are set aside in each layer of the plan after the dump. Includes those that earlier jobs
+    set aside. Layers without such documents are left out."""
     documents: dict[str, dict[int, str]] = field(default_factory=dict)
-    """Why, by layer and number in the store: of the first thousand of each layer."""
+    """Reasons why documents are set aside, by layer and by number of the document in the store. Holds at most a
+    thousand documents of each layer."""
     stale: dict[str, list[int]] = field(default_factory=dict)
-    """Shards, by layer, that were computed from other values than there are now; also of layers not in the plan."""
+    """Stale shards by layer. A stale shard was computed from values that the store no longer holds. Layers outside the
+    plan are included."""
     missing: dict[str, list[int]] = field(default_factory=dict)
-    """Shards, by layer of the plan, that are not there and did not fail: somebody took them back meanwhile."""
+    """Shards that are not committed after the dump although they did not fail, by layer of the plan. Another job or a
+    repair took them back."""
 
 
 class DumpError(RuntimeError):
-    """Nothing more can be computed: the dump stops at once. What is committed stays."""
+    """The dump cannot continue and stops at once. Committed shards stay."""

@@ -1,7 +1,7 @@
-"""Which shard an actor gets next, and what becomes of one that fails. Knows neither Ray nor a store.
+"""Decides which shard an actor gets next, and when a failing shard or actor is given up. Uses neither Ray nor a store.
 
-A place is where one actor runs at a time: when it dies, another is started in its place. A place is open while its
-actor is known to have started.
+A place is a slot for one actor: when the actor dies, a new actor is started at the same place. A place is open from the
+moment when its actor has started until the actor is lost.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
 SHARDS_IN_FLIGHT = 2
-"""At a place: one on the device, one being encoded and written."""
+"""Maximum number of shards at a place at the same time. While one shard is on the device, the other is encoded and
+written."""
 MAX_ATTEMPTS = 3
-"""How often a shard is tried before it is set aside."""
+"""Number of times that a shard is tried before it is set aside."""
 MAX_IN_A_ROW = 10
-"""Failures at a place without a shard finished there, after which it is used no more."""
+"""A place is given up after this number of failures without a finished shard in between."""
 
 
 class Schedule:
-    """Shards that wait, run and fail.
+    """Keeps track of which shards wait, run or have failed, and of the places where they run.
 
-    A shard that failed is tried last, elsewhere if there is another place, and with nothing beside it: whoever else is
-    on an actor dies with it, and must not be set aside for that.
+    A shard that failed waits behind all other shards. It then runs at a place where it has not failed yet, if there is
+    such a place. While it runs, no other shard runs at this place: if the actor died, the other shard would count as
+    failed too.
     """
 
     def __init__(self, shards: Sequence[int], num_places: int, failed_before: Collection[int]) -> None:
-        """Begins with all shards waiting, and no place open.
+        """Starts with all shards waiting and no place open.
 
         Args:
-            shards: Which, in order.
-            num_places: How many actors there are to be.
-            failed_before: Those that an earlier run set aside. They come last, and that they fail again says nothing
-                about a place.
+            shards: Shards to run, in order.
+            num_places: Number of places.
+            failed_before: Shards that an earlier run set aside. They run last. If one of them fails again, the failure
+                does not count against the place where it ran.
         """
         self._waiting = [
             *(shard for shard in shards if shard not in failed_before),
@@ -52,36 +54,38 @@ class Schedule:
 
     @property
     def is_done(self) -> bool:
-        """Whether no shard waits or runs."""
+        """Whether all shards are finished or set aside."""
         return not self._waiting and not any(self._at.values())
 
     @property
     def has_finished_any(self) -> bool:
-        """Whether a shard was finished anywhere."""
+        """Whether at least one shard was finished."""
         return self._num_finished > 0
 
     @property
     def has_places(self) -> bool:
-        """Whether there is a place left, open or to be opened."""
+        """Whether at least one place has not been given up."""
         return bool(self._places)
 
     def open(self, place: int) -> None:
-        """Notes that the actor at a place has started: shards may go there from now on."""
+        """Records that the actor at a place has started. The place gets shards from now on."""
         self._open.add(place)
         self._any_opened = True
 
     def close(self, place: int) -> None:
-        """Notes that the actor at a place is lost: no shard goes there until another has started."""
+        """Records that the actor at a place is lost. The place gets no shards until a new actor has started there."""
         self._open.discard(place)
 
     def attempts(self, shard: int) -> int:
-        """Returns how often a shard has failed."""
+        """Returns the number of times that a shard has failed."""
         return self._attempts[shard]
 
     def hand_out(self) -> Iterator[tuple[int, int]]:
-        """Yields (place, shard) that are to run from now on, a first shard for every open place before any has two.
+        """Yields pairs (place, shard) to start now.
 
-        While there are places that are not open, as many shards are kept for them rather than be another's second.
+        Every open place gets a first shard before any place gets a second shard. For each place that is not open yet,
+        one waiting shard is reserved, so that the place has a shard as soon as it opens. Reserved shards are not handed
+        out as second shards, but may be handed out as first shards.
         """
         for depth in range(1, SHARDS_IN_FLIGHT + 1):
             num_kept = 0 if depth == 1 else len(self._places - self._open)
@@ -92,32 +96,37 @@ class Schedule:
                     yield place, shard
 
     def _next(self, place: int, depth: int) -> int | None:
+        """Returns the first waiting shard that may run at a place with fewer than `depth` shards; None if none may."""
         beside = self._at[place]
+        # A shard that failed before runs alone, so nothing is started beside it.
         if len(beside) >= depth or any(self._attempts[shard] for shard in beside):
             return None
 
         def fits(shard: int) -> bool:
+            # If the shard has failed at all open places, it may run at any of them.
             elsewhere = self._open - self._failed_at.get(shard, set())
             return not self._attempts[shard] or (not beside and (place in elsewhere or not elsewhere))
 
         return next(filter(fits, self._waiting), None)
 
     def finish(self, place: int, shard: int) -> None:
-        """Notes that a shard is done."""
+        """Records that a shard was finished at a place."""
         self._at[place].remove(shard)
+        # A finished shard shows that the actor works, so its earlier failures no longer count.
         self._in_a_row[place] = 0
         self._num_finished += 1
 
     def fail(self, place: int, shard: int, *, again: bool) -> bool:
-        """Notes that a shard failed.
+        """Records that a shard failed.
 
         Args:
-            place: Where.
-            shard: Which.
-            again: Whether another try may succeed.
+            place: Place where the shard ran.
+            shard: The shard.
+            again: Whether another attempt may succeed.
 
         Returns:
-            Whether it is set aside: it was tried often enough, or there is no use in it.
+            True if the shard is set aside, because it has failed MAX_ATTEMPTS times or another attempt cannot succeed.
+            False if the shard waits for another attempt.
         """
         self._at[place].remove(shard)
         self._attempts[shard] += 1
@@ -128,16 +137,20 @@ class Schedule:
         return True
 
     def blame(self, place: int, shard: int | None) -> bool:
-        """Counts a failure against a place.
+        """Counts a failure of a place.
+
+        A place is given up after MAX_IN_A_ROW failures there since its last finished shard. As long as no shard has
+        been finished at any place, MAX_ATTEMPTS failures are enough. If no actor has ever started, and the start has
+        failed at every place, all places are given up together.
 
         Args:
-            place: Where.
-            shard: Of which shard; None if its actor could not be started.
+            place: Place where the failure happened.
+            shard: Shard that failed; None if the actor could not be started.
 
         Returns:
-            Whether the place is given up: nothing was finished there for long, or nothing anywhere so far. All places
-            are if an actor was tried at each, and none could be started ever.
+            Whether the place is given up.
         """
+        # A shard that failed in an earlier run too is itself the likely cause, not the place.
         if shard in self._failed_before:
             return False
         self._in_a_row[place] += 1

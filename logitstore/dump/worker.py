@@ -1,4 +1,4 @@
-"""Dumps shards one by one: reads tokens, scores, writes. A plain class: `pipeline` wraps it for Ray."""
+"""Dumps shards: reads their tokens, runs the models, and writes the values. Uses no Ray: actors.py makes the actors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from logitstore.store.take_back import take_back
 from logitstore.store.writer import LayerWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from logitstore.format.commit import Commit
     from logitstore.rows.shard import Shard
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 class ShardDumper:
     """Computes the target and losses layers of shards.
 
-    Safe to call from two threads: while one shard is encoded and written, the next is on the device.
+    `dump` may be called from two threads at once. While one shard is encoded and written, the next is on the device.
     """
 
     def __init__(
@@ -63,34 +63,39 @@ class ShardDumper:
         """Loads the models.
 
         Args:
-            storage: A store with tokens, and with the layers to be filled created.
-            target: The target, or None if its rows are all there.
-            references: Models whose losses are wanted, by name.
-            batch_tokens: Most tokens of a forward, padding included.
-            device: Such as "cpu" or "cuda".
-            num_threads: CPU threads of torch; None leaves its default.
-            made_by: Digests of the specs that layers must have, by layer; what is not named may be anybody's.
-            max_kl: Most nats that storing may lose of a row, on average over those measured of a shard; None for any.
+            storage: Root of the store. The store must have tokens, and the layers to fill must exist.
+            target: The target model; None if the layer `target` is not filled.
+            references: Reference models by name, one for each losses layer that is to be filled.
+            batch_tokens: Largest number of tokens in a forward pass, including padding.
+            device: Device of the models, such as "cpu" or "cuda".
+            num_threads: Number of CPU threads that torch uses; None for the default of torch.
+            made_by: By layer, the digest that the layer's spec must have. Layers that are not in this mapping are not
+                checked.
+            max_kl: Limit for the loss that storing the target's rows causes, in nats per row. For each shard, the mean
+                loss of the rows that are measured is compared with this limit. None for no limit.
 
         Raises:
-            IdentityError: A layer has another spec by now.
+            IdentityError: The spec of a layer does not have the digest that `made_by` gives for this layer.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self._storage = storage
         self._store = Store(storage)
         layers = [*(["target"] if target else []), *(losses_layer(name) for name in references)]
-        check_makers(storage, made_by)  # from here on each write sees whether another job began a layer anew
+        check_makers(storage, made_by)  # Every write checks this again.
         self._made_by = {layer: self._store.layers[layer].made_by for layer in layers}
         self._writers = {layer: LayerWriter(storage, self._store.spec, layer) for layer in layers}
         self._target_spec = self._store.spec.target
         self._batch_tokens = batch_tokens
         self._max_kl = max_kl
         self._device = device
-        with loading_bars(False):  # one of each actor
+        with loading_bars(False):  # Each actor would show its own bars.
             self._target = None if target is None else self._load(target, "target")
             self._references = {name: self._load(source, f"reference {name}") for name, source in references.items()}
         self._device_lock = threading.Lock()
+        self._progress: dict[int, tuple[int, int]] = {}
+        """Number of rows scored and number of rows to score, for each running shard. A row counts once for each model
+        that scores it."""
 
     def _load(self, source: ModelSource, what: str) -> SplitLM:
         model = load_model(source, what=what, device=self._device)
@@ -98,27 +103,42 @@ class ShardDumper:
         check_halves(lm)
         return lm
 
-    def dump(self, shard_number: int, layers: Sequence[str], retry: Collection[str] = ()) -> list[Commit]:
-        """Computes what some layers of a shard lack, and writes it.
+    def progress(self) -> dict[int, float]:
+        """Returns the fraction of each running shard that is scored, in [0, 1]. Safe to call from another thread."""
+        # The copy is needed because other threads change the dict meanwhile.
+        return {shard: min(1.0, done / max(total, 1)) for shard, (done, total) in list(self._progress.items())}
 
-        What is committed stays, unless it is of no use: stale, or of a job that lost the layer to another model before
-        it had written anything. Such a commit is taken back once there are values to put in its place. Documents that
-        a model fails with are set aside in the layer's commit, and the others are written.
+    def _count(self, shard_number: int) -> Callable[[int], None]:
+        def count(rows: int) -> None:
+            done, total = self._progress.get(shard_number, (0, 0))
+            self._progress[shard_number] = done + rows, total
+
+        return count
+
+    def dump(self, shard_number: int, layers: Sequence[str], retry: Collection[str] = ()) -> list[Commit]:
+        """Computes and writes the layers that a shard lacks.
+
+        A layer that is committed already is kept, unless its commit is useless. A commit is useless if it is stale, or
+        if a job with another model wrote it for an earlier spec of the layer. A useless commit is taken back as soon as
+        new values are ready. If a model fails with some documents, the layer's commit sets these documents aside, and
+        the other documents are written.
 
         Args:
-            shard_number: Which shard; its tokens are committed.
-            layers: `target` and `losses/<name>` in any order; losses without `target` read the rows from the store.
-            retry: Names of commit records that are to give way too, because documents are set aside in them.
+            shard_number: Number of a shard whose tokens are committed.
+            layers: Layers to fill, in any order: `target` and `losses/<name>`. Without `target`, losses are computed on
+                the target rows that are stored already.
+            retry: Names of commit records that set documents aside and are computed again, although they are not
+                useless. Such a commit is replaced only if its layer now sets fewer documents aside.
 
         Returns:
-            The commit records of what was computed, in the order written.
+            The commit records of the layers that were written, in the order of writing.
 
         Raises:
             ValueError: A model fails with every document. Nothing is written.
             FidelityError: Storing the target's rows would lose more than `max_kl`. Nothing is written.
             IdentityError: Another job writes one of the layers with another model.
-            DamagedShardError: What is there of the shard is not as committed.
-            torch.AcceleratorError: The device cannot be used any more, nor can this object.
+            DamagedShardError: The stored bytes of the shard differ from what was committed.
+            torch.AcceleratorError: The device, and with it this object, cannot be used any more.
         """
         started = time.monotonic()
         there = {layer: find_commit(self._storage, layer, shard_number) for layer in layers}
@@ -132,7 +152,11 @@ class ShardDumper:
         shard = self._read(shard_number, ("tokens",) if "target" in layers else ("tokens", "target"))
         scored: dict[str, Scored] = {}
         exact: Exact | None = None
-        if is_wanted("target", shard.tokens_digest):
+        # New target rows make all losses stale, so every model must run over the shard.
+        is_new = is_wanted("target", shard.tokens_digest)
+        passes = len(layers) if is_new else sum(is_wanted(layer, shard.target_digest) for layer in layers)
+        self._progress[shard_number] = 0, int(shard.loss_mask.sum()) * passes
+        if is_new:
             scored["target"], shard, exact = self._score_target(shard)
         elif (target := there.get("target")) is not None:
             if not any(is_wanted(layer, target.digest) for layer in layers if layer != "target"):
@@ -141,14 +165,15 @@ class ShardDumper:
         for name, reference in self._references.items():
             if is_wanted(losses_layer(name), shard.target_digest):
                 scored[losses_layer(name)] = self._score_losses(reference, shard, exact)
-        exact = None  # its memory is the device's
+        exact = None  # This frees device memory for the shard that is scored while this one is written.
+        self._progress.pop(shard_number, None)
         written: list[Commit] = []
         for layer, values in scored.items():
             commit = self._write(layer, shard, values, there[layer], started)
             if commit is not None:
                 written.append(commit)
             if commit is None or (layer == "target" and commit.digest != shard.target_digest):
-                # Another writer was first. Losses must be of the rows that are there now.
+                # Another writer was first, so the remaining losses must be computed on the rows that it committed.
                 left = list(scored)[len(written) :]
                 return [*written, *(self.dump(shard_number, left, retry) if left else [])]
         return written
@@ -160,37 +185,41 @@ class ShardDumper:
         try:
             return self._store.read_shard(shard_number, layers)
         except (LayerNotFoundError, IdentityError, DamagedShardError):
-            self._store = Store(self._storage)  # it may have been committed or replaced since this was opened
+            # The shard may have been committed or replaced after the store was opened.
+            self._store = Store(self._storage)
             return self._store.read_shard(shard_number, layers)
 
     def _score_target(self, shard: Shard) -> tuple[Scored, Shard, Exact]:
-        """Scores a shard, and measures what is lost.
+        """Runs the target over a shard, and measures the fidelity of the target's rows.
 
         Returns:
-            What is to be written; the shard as it will be read, without what is set aside, and with rows where there
-            are references; whole distributions of the rows measured.
+            The values to write; the shard as readers will see it; and the exact distributions of the measured rows. In
+            the returned shard, documents that are set aside are masked. It has target rows only if there are
+            references, which need them.
         """
         if self._target is None or self._target_spec is None:
-            raise ValueError(f"layers must not include target where none was loaded, got shard {shard.index}")
+            raise ValueError(f"target must be loaded before its rows are computed, got none for shard {shard.index}")
         spec, measured = self._target_spec, choose(shard)
         with self._device_lock:
-            scored = score_target(self._target, shard, spec, batch_tokens=self._batch_tokens, keep=measured)
+            scored = score_target(self._target, shard, spec, batch_tokens=self._batch_tokens, keep=measured,
+                                  progress=self._count(shard.index))  # fmt: skip
             again = score_again(self._target, shard, scored.exact.rows)
         exact = scored.exact
         rows = codec.decode(codec.of_rows(scored.arrays, exact.rows), spec)
         scored = replace(scored, exact=NOTHING, fidelity=measure_target(exact, again, rows, spec))
         check_budget(scored.fidelity, spec, self._max_kl, shard.index)
-        # Losses are computed on what readers will see, not on what the target said.
+        # Losses are computed on the rows as readers decode them, not on the exact distributions.
         rows_read = codec.decode(scored.arrays, spec) if self._references else None
         digest = layer_digest("target", scored.arrays)
         return scored, replace(without(shard, scored.set_aside), rows=rows_read, target_digest=digest), exact
 
     def _score_losses(self, reference: SplitLM, shard: Shard, exact: Exact | None = None) -> Scored:
         if shard.rows is None:
-            raise ValueError(f"layers must include target where the store has none, got shard {shard.index}")
+            raise ValueError(f"target rows must exist before losses are computed, got none for shard {shard.index}")
         rows, keep = shard.rows, NO_ROWS if exact is None else exact.rows
         with self._device_lock:
-            scored = score_losses(reference, shard, rows, batch_tokens=self._batch_tokens, keep=keep)
+            scored = score_losses(reference, shard, rows, batch_tokens=self._batch_tokens, keep=keep,
+                                  progress=self._count(shard.index))  # fmt: skip
         if exact is None:
             return scored
         return replace(scored, exact=NOTHING, fidelity=measure_losses(exact, scored.exact, rows))
@@ -201,10 +230,12 @@ class ShardDumper:
         """Writes one layer of a shard.
 
         Returns:
-            What is committed now, of this writer or of another; None if that is of no use.
+            The commit record that is valid after this call. If another writer was first, this is the record of that
+            writer. None if the valid record is useless.
         """
         computed_from = shard.tokens_digest if layer == "target" else shard.target_digest
-        # What was tried again gives way only to more of the same: a retry on a smaller device may fail with others.
+        # A retry may fail with other documents than before, for example on a smaller device. It replaces a commit only
+        # if all documents with which it fails are set aside in that commit too, and the commit sets aside more.
         if replaced is not None and (
             self._is_useless(replaced, computed_from) or set(values.set_aside) < set(replaced.set_aside)
         ):
@@ -222,13 +253,14 @@ class ShardDumper:
                 fidelity=values.fidelity,
             )
         except IdentityError:
-            # Either the layer is another job's now, or one that lost it to this job was late with a last shard.
+            # There are two possible causes. If another job owns the layer now, the next line raises. Otherwise, the job
+            # that owned the layer before has just committed this shard.
             check_makers(self._storage, {layer: self._made_by[layer]})
             return None
         return None if self._is_useless(commit, computed_from) else commit
 
     def _take_back(self, commit: Commit) -> None:
-        """Makes way for other values, unless another writer did so already."""
+        """Takes a commit back, unless another writer has replaced it already."""
         check_makers(self._storage, {commit.layer: self._made_by[commit.layer]})
         now = find_commit(self._storage, commit.layer, commit.shard)
         if now is not None and now.name == commit.name:

@@ -1,1 +1,1 @@
-"""The on-disk format: specs, schemes, codes, arrays, commit records. Pure: no storage, no torch."""
+"""The on-disk format: specs, schemes, codes, arrays, commit records. Nothing here does I/O or imports torch."""

@@ -1,4 +1,4 @@
-"""Which arrays each layer has, their types and shapes, and their place in the Zarr hierarchy (docs/format.md)."""
+"""The arrays of each layer: names, types, shapes and paths in the Zarr hierarchy (docs/format.md, "Arrays")."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from logitstore.format.spec import ROW_CHUNK
 
 ENTRY_CHUNK = 2**16
-"""At most this many entries are in one inner chunk of a flat array."""
+"""Maximum number of entries in one inner chunk of a per-entry array."""
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What a losses layer may be called: it becomes a folder's name."""
+"""Pattern of the name of a losses layer. The name becomes the name of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,14 @@ class ArraySpec:
     """One array of a layer."""
 
     name: str
+    """Name of the array in its layer's group."""
     dtype: str
+    """NumPy type with byte order, such as `<u4`."""
     per: Literal["row", "document", "entry"]
-    """What its values are numbered by. A shard has room for shard_rows rows or documents, or shard_rows * k entries."""
+    """Whether the array has one value per row, per document or per entry. A shard has room for shard_rows rows,
+    shard_rows documents and shard_rows * k entries, where k is the number of entries that a row has room for."""
     fill: float
-    """What unwritten places read as."""
+    """Fill value: the value of all elements of the array that were never written."""
 
 
 TOKENS = (
@@ -36,6 +39,7 @@ TOKENS = (
     ArraySpec(name="lengths", dtype="<u4", per="document", fill=0),
     ArraySpec(name="digests", dtype="<u8", per="document", fill=0),
 )
+"""Arrays of the `tokens` layer."""
 TARGET = (
     ArraySpec(name="counts", dtype="<u2", per="row", fill=0),
     ArraySpec(name="gaps", dtype="<u4", per="entry", fill=0),
@@ -45,18 +49,25 @@ TARGET = (
     ArraySpec(name="label_logprob", dtype="<f4", per="row", fill=np.nan),
     ArraySpec(name="entropy", dtype="<f4", per="row", fill=np.nan),
 )
+"""Arrays of the `target` layer."""
 LOSSES = (
     ArraySpec(name="ce", dtype="<f4", per="row", fill=np.nan),
     ArraySpec(name="label_logprob", dtype="<f4", per="row", fill=np.nan),
 )
+"""Arrays of every `losses/<name>` layer."""
 
 
 def layer_arrays(layer: str) -> tuple[ArraySpec, ...]:
-    """Returns the arrays of `tokens`, `target` or `losses/<name>`.
+    """Returns the arrays of a layer, in the order in which the layer's digest covers them.
+
+    Every reader and writer calls this function before it uses the name of a layer in a path. This keeps invalid names
+    out of paths.
+
+    Args:
+        layer: `tokens`, `target` or `losses/<name>`.
 
     Raises:
-        ValueError: There cannot be such a layer. Whoever reads or writes one asks for its arrays first: no other name
-            becomes a path.
+        ValueError: `layer` cannot be the name of a layer.
     """
     if layer in ("tokens", "target"):
         return TOKENS if layer == "tokens" else TARGET
@@ -66,20 +77,22 @@ def layer_arrays(layer: str) -> tuple[ArraySpec, ...]:
 
 
 def below(layer: str) -> str | None:
-    """Returns the layer that a layer is computed from, None for tokens."""
+    """Returns the layer that `layer` is computed from; None for `tokens`."""
+    # All layers but these two are losses, which are computed from `target`.
     return {"tokens": None, "target": "tokens"}.get(layer, "target")
 
 
 def is_loss_name(name: str) -> bool:
-    """Returns whether a losses layer may be called so."""
+    """Returns whether `name` can be the name of a losses layer."""
+    # A folder named zarr.json would collide with the metadata of the group `losses`.
     return NAME_PATTERN.fullmatch(name) is not None and not name.endswith(".json")
 
 
 def losses_layer(name: str) -> str:
-    """Returns the layer that holds the losses of a named model.
+    """Returns the name of the layer that holds the losses of a named model: `losses/<name>`.
 
     Raises:
-        ValueError: The name cannot be a folder's.
+        ValueError: `name` cannot be the name of a losses layer.
     """
     if not is_loss_name(name):
         raise ValueError(
@@ -90,20 +103,34 @@ def losses_layer(name: str) -> str:
 
 
 def capacity(array: ArraySpec, shard_rows: int, k: int) -> int:
-    """Returns how many values of an array one shard has room for."""
+    """Returns the number of values of an array that one shard has room for.
+
+    Args:
+        array: The array.
+        shard_rows: Number of rows that a shard has room for.
+        k: Number of entries that a row has room for; 1 for layers other than `target`.
+    """
     return shard_rows * k if array.per == "entry" else shard_rows
 
 
 @functools.lru_cache
 def chunk_length(array: ArraySpec, shard_rows: int, k: int) -> int:
-    """Returns how many values one inner chunk of an array holds; a shard's room is a multiple of it."""
+    """Returns the number of values in one inner chunk of an array. This number divides the array's `capacity` evenly.
+
+    Args:
+        array: The array.
+        shard_rows: Number of rows that a shard has room for.
+        k: Number of entries that a row has room for; 1 for layers other than `target`.
+    """
     row_chunk = min(shard_rows, ROW_CHUNK)
     if array.per != "entry":
         return row_chunk
+    # Zarr requires chunks that divide a shard evenly. The result is the largest such multiple of `row_chunk` with at
+    # most ENTRY_CHUNK entries.
     num, most = shard_rows // row_chunk * k, ENTRY_CHUNK // row_chunk
     return row_chunk * max(m for m in range(1, most + 1) if num % m == 0)
 
 
 def object_path(layer: str, array: ArraySpec, shard: int) -> str:
-    """Returns the Zarr key of a shard of an array."""
+    """Returns the Zarr key of the object that holds one shard of an array, relative to the store's root."""
     return f"{layer}/{array.name}/c/{shard}"

@@ -1,7 +1,8 @@
-"""What a store holds, from what, and how: the metadata kept as JSON in the groups' attributes.
+"""Specs: the metadata that identifies the content of a store, kept as JSON in the attributes of its Zarr groups.
 
-`StoreSpec` is in the attributes of the root group and says what the tokens are; `TargetSpec` and `LossSpec` are in the
-attributes of their layers. Never credentials, never storage options.
+The attributes of the root group hold a `StoreSpec`, which describes the tokens. The attributes of the other layers hold
+a `TargetSpec` or a `LossSpec`. Specs never contain credentials or storage options. Fields that are called informational
+are ignored when two specs are compared (`check_same`).
 """
 
 from __future__ import annotations
@@ -19,85 +20,98 @@ from logitstore.format.codebook import LEVELS, Codebook
 from logitstore.format.schemes import Scheme
 
 FORMAT_VERSION = 1
+"""Version of the on-disk format that this code reads and writes."""
 ROW_CHUNK = 2**14
-"""Rows in one inner chunk of a per-row array."""
+"""Maximum number of rows in one inner chunk of a per-row array."""
 MAX_SHARDS = 2**24
+"""Maximum number of shards of a store."""
 MAX_SHARD_ROWS = 2**24
+"""Maximum number of rows that a shard can have room for."""
 MAX_SHARD_ENTRIES = 2**26
-"""What a store may ask of the memory of a reader: some 2.5 GB for decoding the entries of a shard at the very most."""
+"""Maximum number of entries that a shard can have room for. The limits on rows and entries bound the memory of a
+reader, even if the store is hostile: decoding the entries of one shard takes at most about 2.5 GB."""
 
 ELSEWHERE = ("target", "losses", "appends")
-"""Fields of an opened store's spec that are not in the root's attributes."""
+"""Fields of `StoreSpec` that are not stored in the root group's attributes, but read from other places in the store."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSpec:
-    """Which tokenizer made the token ids."""
+    """The tokenizer that made the token ids."""
 
     name: str
-    """Where it was loaded from; informational."""
+    """Name or path from which the tokenizer was loaded; informational."""
     fingerprint: str
-    """sha256 of its vocabulary and merges."""
+    """sha256 of the tokenizer's vocabulary and merges."""
     vocab_size: int
-    """The true vocabulary: largest token id + 1. Models may pad theirs beyond it."""
+    """Size of the tokenizer's vocabulary: the largest token id + 1. A model's output embedding may have more rows."""
     chat_template: str | None
-    """sha256 of the chat template where one was used."""
+    """sha256 of the chat template; None if the documents were made without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Which documents the tokens are."""
+    """The data whose documents were tokenized."""
 
     source: str
-    """Path, URL or hf: name as given, without credentials."""
+    """Path, URL or `hf:` name of the data, as given by the user but without credentials; informational."""
     digest: str | None
-    """sha256 over names, sizes and change marks of the files; None where the source has none (hf: names)."""
+    """sha256 over the paths, sizes and fsspec version keys (`ukey`) of the data's files; None for `hf:` names.
+    Informational."""
     columns: Literal["text", "prompt_response", "messages", "input_ids"]
-    """Which columns the documents were made from."""
+    """Columns of the data from which the documents were made."""
     mask_policy: Literal["all", "response", "given"]
-    """Which predictions count: all of a text, those of response tokens, or what a loss_mask column says."""
+    """Predictions whose loss mask is 1: all of them (`all`), those of response tokens (`response`), or those that the
+    data's `loss_mask` column selects (`given`)."""
     documents: str | None = None
-    """sha256 over the digests of the tokens' shards, in order: the documents themselves, whatever file holds them."""
+    """sha256 over the digests of the `tokens` shards that hold the documents, in order. It identifies the documents
+    themselves, not the files that they came from. Informational."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Which model computed a layer."""
+    """The model that computed a layer."""
 
     name: str
-    """Hugging Face id or folder; informational."""
+    """Hugging Face id or folder of the model; informational."""
     revision: str
-    """Commit of the hub, or a digest of the folder's configuration and weights."""
+    """Commit hash on the Hugging Face hub, or a digest of the configuration and weights in the model's folder."""
     dtype: str
-    """What it ran in, such as bfloat16."""
+    """Data type in which the model ran, such as `bfloat16`."""
     padded_vocab_size: int
-    """Rows of its output embedding; those beyond the tokenizer's vocabulary never enter."""
+    """Number of rows of the output embedding. Rows beyond the tokenizer's vocabulary get no probability."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetSpec:
-    """The `target` layer: the model, the truncation, the codes."""
+    """Spec of the `target` layer: the model, the scheme and the codes of logprobs."""
 
     model: ModelSpec
+    """The target model."""
     scheme: Scheme
+    """Rule that selects the entries of a row."""
     codebook: Codebook = field(default_factory=Codebook)
+    """Codes in which logprobs are stored."""
     temperature: float = 1.0
-    """Logprobs are normalised at this temperature; always 1 in this format version."""
+    """Temperature at which logprobs are normalised; always 1 in this format version."""
 
     @property
     def room(self) -> int:
-        """Most entries that a row can have."""
+        """Maximum number of entries that a row can have."""
         if self.scheme.name == "hybrid":
+            # A kept token has a probability of at least `step`, and one token is drawn per `step` of the remaining
+            # probability. The random start of the draws can add one more token.
             return int(1 / self.step) + 1
         return self.scheme.num_draws if self.scheme.draws else self.scheme.k
 
     @property
     def step(self) -> float:
-        """What one draw stands for: the probability from which on hybrid keeps an entry for itself.
+        """Probability that one draw stands for. hybrid keeps tokens of at least this probability without drawing them.
 
-        A little below 1 / num_draws, where a code of the codebook ends: the codes alone tell drawn entries from others.
+        For sample, the step is 1 / num_draws. For hybrid, the step is slightly smaller: the lower end of a code. The
+        code of an entry then tells whether the entry was drawn.
         """
         if self.scheme.name != "hybrid":
             return 1 / self.scheme.num_draws
@@ -105,7 +119,10 @@ class TargetSpec:
 
     @property
     def last_exact_code(self) -> int:
-        """The last code of entries that stand for themselves."""
+        """Largest code that an entry of hybrid can have without being drawn. Entries with larger codes were drawn.
+
+        For other schemes, this is the last of all codes, 255.
+        """
         return self.codebook.code_at(1 / self.scheme.num_draws) if self.scheme.name == "hybrid" else LEVELS - 1
 
     def __post_init__(self) -> None:
@@ -113,58 +130,73 @@ class TargetSpec:
             raise ValueError(f"temperature must be 1, got temperature={self.temperature}; this version stores no other")
         if self.scheme.name == "hybrid" and self.last_exact_code == LEVELS - 1:
             raise ValueError(
-                f"num_draws must be fewer with exponent={self.codebook.exponent}, whose last code reaches up to "
-                f"1 / num_draws, got num_draws={self.scheme.num_draws}; the exponent 4 is usual"
+                f"num_draws must be smaller with exponent={self.codebook.exponent}, because the last code must lie "
+                f"below 1 / num_draws, got num_draws={self.scheme.num_draws}; the exponent 4 is usual"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
-    """A `losses/<name>` layer: the model whose losses it holds."""
+    """Spec of a `losses/<name>` layer."""
 
     model: ModelSpec
+    """The model whose losses the layer holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Append:
-    """Documents that were added to a finished store, as shards of their own."""
+    """Documents that were added to a finished store, in additional shards."""
 
     data: DataSpec
+    """The added documents."""
     first_shard: int
+    """Number of the first added shard."""
     num_shards: int
+    """Number of added shards."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_shards <= MAX_SHARDS or not 1 <= self.first_shard <= MAX_SHARDS:
             raise ValueError(
-                f"shards must be 1 to {MAX_SHARDS}, got first_shard={self.first_shard}, num_shards={self.num_shards}"
+                f"first_shard and num_shards must be between 1 and {MAX_SHARDS}, got first_shard={self.first_shard}, "
+                f"num_shards={self.num_shards}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """Everything needed to refuse a store's misuse."""
+    """The identity and the sizes of a store.
+
+    A dump into an existing store is refused if the dump's spec differs from the store's spec in any field that is not
+    informational.
+    """
 
     tokenizer: TokenizerSpec
+    """Tokenizer that made the token ids."""
     data: DataSpec
+    """Documents that were tokenized."""
     max_length: int
-    """Most tokens of a document; longer ones were split into windows."""
+    """Maximum number of tokens of a document, at least 2; longer documents were split into windows."""
     shard_rows: int = 2**18
-    """Most rows of a shard. Above 2**14 a multiple of it."""
+    """Number of rows that a shard has room for, at least `max_length`. If the number is above 2**14, it must be a
+    multiple of 2**14."""
     num_shards: int
-    """Shards that the documents fill; in an opened store, with those that were appended."""
+    """Number of shards that the documents of `data` fill. In the spec of an opened store, this number also includes the
+    shards of all appends."""
     format_version: int = FORMAT_VERSION
+    """Version of the on-disk format."""
     target: TargetSpec | None = None
-    """Not part of the root's attributes: read from the layer."""
+    """Spec of the `target` layer, read from the attributes of that layer; None if the store has no target layer."""
     losses: dict[str, LossSpec] = field(default_factory=dict)
-    """Likewise, by name."""
+    """Specs of the `losses/<name>` layers by name, read from the attributes of these layers."""
     appends: tuple[Append, ...] = ()
-    """Likewise, from the records in appends/."""
+    """Documents that were added later, in order. Read from the records in `appends/`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_shards <= MAX_SHARDS:
             raise ValueError(
                 f"num_shards must be at most {MAX_SHARDS}, got num_shards={self.num_shards}; give a larger --shard_rows"
             )
+        # Token ids are stored as uint32.
         if not 1 <= self.tokenizer.vocab_size <= 2**32:
             raise ValueError(f"vocab_size must be between 1 and 2**32, got vocab_size={self.tokenizer.vocab_size}")
         if self.shard_rows > MAX_SHARD_ROWS:
@@ -178,30 +210,43 @@ class StoreSpec:
                 f"shard_rows must be at least max_length={self.max_length} because documents are never split over "
                 f"shards, got shard_rows={self.shard_rows}; give a larger --shard_rows or a smaller --max_length"
             )
+        # Larger shards have inner chunks of ROW_CHUNK rows, which must divide a shard evenly.
         if self.shard_rows > ROW_CHUNK and self.shard_rows % ROW_CHUNK:
             raise ValueError(
-                f"shard_rows must be a multiple of {ROW_CHUNK} when above it, got shard_rows={self.shard_rows}; "
+                f"shard_rows must be a multiple of {ROW_CHUNK} if it is larger, got shard_rows={self.shard_rows}; "
                 f"give {-(-self.shard_rows // ROW_CHUNK) * ROW_CHUNK}"
             )
 
 
 def to_json(spec: StoreSpec | TargetSpec | LossSpec) -> dict[str, Any]:
-    """Returns what is kept in the attributes of the spec's group."""
+    """Returns a spec as the JSON object that is stored in its group's attributes, without the fields in `ELSEWHERE`."""
     values = dataclasses.asdict(spec)
     return {name: value for name, value in values.items() if name not in ELSEWHERE}
 
 
 def check_room(shard_rows: int, room: int) -> None:
-    """Raises ValueError if a shard could have more entries than a process should ever hold at once."""
+    """Checks that a shard cannot have more than `MAX_SHARD_ENTRIES` entries, which bounds the memory of a reader.
+
+    Args:
+        shard_rows: Number of rows that a shard has room for.
+        room: Maximum number of entries of a row.
+
+    Raises:
+        ValueError: A shard could have more than `MAX_SHARD_ENTRIES` entries.
+    """
     if shard_rows * room > MAX_SHARD_ENTRIES:
         raise ValueError(
             f"entries of a row must be at most {MAX_SHARD_ENTRIES // shard_rows} in shards of {shard_rows} rows, got "
-            f"up to {room}; give a smaller --k or --num_draws, or a store of a smaller --shard_rows"
+            f"up to {room}; give a smaller --k or --num_draws, or a store with a smaller --shard_rows"
         )
 
 
 def maker(spec: StoreSpec | TargetSpec | LossSpec) -> str:
-    """Returns the digest of all that `check_same` compares: whose values a layer holds."""
+    """Returns a digest over all fields of a spec that `check_same` compares.
+
+    Commit records hold this digest as `made_by`. The digest tells whether a shard was made with the tokenizer, model
+    and scheme that the store's specs describe.
+    """
     text = json.dumps(_identity(spec), sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -209,6 +254,7 @@ def maker(spec: StoreSpec | TargetSpec | LossSpec) -> str:
 def _identity(spec: object) -> object:
     if not dataclasses.is_dataclass(spec):
         return spec
+    # The values of tokens depend neither on the other layers nor on appends.
     joined = ELSEWHERE if isinstance(spec, StoreSpec) else ()
     return {
         f.name: _identity(getattr(spec, f.name))
@@ -218,18 +264,21 @@ def _identity(spec: object) -> object:
 
 
 def from_json(cls: type[T], values: object, where: str) -> T:
-    """Builds a spec from JSON values, checking every type: a store may come from anywhere.
+    """Builds a spec from JSON values, and checks every type, because a store may come from an untrusted source.
 
     Args:
-        cls: StoreSpec, TargetSpec, LossSpec or one of their parts.
-        values: What the attributes hold.
-        where: What to call it in a message.
+        cls: Class of the spec: StoreSpec, TargetSpec, LossSpec, Append or a part of them.
+        values: The JSON object, such as the content of a group's attributes.
+        where: Name of the spec for error messages.
 
     Raises:
-        FormatError: Another format version, or fields that are missing, unknown or of the wrong type.
+        FormatError: The spec has another format version, or a field is missing, unknown, of the wrong type or out of
+            range.
     """
     if not isinstance(values, dict):
-        raise FormatError(f"{where} must be a JSON object, got {where}={values!r:.80}; this is no logitstore store")
+        raise FormatError(
+            f"{where} must be a JSON object, got {where}={values!r:.80}; this is not metadata of logitstore"
+        )
     if cls is StoreSpec and (version := values.get("format_version")) != FORMAT_VERSION:
         raise FormatError(
             f"format_version must be {FORMAT_VERSION}, got format_version={version!r:.80}; "
@@ -238,16 +287,21 @@ def from_json(cls: type[T], values: object, where: str) -> T:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if cls is StoreSpec:
+        # These fields come from other places of the store, so the attributes must not hold them.
         for name in ELSEWHERE:
             del fields[name]
     if unknown := sorted(set(values) - set(fields)):
-        raise FormatError(f"{where} must have known fields only, got {unknown[0]!r:.80}; a newer version wrote it")
+        raise FormatError(
+            f"{where} must have known fields only, got {unknown[0]!r:.80}; "
+            "a newer version of logitstore may have written it"
+        )
     converted = {}
     for name, f in fields.items():
         if name in values:
             converted[name] = _convert(hints[name], values[name], f"{where}.{name}")
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise FormatError(f"{where} must have a field {name!r}, got none; the metadata is incomplete")
+    # The types are right now. __post_init__ raises ValueError for values that are out of range.
     try:
         return cls(**converted)
     except ValueError as error:
@@ -258,6 +312,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:  # noqa: ANN401
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)  # type: ignore[arg-type]
     if isinstance(hint, types.UnionType):
+        # Every union in a spec has the form `X | None`.
         allowed = typing.get_args(hint)
         if value is None and type(None) in allowed:
             return None
@@ -266,25 +321,36 @@ def _convert(hint: Any, value: object, where: str) -> Any:  # noqa: ANN401
         if value not in typing.get_args(hint):
             raise FormatError(f"{where} must be one of {list(typing.get_args(hint))}, got {where}={value!r:.80}")
         return value
+    # Some writers of JSON drop the fraction of 1.0. Below 2**53 the conversion is exact.
     if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
+    # Types are compared exactly, because isinstance would accept JSON's true and false as int.
     if hint in (int, float, str) and type(value) is hint:
         return value
     raise FormatError(f"{where} must be of type {getattr(hint, '__name__', hint)}, got {where}={value!r:.80}")
 
 
 INFORMATIONAL = frozenset({"name", "source", "digest", "documents", "num_shards"})
-"""Fields that may differ between two specs of the same thing: where it lies, not what it is."""
+"""Names of fields that `check_same` ignores, because two specs of the same content may differ in these fields. They
+say where the content came from, or how much of the content exists. The `name` of a scheme is an exception and is
+compared."""
 
 
 def check_same(stored: object, given: object, what: str, next_step: str) -> None:
-    """Compares two specs field by field, all but the informational ones.
+    """Checks that two specs agree in all fields but the informational ones.
+
+    Args:
+        stored: Spec in the store.
+        given: Requested spec, of the same class.
+        what: Name of the spec for the error message.
+        next_step: End of the error message, which says what the user can do.
 
     Raises:
-        IdentityError: They differ; names the first field that does and both its values.
+        IdentityError: The specs differ. The message names the first field that differs and both of its values.
     """
     for f in dataclasses.fields(stored):  # type: ignore[arg-type]
         old, new = getattr(stored, f.name), getattr(given, f.name)
+        # Nested specs are compared by field, because they have informational fields of their own.
         if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
             check_same(old, new, f"{what}.{f.name}", next_step)
         elif old != new and (f.name not in INFORMATIONAL or isinstance(stored, Scheme)):

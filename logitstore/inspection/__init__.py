@@ -1,1 +1,1 @@
-"""Looks at a store that is there: its contents, its damage, its fidelity; and exports shards."""
+"""Inspects existing stores (contents, damage and fidelity), and exports shards."""

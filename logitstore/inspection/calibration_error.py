@@ -1,6 +1,6 @@
-"""How calibrated the target's likeliest token is, as the store has it: a draft that learns the rows learns that too.
+"""Measures the calibration of the target's likeliest token on stored rows.
 
-NumPy only. N rows.
+A draft that is trained on these rows learns their calibration too. Uses only NumPy. N: number of rows.
 """
 
 from __future__ import annotations
@@ -17,36 +17,46 @@ if TYPE_CHECKING:
     from logitstore.store.reader import Store
 
 NUM_BINS = 15
-"""Of confidence, equally wide: as usual since arXiv 1706.04599."""
+"""Number of bins that rows are divided into by confidence, all of the same width. 15 as in arXiv 1706.04599."""
 
 
 def expected_calibration_error(confidence: NDArray[np.float64], is_right: NDArray[np.bool_]) -> float:
-    """Computes the mean over rows of |how often - how sure|, within bins of confidence (arXiv 1706.04599, equation 3).
+    """Computes the expected calibration error (arXiv 1706.04599, equation 3).
+
+    Rows are divided into bins by confidence. The error is the mean of |accuracy - mean confidence| over the bins,
+    weighted by their numbers of rows.
 
     Args:
-        confidence: [N]: probability of the likeliest token, in [0, 1].
-        is_right: [N]: whether that token is the one that followed.
+        confidence: [N], N at least 1: probability of the likeliest token, in [0, 1].
+        is_right: [N]: whether the likeliest token is the next token of the document.
 
     Returns:
-        In [0, 1]; 0 is calibrated.
+        The error, in [0, 1]; 0 means perfectly calibrated.
     """
+    # A confidence of exactly 1 belongs to the last bin.
     bins = np.minimum((confidence * NUM_BINS).astype(np.intp), NUM_BINS - 1)
+    # The sizes of the bins cancel: a bin of n rows adds n / N * |sum of differences / n|.
     return float(np.abs(np.bincount(bins, is_right - confidence, NUM_BINS)).sum() / len(confidence))
 
 
 def measure(store: Store, shards: Sequence[int]) -> dict[str, Any]:
-    """Measures it on the rows of some shards.
+    """Measures how accurate and how well calibrated the likeliest token is, on the rows of some shards.
 
     Args:
-        store: Whose rows are truncated: they alone are sure to keep the likeliest token.
-        shards: Committed ones.
+        store: An open store with truncated rows. Stores with drawn entries cannot be measured, because a row may lack
+            its likeliest token.
+        shards: Numbers of committed target shards.
 
     Returns:
-        `rows`; if there are any also `accuracy`, how often the likeliest token follows, `ece`, and
-        `ece_renormalised`: the same where the tail is dropped and the kept entries are scaled up to 1.
+        `rows`: number of rows whose loss mask is 1. If it is not 0, also
+        `accuracy`: share of rows whose likeliest token is the next token of the document;
+        `ece`: expected calibration error, in [0, 1];
+        `ece_renormalised`: the same error after the tail is dropped and the kept probabilities are scaled to sum to 1.
 
     Raises:
-        DamagedShardError: A shard is not as committed.
+        DamagedShardError: A shard differs from what was committed.
+        IdentityError: A shard was computed from other tokens than the store holds now.
+        LayerNotFoundError: A shard is not committed.
     """
     parts = [_likeliest(store, shard) for shard in shards]
     if not sum(len(highest) for highest, _, _ in parts):
@@ -61,7 +71,12 @@ def measure(store: Store, shards: Sequence[int]) -> dict[str, Any]:
 
 
 def _likeliest(store: Store, shard: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Returns the likeliest entry's probability, the kept mass and whether the entry follows, of rows that count."""
+    """Reads a shard, and finds the likeliest entry of each of the N rows whose loss mask is 1.
+
+    Returns:
+        Three arrays [N]: the probability of the likeliest entry, the sum of the kept probabilities, and whether the
+        likeliest entry is the next token of the document.
+    """
     read = store.read_shard(shard, layers=("target",))
     rows = read.rows
     if rows is None or not len(rows.token_ids):
@@ -71,7 +86,9 @@ def _likeliest(store: Store, shard: int) -> tuple[NDArray[np.float64], NDArray[n
     first = np.cumsum(counts) - counts
     probs = np.exp(rows.logprobs.astype(np.float64))
     highest = np.maximum.reduceat(probs, first)
-    # 0 if it is none of them; of entries that are equally likely any may be the one
+    # The loss mask is 0 at the last row of a document, so the row after a counted one holds the token that follows. The
+    # probability of that token counts as 0 if it is not a kept entry. If several entries share the highest probability,
+    # each of them counts as the likeliest.
     is_label = rows.token_ids == np.repeat(read.ids[counted + 1], counts)
     of_label = np.add.reduceat(np.where(is_label, probs, 0.0), first)
     return highest, np.add.reduceat(probs, first), of_label == highest

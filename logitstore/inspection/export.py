@@ -1,17 +1,17 @@
-"""A shard of a store as dense NumPy arrays, for frameworks that have no reader of stores. NumPy only.
+"""Exports a shard of a store as dense NumPy arrays, for frameworks that cannot read stores. Uses only NumPy.
 
-R rows, D documents, K entries of the row that has most.
+R: number of rows in the shard. D: number of documents. K: largest number of entries in a row, at least 1.
 """
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from logitstore.errors import LayerNotFoundError
+from logitstore.storage.local_disk import partial_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,22 +22,31 @@ if TYPE_CHECKING:
 
 
 def dense(store: Store, shard: int) -> dict[str, NDArray[Any]]:
-    """Reads a shard and lays its rows out as rectangles.
+    """Reads a shard and pads its rows to rectangular arrays.
 
     Args:
-        store: With a target layer.
-        shard: Which, from 0.
+        store: An open store with a target layer.
+        shard: Number of the shard, from 0.
 
     Returns:
-        ids: uint32 [R]; loss_mask: bool [R]; lengths: int64 [D], of the documents, which lie end to end.
-        counts: int64 [R], entries of each row, 0 where the mask is 0.
-        token_ids: uint32 [R, K] and probs: float32 [R, K], rising by id, both 0 beyond a row's entries.
-        tail_mass, label_logprob, entropy: float32 [R], NaN where the mask is 0. The mass itself: a store has its log.
-        weights: float32 [R, K], what entries stand for, only where they were drawn.
+        The arrays by name:
+        ids: uint32 [R], the tokens of the documents, one document after the other.
+        loss_mask: bool [R], whether the prediction of each row counts.
+        lengths: int64 [D], number of tokens of each document.
+        counts: int64 [R], number of entries of each row; 0 where the loss mask is 0.
+        token_ids: uint32 [R, K], ascending within a row; 0 after the last entry of a row.
+        probs: float32 [R, K], probabilities of the tokens in `token_ids`; 0 after the last entry of a row.
+        tail_mass: float32 [R], in [0, 1], NaN where the loss mask is 0. (The store holds the logarithm of this value.)
+        label_logprob: float32 [R], logprob of the document's next token, NaN where the loss mask is 0.
+        entropy: float32 [R], entropy of the whole distribution in nats, NaN where the loss mask is 0.
+        weights: float32 [R, K], weights of the tokens in `token_ids`; 0 after the last entry of a row. The weights,
+            together with 0 for all other tokens, are an unbiased estimate of the whole distribution. Given only for
+            stores whose entries were drawn.
 
     Raises:
-        LayerNotFoundError: There is no target, or no such shard of it.
-        DamagedShardError: What is stored is not what was committed.
+        LayerNotFoundError: The store has no target layer, or the shard is not committed.
+        DamagedShardError: The stored bytes differ from what was committed.
+        IdentityError: The target rows were computed from other tokens than the store holds now.
     """
     read = store.read_shard(shard, ("tokens", "target"))
     if read.rows is None:
@@ -61,25 +70,37 @@ def dense(store: Store, shard: int) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def write(store: Store, shard: int, out: str) -> Iterator[str]:
-    """Writes what `dense` returns to an .npz file, whole or not at all, and says what is in it.
+def write(store: Store, shard: int, out: str, *, overwrite: bool = False) -> Iterator[str]:
+    """Writes the arrays of `dense` to an .npz file, and yields a line of text for each array.
+
+    The file appears whole or not at all.
+
+    Args:
+        store: An open store with a target layer.
+        shard: Number of the shard, from 0.
+        out: Path of the file; must end in .npz.
+        overwrite: Whether an existing file may be replaced.
 
     Raises:
-        ValueError: The file is no .npz file in a folder that is there.
+        ValueError: `out` is not an .npz file in an existing folder, cannot be written, or exists and `overwrite` is
+            False.
+        LayerNotFoundError: The store has no target layer, or the shard is not committed.
+        DamagedShardError: The stored bytes differ from what was committed.
     """
     path = Path(out)
     if path.suffix != ".npz" or not path.resolve().parent.is_dir():
-        raise ValueError(f"out must be an .npz file in a folder that is there, got out={out}; make the folder first")
-    # Any: savez has a keyword of its own, a bool, from NumPy 2.2 on; before, it takes every keyword for an array.
+        raise ValueError(f"out must be an .npz file in a folder that exists, got out={out}; create the folder first")
+    if path.exists() and not overwrite:
+        raise ValueError(f"out must be a new file, got out={out}, which exists; give another name, or add --overwrite")
+    # Typed as Any: since NumPy 2.2, savez also has the keyword allow_pickle, for which mypy does not accept an array.
     arrays: dict[str, Any] = dense(store, shard)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
+        with partial_file(path) as partial:
+            # savez gets an open file. If it got the partial file's name, it would append .npz to the name.
+            with partial.open("xb") as file:
+                np.savez(file, **arrays)
+            partial.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise ValueError(f"out must be a file that can be written, got out={out} ({error.strerror})") from error
     for name, array in arrays.items():
         yield f"{name:<14}{array.dtype!s:<9}{list(array.shape)}"

@@ -1,7 +1,7 @@
-"""What `logitstore fidelity` shows: how true a store is to the distributions that it was made from. NumPy only.
+"""Collects and formats the report of `logitstore fidelity`: how close stored rows are to the target's distributions.
 
-Numbers that need the exact distributions were measured when the store was dumped, and are in the commit records; the
-rest is read off the store. What each one means: docs/fidelity.md.
+Figures that need the target's exact distributions were measured during the dump and are read from the commit records.
+The other figures are computed from the stored values. docs/fidelity.md explains each figure.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import numpy as np
 
 from logitstore.errors import LayerNotFoundError
 from logitstore.format import schemes
-from logitstore.format.layout import layer_arrays
 from logitstore.inspection import calibration_error
-from logitstore.inspection.measured import Measured, evenly_spaced, read_measured
+from logitstore.inspection.measured import Measured, evenly_spaced, layer_bytes, read_measured
 from logitstore.inspection.verify import places
 from logitstore.rows.codec import LARGEST_TAIL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from logitstore.format.spec import TargetSpec
     from logitstore.store.catalog import Layer
     from logitstore.store.reader import Store
 
 TAIL_SHARDS = 8
-"""Shards whose tails are read for the distribution of the kept mass."""
+"""Maximum number of shards whose tails are read for the distribution of the kept mass."""
 CALIBRATED_SHARDS = 2
-"""Shards whose entries are read for the calibration of the likeliest token."""
+"""Maximum number of shards whose entries are read for the calibration of the likeliest token."""
 NUM_BINS = 40
+"""Number of bins of the histogram of the kept mass."""
 SMALLEST_BYTES = 0.005
-"""Of a row: what costs less is shown as 0.00, or not at all."""
+"""Arrays that take fewer bytes per row than this are not listed: their size would be shown as 0.00."""
 
 DIVERGENCES = {
     "kl_codes": "KL of rounding to codes",
@@ -42,9 +42,13 @@ DIVERGENCES = {
     "control_kl": "KL of the target run twice",
     "control_tv": "total variation, run twice",
 }
-"""What a row loses, and for comparison what the target itself is unsure of, as people read it."""
+"""Labels of the divergences that are shown for the target layer. The keys are the names of the means. The two control
+divergences compare two runs of the target. They show its numerical noise, with which the other divergences can be
+compared."""
+SMALL_LOSS = 0.01
+"""If the mean loss of a row is at most this value, in nats, the verdict calls the store close to its target."""
 OF_A_LOST_TAIL = ("kl_tail", "kl_renormalised")
-"""Those that mean nothing to who reads draws: they stand for the tail too."""
+"""Divergences that are shown only for truncated rows. If entries were drawn, the draws represent the tail too."""
 
 LOSSES = {
     "alpha": ("alpha, exact", ""),
@@ -53,41 +57,43 @@ LOSSES = {
     "angle_row": ("angle of a row's gradient", " degrees"),
     "angle_shard": ("angle of a shard's gradient", " degrees"),
 }
-"""What is off when a model is trained or scored on what is stored."""
+"""Labels and units of the figures that are shown for a losses layer. The keys are the names of the means. The figures
+tell how much a model's acceptance rate and gradient on the stored rows differ from those on the exact distributions."""
 
 
 def describe(store: Store, *, sample: float = 1.0, seed: int = 0) -> dict[str, Any]:
-    """Collects what there is to show, as JSON values.
+    """Returns the figures of `logitstore fidelity` as JSON values.
 
     Args:
-        store: With a target layer, finished or not.
-        sample: Share of each layer's shards that are looked at, in (0, 1]. Of these all records are read, and the
-            values of a few.
-        seed: Which shards those are.
+        store: A store with a target layer, finished or not.
+        sample: Share of each layer's shards to read, in (0, 1]. The commit records of all chosen shards are read,
+            and the stored values of only a few of these shards.
+        seed: Seed of the random choice of the shards.
 
     Raises:
         ValueError: `sample` is out of range.
-        LayerNotFoundError: There is no target layer, or nothing of it yet.
-        DamagedShardError: A shard that is read is not as committed.
+        LayerNotFoundError: The store has no target layer, or no shard of it is committed.
+        DamagedShardError: The stored bytes of a shard differ from what was committed.
     """
+    # These are the shards that `verify` reads with the same sample and seed.
     chosen = places(store, sample, seed)
     target = store.spec.target
     if target is None:
-        raise LayerNotFoundError(f"store must have target rows, got {store.url} without; dump the target first")
+        raise LayerNotFoundError(f"store must have target rows, got {store.url} without any; dump the target first")
     shards = {name: [shard for of, shard in chosen if of == name] for name in store.layers}
     if not shards["target"]:
         raise LayerNotFoundError(f"store must have target rows, got {store.url} with none written yet; finish the dump")
+    layers = {name: _measured(store, layer, shards[name]) for name, layer in store.layers.items() if name != "tokens"}
     return {
         "url": store.url,
         "scheme": schemes.describe(target.scheme),
+        "verdict": verdict(layers["target"]["means"], is_drawn=target.scheme.draws),
         "tail_is_lost": not target.scheme.draws,
         "bytes_per_row": _bytes_per_row(store, store.layers["target"]),
         "entries_per_row": _entries_per_row(store.layers["target"]),
         "kept_mass": _kept_mass(store, shards["target"]),
         "calibration": _calibration(store, target, shards["target"]),
-        "layers": {
-            name: _measured(store, layer, shards[name]) for name, layer in store.layers.items() if name != "tokens"
-        },
+        "layers": layers,
     }
 
 
@@ -104,13 +110,13 @@ def _measured(store: Store, layer: Layer, shards: list[int]) -> dict[str, Any]:
 
 
 def _num_committed(store: Store, layer: Layer) -> int:
+    # Shards after the store's last one belong to an unfinished append, which readers do not see.
     return len(layer.index.upto(store.spec.num_shards))
 
 
 def _bytes_per_row(store: Store, layer: Layer) -> dict[str, float]:
     counted = int(layer.index.upto(store.spec.num_shards).counted.sum())
-    sizes = {array.name: store.storage.num_bytes(f"target/{array.name}") for array in layer_arrays("target")}
-    return {name: round(size / counted, 3) if counted else 0.0 for name, size in sizes.items()}
+    return {name: round(size / counted, 3) if counted else 0.0 for name, size in layer_bytes(store, layer.name).items()}
 
 
 def _entries_per_row(layer: Layer) -> float:
@@ -119,15 +125,17 @@ def _entries_per_row(layer: Layer) -> float:
 
 
 def _kept_mass(store: Store, shards: list[int]) -> dict[str, Any]:
-    """Reads what the rows of a few of these shards keep."""
+    """Returns the distribution of the kept mass. Reads the rows of at most TAIL_SHARDS of the given shards."""
     read = _some(store, shards, TAIL_SHARDS)
     of = {"shards": len(read), "shards_committed": _num_committed(store, store.layers["target"])}
     tails = [store.reader.read_arrays("target", shard)["tail"] for shard in read]
     tail = np.concatenate([np.zeros(0, dtype=np.float32), *tails])
+    # The tail is NaN at rows that do not count. The tail mass is limited in the same way as in decoding, because
+    # rounding may have made the stored tail mass 1.
     kept = np.sort(1.0 - np.minimum(np.exp(tail[~np.isnan(tail)].astype(np.float64)), LARGEST_TAIL))
     if not len(kept):
         return {**of, "rows": 0}
-    # The least of it as a round number, so that the bins mean something.
+    # Bins begin at a round number, so that their edges are easy to read.
     first = min(math.floor(kept[0] * 20) / 20, 0.95)
     rows, edges = np.histogram(kept, bins=NUM_BINS, range=(first, 1.0))
     return {
@@ -141,7 +149,10 @@ def _kept_mass(store: Store, shards: list[int]) -> dict[str, Any]:
 
 
 def _calibration(store: Store, target: TargetSpec, shards: list[int]) -> dict[str, Any]:
-    """Measures it where the likeliest token is sure to be kept, and what is kept is p."""
+    """Returns the calibration of the likeliest token.
+
+    If entries were drawn, no row is measured, because a row may lack its likeliest token.
+    """
     if target.scheme.draws:
         return {"rows": 0}
     read = _some(store, shards, CALIBRATED_SHARDS)
@@ -149,14 +160,14 @@ def _calibration(store: Store, target: TargetSpec, shards: list[int]) -> dict[st
 
 
 def _some(store: Store, shards: list[int], most: int) -> list[int]:
-    """Returns a few of these shards, evenly over them, but for those whose target rows cannot be read."""
+    """Returns at most `most` of the given shards, evenly spaced. Leaves out shards whose target rows cannot be read."""
     layer = store.layers["target"]
     useless = layer.stale | layer.index.contested
     return evenly_spaced([shard for shard in shards if shard not in useless], most)
 
 
 def render(facts: dict[str, Any]) -> Iterator[str]:
-    """Writes what `describe` collected as a table for people."""
+    """Formats the result of `describe` as a table, with the verdict last."""
     yield f"{facts['url']}: {facts['scheme']}; {facts['entries_per_row']:.1f} entries on average"
     yield ""
     total = sum(facts["bytes_per_row"].values())
@@ -180,6 +191,35 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
             yield from _render_target(layer, () if facts["tail_is_lost"] else OF_A_LOST_TAIL)
         else:
             yield from _render_losses(name, layer)
+    yield ""
+    yield f"verdict: {facts['verdict']}"
+
+
+def verdict(means: Mapping[str, float], *, is_drawn: bool) -> str:
+    """Returns a text that says how close stored rows are to the target, and which options would bring them closer.
+
+    Args:
+        means: Means of the target layer's fidelity sums (docs/fidelity.md); empty if nothing was measured.
+        is_drawn: Whether entries were drawn. Drawn entries are an unbiased estimate of the distribution.
+    """
+    if not means:
+        return "unknown, because no row was measured when the store was dumped"
+    rounding = f"rounding loses {means['kl_codes']:.1g} nats a row"
+    if is_drawn:
+        noise = f" (total variation {means['tv_draws']:.2f})" if "tv_draws" in means else ""
+        return (
+            f"unbiased. Draws stand for the whole vocabulary; a single row is noisy{noise}, and the noise averages out "
+            f"over rows. {rounding.capitalize()}. More --num_draws give less noise."
+        )
+    lost = (
+        f"{means['kl_tail']:.2g} nats a row are lost within the tail, which holds {1 - means['mass']:.1%} of the mass"
+    )
+    if means["kl_codes"] + means["kl_tail"] <= SMALL_LOSS:
+        return f"close to the target. {lost.capitalize()}; {rounding}."
+    return (
+        f"biased by truncation. {lost.capitalize()}; {rounding}. A larger --k or --mass loses less; --scheme hybrid is "
+        "unbiased."
+    )
 
 
 def _of(rows: int, shards: int, among: dict[str, Any]) -> str:
@@ -206,7 +246,7 @@ def _render_losses(name: str, layer: dict[str, Any]) -> Iterator[str]:
 def _head(name: str, layer: dict[str, Any]) -> str:
     committed = layer["shards_committed"]
     if not layer["rows"]:
-        why = "" if name == "target" else ": the target was not run beside it"
+        why = "" if name == "target" else ", because the target did not run in the same dump"
         return f"{name}: nothing was measured in {layer['shards']:,} of {committed:,} shards{why}"
     some = f"{layer['rows']:,} rows of {layer['shards_measured']:,} of {committed:,} shards"
     again = f", {layer['control_rows']:,} of them run twice" if layer["control_rows"] else ""
@@ -218,12 +258,12 @@ def _line(text: str, value: str, beside: str = "") -> str:
 
 
 def summary(measured: Measured, target: TargetSpec | None, num_shards: int) -> str | None:
-    """Returns what was measured of a layer in one line; None if nothing was.
+    """Returns one line of text about the fidelity of a layer; None if nothing was measured.
 
     Args:
-        measured: Of a few shards.
-        target: How rows were kept; None for losses.
-        num_shards: How many shards the layer has.
+        measured: Fidelity sums of a few shards.
+        target: Spec of the target layer; None if the figures are those of a losses layer.
+        num_shards: Number of shards of the layer.
     """
     means = measured.means()
     if not means:
@@ -236,4 +276,4 @@ def summary(measured: Measured, target: TargetSpec | None, num_shards: int) -> s
         )
     name, what = ("tv_draws", "TV of the draws") if target.scheme.draws else ("kl_tail", "in the tail")
     away = f"{means.get(name, math.nan):.3g} {what}"
-    return f"kept mass {means['mass']:.3f}; KL {means['kl_codes']:.2g} of codes, {away} {of}"
+    return f"KL {means['kl_codes']:.2g} of codes, {away} {of}"

@@ -1,4 +1,7 @@
-"""What `logitstore info` shows of a store. From the specs, one listing of each layer's records, and a few of them."""
+"""Collects and formats the report of `logitstore info`: contents, progress and size of a store.
+
+Reads the specs, the names of all commit records, and a few of these records. Reads no stored values.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ import numpy as np
 
 from logitstore.errors import DamagedShardError, IdentityError, LayerNotFoundError
 from logitstore.format import schemes
-from logitstore.format.layout import layer_arrays
 from logitstore.format.spec import LossSpec, TargetSpec
 from logitstore.inspection import fidelity_report
-from logitstore.inspection.measured import read_measured, spread_shards
+from logitstore.inspection.measured import layer_bytes, read_measured, spread_shards
 from logitstore.store.catalog import runs, spans
 from logitstore.store.commits.appends import pending_append
 from logitstore.store.commits.set_aside import read_set_aside
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
     from logitstore.store.reader import Store
 
 MEASURED_SHARDS = 16
-"""Whose records are read for the line on fidelity, of each layer."""
+"""Maximum number of shards of each layer whose commit records are read for the line about fidelity."""
 MAX_SHOWN = 20
-"""Documents or shards set aside that are named, of each layer."""
+"""Maximum number of set-aside documents, and of set-aside shards, that are listed for each layer."""
 
 
 def describe(store: Store) -> dict[str, Any]:
-    """Collects what `info` shows, as JSON values. Works on a store that is being written to."""
+    """Returns the figures of `logitstore info` as JSON values. Works while the store is being written."""
     spec = store.spec
     return {
         "url": store.url,
@@ -53,7 +55,7 @@ def describe(store: Store) -> dict[str, Any]:
 
 
 def unfinished(store: Store) -> Iterator[str]:
-    """Says what of a store is not written yet, which is no damage."""
+    """Yields a line for each layer with missing shards, and one for an unfinished append. Neither is damage."""
     for name, layer in store.layers.items():
         if missing := layer.num_missing:
             yield f"{name}: {missing:,} of {layer.num_shards:,} shards are not committed yet ({spans(layer.gaps)})"
@@ -96,6 +98,7 @@ def _unfinished_append(store: Store) -> dict[str, Any] | None:
         "number": pending.number,
         "source": None if pending.append is None else pending.append.data.source,
         "shards": None if pending.append is None else pending.append.num_shards,
+        # Shards after the store's last one can only belong to this append.
         "shards_done": len(index) - len(index.upto(store.spec.num_shards)),
     }
 
@@ -103,9 +106,9 @@ def _unfinished_append(store: Store) -> dict[str, Any] | None:
 def _layer(store: Store, layer: Layer) -> dict[str, Any]:
     index = layer.index.upto(store.spec.num_shards)
     rows, counted = int(index.rows.sum()), int(index.counted.sum())
-    per = rows if layer.name == "tokens" else counted  # only rows that count have entries and losses
+    per = rows if layer.name == "tokens" else counted  # Only rows that count have entries and losses.
     set_aside = read_set_aside(store.storage, layer.name)
-    sizes = {array.name: store.storage.num_bytes(f"{layer.name}/{array.name}") for array in layer_arrays(layer.name)}
+    sizes = layer_bytes(store, layer.name)
     facts: dict[str, Any] = {
         "shards": len(index),
         "shards_missing": layer.num_missing,
@@ -137,7 +140,10 @@ def _layer(store: Store, layer: Layer) -> dict[str, Any]:
 
 
 def _documents_set_aside(store: Store, layer: Layer) -> list[dict[str, Any]]:
-    """Names the first documents that could not be computed; reads the records of shards that have some alone."""
+    """Returns the first MAX_SHOWN documents that were set aside, with reasons.
+
+    Reads only the commit records that list such documents.
+    """
     index = layer.index.upto(store.num_shards)
     documents = store.layers["tokens"].index.documents
     found: list[dict[str, Any]] = []
@@ -147,14 +153,14 @@ def _documents_set_aside(store: Store, layer: Layer) -> list[dict[str, Any]]:
         try:
             commit = store.reader.commit(layer.name, shard)
         except (DamagedShardError, IdentityError, LayerNotFoundError):
-            continue  # `verify` tells more
+            continue  # This report leaves out records that cannot be read; `verify` reports them.
         first = int(documents[:shard].sum())
         found += [{"document": first + i, "reason": reason} for i, reason in sorted(commit.set_aside.items())]
     return found[:MAX_SHOWN]
 
 
 def render(facts: dict[str, Any]) -> Iterator[str]:
-    """Writes what `describe` collected as lines for people."""
+    """Formats the result of `describe` as lines of text."""
     tokens = facts["layers"]["tokens"]
     so_far = " so far" if tokens["shards_missing"] else ""
     yield f"{facts['url']}  (format {facts['format_version']})"
@@ -180,6 +186,7 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
 
 def _render_layer(name: str, layer: dict[str, Any]) -> Iterator[str]:
     total = layer["shards"] + layer["shards_missing"]
+    # Rounded down, so that an incomplete layer never shows 100%.
     share = 100 * layer["shards"] // max(total, 1)
     some = f"{layer['shards']:,} of {total:,} shards ({share}%), missing {layer['missing']}"
     state = some if layer["shards_missing"] else "complete"

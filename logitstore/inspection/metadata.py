@@ -1,4 +1,4 @@
-"""What a store holds besides shards: groups, arrays' zarr.json, names of records, appends. Is it as it must be?"""
+"""Checks what a store has outside its shards: metadata of groups and arrays, names of commit records, and appends."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One damaged or stale shard of a layer, or something else in it that is not as it should be."""
+    """A damaged or stale shard of a layer, or another problem of the layer."""
 
     layer: str
+    """Layer that has the problem."""
     shard: int | None
-    """None: not of one shard."""
+    """Number of the damaged or stale shard; None for a problem outside shards."""
     reason: str
+    """Description of the problem, in one line."""
     path: str | None = None
-    """Of what is not of one shard: an object that can be removed, and written anew where there must be one."""
+    """Path of the damaged object, if it is outside shards. `repair` removes this object, and writes it again if it is
+    metadata. None if the problem is inside a shard, or if `repair` cannot solve it."""
 
     def __str__(self) -> str:
         return f"{self.layer}{'' if self.shard is None else f'/{self.shard}'}: {self.reason}"
 
 
 def check_metadata(store: Store) -> Iterator[Problem]:
-    """Lists what is wrong with a store besides its shards."""
+    """Yields the problems of a store outside its shards."""
     for layer in store.layers:
         yield from _check_names(store, layer)
         if not len(store.layers[layer].index):
-            continue  # it may be in the making
+            continue  # An empty layer is not checked, because another job may be creating it right now.
         if (path := plain_group(layer)) is not None and (reason := _group_problem(store, path)) is not None:
             yield Problem(layer=layer, shard=None, reason=reason, path=path)
         for array in layout.layer_arrays(layer):
@@ -50,65 +53,80 @@ def check_metadata(store: Store) -> Iterator[Problem]:
     yield from _check_unseen(store)
     for name in stray_appends(store.storage, store.spec.appends):
         reason = (
-            f"{FOLDER}/{name} is there without the one before, so that nobody sees its documents; restore that from a "
-            "copy of the store, or run the dump with its --data and --append"
+            f"{FOLDER}/{name} exists, but the append before it is missing, so readers do not see its documents; "
+            "restore the missing file from a copy of the store, or run the dump with the --data of the missing append "
+            "and --append"
         )
         yield Problem(layer="tokens", shard=None, reason=reason)
 
 
 def write_anew(store: Store, layer: str) -> None:
-    """Writes what is missing of the metadata of a layer whose spec is there."""
+    """Writes the missing metadata of a layer again. The spec of the layer must exist."""
     if (path := plain_group(layer)) is not None:
         store.storage.create(path, zarr_objects.group_metadata({}))
     make_room(store.storage, store.spec, layer)
 
 
 def plain_group(layer: str) -> str | None:
-    """Returns the zarr.json of a layer's group that says nothing but that it is one; None where there is none."""
+    """Returns the path of the zarr.json that can be written again for a layer if it is lost.
+
+    Such a file only marks a folder as a Zarr group.
+
+    Returns:
+        For `tokens`, the zarr.json of the layer. For a losses layer, the zarr.json of the group of all losses layers.
+        None for `target`: its zarr.json holds the spec of the layer, which cannot be recovered.
+    """
     return {"tokens": "tokens/zarr.json", "target": None}.get(layer, "losses/zarr.json")
 
 
 def _check_names(store: Store, layer: str) -> Iterator[Problem]:
-    """Names that look like those of records and are none."""
+    """Yields a problem for each .json file in the commits folder that does not have the name of a commit record."""
     for name in store.layers[layer].index.unknown:
         if name.endswith(".json"):
             path = f"{commits_folder(layer)}/{name}"
-            yield Problem(layer=layer, shard=None, reason=f"{path} is named as no commit record is", path=path)
+            yield Problem(
+                layer=layer, shard=None, reason=f"{path} does not have the name of a commit record", path=path
+            )
 
 
 def _check_unseen(store: Store) -> Iterator[Problem]:
-    """Layers that have records but no spec: nobody can read them."""
+    """Yields a problem for each layer that has commit records but no spec. Such a layer cannot be read."""
     names = [name for name in store.storage.names("commits/losses") if layout.is_loss_name(name)]
     for layer in ("target", *(f"losses/{name}" for name in names)):
         if layer not in store.layers and (num := len(read_index(store.storage, layer))):
             reason = (
-                f"{layer}/zarr.json is not there, so that nobody sees its {num} shards; restore it from a copy of the "
+                f"{layer}/zarr.json is missing, so readers do not see its {num} shards; restore it from a copy of the "
                 "store, or run the dump again with the same model and options, which writes it anew"
             )
             yield Problem(layer=layer, shard=None, reason=reason)
 
 
 def _group_problem(store: Store, path: str) -> str | None:
+    """Returns a text about the problem with the zarr.json of a group; None if the file describes a Zarr group."""
     try:
         found = read_attributes(store.storage, path.removesuffix("/zarr.json"))
     except FormatError:
-        return f"{path} describes no Zarr group"
-    return f"{path} is not there" if found is None else None
+        return f"{path} does not describe a Zarr group"
+    return f"{path} is missing" if found is None else None
 
 
 def _array_problem(store: Store, layer: str, array: layout.ArraySpec) -> str | None:
-    """Compares an array's zarr.json with what it must be: other readers of Zarr go by it."""
+    """Returns a text about the problem with the zarr.json of an array; None if the file is correct.
+
+    This package does not read these files, but other readers of Zarr do.
+    """
     path = f"{layer}/{array.name}/zarr.json"
     try:
         found = parse_json(path, store.storage.get(path))
     except FileNotFoundError:
-        return "is not there"
+        return "is missing"
     except FormatError:
         return "is not JSON"
     k = entries_per_row(store.spec, layer)
     room = zarr_objects.num_shards_of(found, array, shard_rows=store.spec.shard_rows, k=k)
     if not room:
         return "describes another array"
+    # An array of the right kind may still be too short, if it was not enlarged after an append.
     committed = store.layers[layer].index.upto(store.spec.num_shards).shards
     if len(committed) and room <= committed[-1]:
         return f"has room for {room} shards, not for shard {committed[-1]}"

@@ -1,6 +1,6 @@
-"""Is a store intact? Reads every committed byte and compares it with its commit. And: taking back what is not.
+"""Verifies a store: reads every committed byte and compares it with its commit record. Also repairs a store.
 
-A store may be written to while it is verified: what looks wrong is looked at again before it counts.
+Other jobs may write to the store meanwhile, so every problem is checked a second time before it is reported.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 PER_THREAD = 64
-"""Shards that are handed out at once: what is under way can be stopped, and the lists stay short."""
+"""Number of shards per thread in one batch of work. Shards are submitted in batches, so that Ctrl-C has to wait only
+for the shards of one batch, and the list of results stays short."""
 
 
 def verify(
@@ -45,26 +46,28 @@ def verify(
     num_threads: int = 4,
     progress: Callable[[int], object] | None = None,
 ) -> list[Problem]:
-    """Reads the committed shards of every layer and lists those that are not as committed, and what else is wrong.
+    """Reads the committed shards of every layer, and lists the damaged and stale ones and all other problems.
 
-    Shards that are not committed yet, and documents whose append was not finished, are no problems.
+    A shard is stale if the layer below it has changed since the shard was computed. Shards that are not committed yet,
+    and documents of an unfinished append, are not problems.
 
     Args:
-        store: What to check, as it was when it was opened.
-        sample: Share of each layer's shards to read, above 0 and at most 1. At least one shard is.
-        seed: Which shards a sample holds.
-        num_threads: Shards read at once. Each may take some 100 MB in shards of 2**18 rows.
-        progress: Called after each shard of a layer with 1, for a progress bar.
+        store: The open store. Shards that were committed after it was opened are not read.
+        sample: Share of each layer's committed shards to read, above 0 and at most 1. At least one shard is read.
+        seed: Seed of the random choice of the shards.
+        num_threads: Number of shards read at the same time. A shard of 2**18 rows may take about 100 MB of memory.
+        progress: Called with 1 after each shard of each layer, for a progress bar.
 
     Returns:
-        The problems: of no one shard first, then by layer and shard. Empty for an intact store.
+        The problems, first those outside shards, then by layer and shard. Empty for an intact store.
 
     Raises:
-        ValueError: The sample is no share, or there are no threads.
-        StorageError: The store cannot be reached: nothing is known then.
+        ValueError: `sample` or `num_threads` is out of range.
+        StorageError: The store cannot be reached, so its state is unknown.
     """
     check_num_threads(num_threads)
-    # What this machine keeps says nothing about the store, nor does a smaller scheme that it is read by.
+    # The store is opened again in two cases. A local cache may differ from the bucket. And a store that was opened with
+    # a smaller scheme than the stored one shows no losses layers.
     if store.storage.cache is not None or store.spec != store.stored:
         store = Store(store.storage.without_cache())
 
@@ -80,11 +83,12 @@ def verify(
         found += [p for p in _spread(pool, check, places(store, sample, seed), num_threads) if p is not None]
         if not found:
             return []
+        # Other jobs may have changed the store meanwhile, so the problems are checked against its present state.
         now = Store(store.storage)
         general = {*check_metadata(now), *_check_outside(now)}
 
         def is_still(problem: Problem) -> bool:
-            """Whether it was not taken back or written anew meanwhile."""
+            """Returns whether the problem still exists. Its shard may have been replaced or taken back meanwhile."""
             if problem in general:
                 return True
             if problem.shard is None or problem.layer not in now.layers:
@@ -97,13 +101,24 @@ def verify(
 
 
 def check_num_threads(num_threads: int) -> None:
-    """Raises ValueError if `verify` cannot read with so many."""
+    """Raises ValueError if `num_threads` is below 1."""
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got num_threads={num_threads}; 4 is usual")
 
 
 def places(store: Store, sample: float = 1.0, seed: int = 0) -> list[tuple[str, int]]:
-    """Lists the (layer, shard) pairs that `verify` reads: committed ones within the store's extent."""
+    """Lists the committed shards that `verify` reads, as pairs (layer, shard).
+
+    Shards after the store's last one are left out.
+
+    Args:
+        store: The open store.
+        sample: Share of each layer's committed shards, above 0 and at most 1. At least one shard is chosen.
+        seed: Seed of the random choice of the shards.
+
+    Raises:
+        ValueError: `sample` is out of range.
+    """
     if not 0.0 < sample <= 1.0:
         raise ValueError(f"sample must be above 0 and at most 1, got sample={sample}; 1 reads everything")
     rng = random.Random(seed)
@@ -117,7 +132,11 @@ def places(store: Store, sample: float = 1.0, seed: int = 0) -> list[tuple[str, 
 
 
 def check_shard(store: Store, layer: str, shard: int) -> Problem | None:
-    """Reads one shard of a layer, and all that its values must agree with."""
+    """Checks one shard of a layer, and whether it fits the layers below it, from which it was computed.
+
+    Returns:
+        The problem of the shard in this layer; None if it is intact. Problems of the layers below are not returned.
+    """
     try:
         values = store.reader.read_layers(shard, layers=(layer,))
         store.reader.assemble(values)
@@ -127,14 +146,20 @@ def check_shard(store: Store, layer: str, shard: int) -> Problem | None:
         if error.layer == layer:
             return Problem(layer=layer, shard=shard, reason=error.reason)
     except (IdentityError, LayerNotFoundError):
-        pass  # of this layer, or of one below
+        pass  # The error may come from this layer or from a layer below. `_check_alone` finds out.
     else:
         return None
     return _check_alone(store, layer, shard)
 
 
 def _check_alone(store: Store, layer: str, shard: int) -> Problem | None:
-    """Compares a shard with its own record only: what it was computed from is not there, or not as it should be."""
+    """Compares a shard with its own commit record, without the values of the layer below.
+
+    This check is used if the layer below is missing, damaged or changed.
+
+    Returns:
+        The problem: damage, values of another model, or stale values. None if the shard itself is intact.
+    """
     try:
         commit = _record(store, layer, shard)
         data = store.storage.get_many(*object_paths(store.spec, Part(layer, shard)))
@@ -144,42 +169,52 @@ def _check_alone(store: Store, layer: str, shard: int) -> Problem | None:
     except DamagedShardError as error:
         return Problem(layer=layer, shard=shard, reason=error.reason)
     if (below := layout.below(layer)) is None or shard not in store.layers[layer].stale:
-        return None  # what is wrong below is found there
+        return None  # A problem of the layer below is found when that layer is checked.
     try:
         origin = _record(store, below, shard)
     except DamagedShardError:
-        return None
+        return None  # The damaged record below is found when that layer is checked.
     was, now = short_digest(commit.computed_from), short_digest(origin.digest)
-    return Problem(layer=layer, shard=shard, reason=f"stale values, computed from {below} {was}, which is {now} now")
+    reason = f"stale values, computed from {below} {was}, but {below} is {now} now"
+    return Problem(layer=layer, shard=shard, reason=reason)
 
 
 def _record(store: Store, layer: str, shard: int) -> Commit:
-    """Reads a shard's record as it is, whatever it was computed from."""
+    """Reads a shard's commit record without comparing it with the layer below.
+
+    Raises:
+        DamagedShardError: The shard has several commit records, or its record is missing, is malformed or does not
+            match its file name.
+    """
     index = store.layers[layer].index
     if (place := index.find(shard)) is None or shard in index.contested:
         raise DamagedShardError(layer, shard, "several commit records")
     name = index.name(place)
     (data,) = store.storage.get_many([f"{commits_folder(layer)}/{name}"], [MAX_COMMIT_BYTES])
     if data is None or len(data) > MAX_COMMIT_BYTES:
-        what = "is listed but not there" if data is None else "is too long to be one"
+        what = "is listed but missing" if data is None else "is too long"
         raise DamagedShardError(layer, shard, f"a commit record that {what}")
     return parse_commit(data, layer, shard, name)
 
 
 def _check_digests(commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Checks what only `verify` computes: a shard's identity, and those of its documents."""
+    """Checks the digest of a shard and the digests of its documents. Readers skip these two checks.
+
+    Raises:
+        DamagedShardError: A digest differs.
+    """
     if (digest := layer_digest(commit.layer, arrays)) != commit.digest:
         reason = f"values with digest {digest[:19]}, not {commit.digest[:19]}"
         raise DamagedShardError(commit.layer, commit.shard, reason)
     if commit.layer == "tokens":
         found = document_digests(arrays["ids"], arrays["loss_mask"], arrays["lengths"])
         if len(wrong := np.flatnonzero(found != arrays["digests"])):
-            reason = f"{len(wrong)} documents that are not those of their digests, document {wrong[0]} the first"
+            reason = f"{len(wrong)} documents that differ from their digests, the first of them document {wrong[0]}"
             raise DamagedShardError(commit.layer, commit.shard, reason)
 
 
 def _check_outside(store: Store) -> Iterator[Problem]:
-    """Looks at shards behind the store's end, where only those of an append under way may be."""
+    """Yields problems of shards after the store's last one. Only an append that is under way may have such shards."""
     if pending_append(store.storage, store.spec.appends) is not None:
         return
     for name, layer in store.layers.items():
@@ -189,31 +224,33 @@ def _check_outside(store: Store) -> Iterator[Problem]:
         if intact := [shard for shard, problem in zip(outside, found, strict=True) if problem is None]:
             reason = (
                 f"shards {spans(runs(intact))} are committed, but the store ends before shard {store.spec.num_shards}: "
-                f"zarr.json was changed, or a file in {FOLDER}/ is gone; restore it from a copy of the store, or run "
-                "the dump with the --data of these documents and --append"
+                f"zarr.json was changed, or a file in {FOLDER}/ is missing; restore that file from a copy of the "
+                "store, or run the dump with the --data of these documents and --append"
             )
             yield Problem(layer=name, shard=None, reason=reason)
 
 
 def _spread(pool: ThreadPoolExecutor, action: Callable[[U], T], items: Sequence[U], num_threads: int) -> Iterator[T]:
+    """Maps `action` over `items` in batches, and yields the results in order."""
     size = num_threads * PER_THREAD
     for start in range(0, len(items), size):
         yield from pool.map(action, items[start : start + size])
 
 
 def repair(store: Store, problems: list[Problem]) -> list[str]:
-    """Takes back what is damaged or stale, so that the next dump writes it anew, and that alone.
+    """Takes back damaged and stale shards, so that the next dump writes only these shards again.
 
-    Removes commit records, writes lost metadata anew where it follows from the rest, gives up an append that was not
-    finished, and clears what killed writers left. Values stay where they are until they are replaced. No writer should
-    be at work meanwhile; if one is, the worst is more of the same work.
+    The commit records of these shards are removed; the stored values stay until a dump replaces them. Metadata that was
+    lost is written again if it follows from the specs. An unfinished append is given up, and leftovers of killed
+    writers are removed. No job should write to the store meanwhile. If a job does write, a second repair may be
+    needed, but wrong values are never read.
 
     Args:
         store: The store that was verified.
-        problems: What `verify` found. Those with neither a shard nor a path stay.
+        problems: The problems that `verify` found. A problem with neither a shard nor a path cannot be repaired.
 
     Returns:
-        What was done, in words.
+        One line of text for each action.
     """
     storage = store.storage
     done = [
@@ -222,6 +259,7 @@ def repair(store: Store, problems: list[Problem]) -> list[str]:
         if problem.shard is not None and take_back(storage, problem.layer, problem.shard)
     ]
     paths = {problem.path: problem.layer for problem in problems if problem.path is not None}
+    # Damaged files are removed first, because `write_anew` does not replace existing files.
     for path in paths:
         storage.remove(path)
     for layer in dict.fromkeys(paths.values()):

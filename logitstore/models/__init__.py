@@ -1,1 +1,1 @@
-"""Causal language models, shared by dump and trainer: loading, identity, the split into backbone and head."""
+"""Causal language models, used by the dump and the trainer: loading, identity, splitting into backbone and head."""

@@ -1,4 +1,4 @@
-"""Loads models, configurations and tokenizers of Hugging Face, and says what is wrong where one cannot be loaded."""
+"""Loads models, configurations and tokenizers from Hugging Face. Errors say in one line why the loading failed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model, and how to load it."""
+    """Name of a model, and the options with which the model is loaded."""
 
     name: str
     """Hugging Face id or folder."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None for the default branch."""
     dtype: str = "auto"
-    """Data type of the weights; "auto" takes the configuration's."""
+    """Data type of the weights; "auto" for the data type in the model's configuration."""
     attn_implementation: str | None = None
-    """Implementation of attention, by its name in transformers; None for transformers' own choice."""
+    """Name of the attention implementation in transformers, such as sdpa; None leaves the choice to transformers."""
     trust_remote_code: bool = False
-    """Whether code from the model's repository may run."""
+    """Whether Python code from the model's repository may run."""
 
 
 def load_config(source: ModelSource, *, what: str) -> PreTrainedConfig:
@@ -39,10 +39,10 @@ def load_config(source: ModelSource, *, what: str) -> PreTrainedConfig:
 
     Args:
         source: The model.
-        what: Name of the model's part for error messages: target, draft, reference NAME.
+        what: Role of the model in error messages: target, draft, reference NAME.
 
     Raises:
-        ValueError: There is no such model, or transformers does not know its configuration.
+        ValueError: The model does not exist, or transformers does not know its kind of configuration.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -58,11 +58,11 @@ def load_tokenizer(source: ModelSource, *, what: str) -> PreTrainedTokenizerBase
     """Loads a model's tokenizer.
 
     Args:
-        source: The model, or a folder with a tokenizer alone.
-        what: Name of the argument for error messages: tokenizer, or the part of the model that has it.
+        source: The model, or a folder that holds only a tokenizer.
+        what: Name in error messages: "tokenizer", or the role of the model that has the tokenizer, such as target.
 
     Raises:
-        ValueError: There is no tokenizer.
+        ValueError: No tokenizer was found, or it cannot be loaded.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -75,15 +75,16 @@ def load_tokenizer(source: ModelSource, *, what: str) -> PreTrainedTokenizerBase
 
 
 def load_model(source: ModelSource, *, what: str, device: torch.device | str) -> PreTrainedModel:
-    """Loads a causal LM for inference.
+    """Loads a causal LM and puts it into evaluation mode.
 
     Args:
         source: The model.
-        what: Name of the model's part for error messages: target, draft, reference NAME.
-        device: Device that the model is moved to.
+        what: Role of the model in error messages: target, draft, reference NAME.
+        device: Device to move the model to.
 
     Raises:
-        ValueError: The weights cannot be read, or this machine lacks the implementation of attention.
+        ValueError: The weights cannot be read, or the requested attention implementation does not work on
+            this machine.
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -98,8 +99,10 @@ def load_model(source: ModelSource, *, what: str, device: torch.device | str) ->
             f"{what} must have weights that can be read, got {what}={source.name} ({error}); copy or download it again"
         ) from error
     except (ImportError, ValueError) as error:
+        # If no implementation was requested, the cause of the error is not known here: it is raised unchanged.
         if source.attn_implementation is None:
             raise
+        # Messages of transformers are long. Their first sentence tells the cause.
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
             f"attn_implementation must be one that {what}={source.name} can run with here, got attn_implementation="
@@ -110,19 +113,32 @@ def load_model(source: ModelSource, *, what: str, device: torch.device | str) ->
     return model
 
 
-def _refusal(what: str, rule: str, name: str, error: Exception, mend: str) -> ValueError:
-    """What to raise where nothing can be loaded; `mend` is what to do with a folder."""
+def _refusal(what: str, rule: str, name: str, error: Exception, next_step: str) -> ValueError:
+    """Returns the error to raise when something cannot be loaded.
+
+    Args:
+        what: Name in the message, such as target.
+        rule: Requirement that was not met: the words that follow "must" in the message.
+        name: Hugging Face id or folder, as given.
+        error: Error that was raised on loading.
+        next_step: Advice that ends the message if `name` is a folder on this machine.
+    """
     said = str(error).strip().partition("\n")[0].strip()
-    # Of a list of causes, the first line is but the start.
+    # A first line that ends with a colon only introduces a list of causes: it explains nothing by itself.
     reason = "" if said.endswith(":") else f" ({said.rstrip('.')})"
     if not Path(name).is_dir():
-        mend = "check the name: it is no folder here, and the hub did not give it"
-    return ValueError(f"{what} must {rule}, got {what}={name}{reason}; {mend}")
+        next_step = "check the name: it is not a folder here, and it could not be loaded from the hub"
+    return ValueError(f"{what} must {rule}, got {what}={name}{reason}; {next_step}")
 
 
 @contextmanager
 def loading_bars(wanted: bool) -> Iterator[None]:
-    """Turns transformers' own progress bars, of loading and saving weights, off for a while unless they are wanted."""
+    """Turns off, inside the context, the progress bars that transformers shows while it loads or saves weights.
+
+    Args:
+        wanted: Whether to leave the bars on.
+    """
+    # Bars that were off before must stay off afterwards.
     if wanted or not logging.is_progress_bar_enabled():
         yield
         return

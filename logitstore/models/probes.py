@@ -1,7 +1,8 @@
-"""Whether a causal LM can be taken apart, and whether it keeps the documents of a packed row apart: tried, not assumed.
+"""Checks that a causal LM can be split into backbone and head, and that it can run on packed documents.
 
-Each check runs the model on a few tokens and raises ValueError with the model, its class and what was found. Here is
-what a list of architectures would be for; code that comes with a model is checked like transformers' own.
+Each check runs the model on a few tokens. If the model fails, the check raises ValueError, whose message names the
+model, its class and the problem. The checks replace a list of supported architectures, so they also cover code that
+comes with a model (trust_remote_code).
 """
 
 from __future__ import annotations
@@ -21,18 +22,28 @@ if TYPE_CHECKING:
     from logitstore.models.split_lm import SplitLM
 
 LARGE_LOGIT = 100.0
-"""What the probe's logits are enlarged to: a soft cap, of 30 say, does not show on a fresh model's small ones."""
+"""Largest absolute logit in the second pass of `check_halves`. A soft cap (of 30, for example) hardly changes the small
+logits of an untrained model, but it changes logits of this size."""
 TOKENS = 8
-"""Tokens of a probe."""
+"""Number of tokens in the input of `check_halves`."""
 
 
 @torch.no_grad()
 def check_halves(lm: SplitLM) -> None:
-    """Compares backbone and head with the model as a whole, and looks whether later tokens reach earlier ones.
+    """Checks that backbone and head together compute the model's logits, and that the model is causal.
+
+    Runs the whole model and its two halves on 8 tokens and compares their logits. A second pass compares the logits
+    after they were scaled up to `LARGE_LOGIT`. Then the last four tokens are changed: the hidden states of the first
+    four tokens must stay the same.
+
+    Args:
+        lm: The model, on the device where it will run. Its training mode is restored afterwards.
 
     Raises:
-        ValueError: The model does something else between its backbone and its logits, or is not causal.
+        ValueError: The model's logits are not its head applied to the last hidden states of its backbone, or hidden
+            states depend on later tokens.
     """
+    # The modulo keeps the ids valid for a vocabulary with fewer than 8 tokens.
     ids = torch.arange(TOKENS, device=lm.device)[None] % lm.vocab_size
     head = lm.head
     if head is None or getattr(head, "weight", None) is None:
@@ -42,7 +53,7 @@ def check_halves(lm: SplitLM) -> None:
         states: Tensor | None = getattr(output, "last_hidden_state", None)
         if states is None or states.shape != (1, TOKENS, head.weight.shape[-1]):
             raise _refusal(
-                lm, "have logits that are its output embedding applied to its backbone", "has something between them"
+                lm, "have logits that are its output embedding applied to its backbone", "has a step between the two"
             )
         hidden = states.to(head.weight.dtype)
         raw = float(head(hidden[0]).float().abs().max().nan_to_num())
@@ -51,15 +62,30 @@ def check_halves(lm: SplitLM) -> None:
         before = TOKENS // 2
         ids[0, before:] = (ids[0, before:] + 1) % lm.vocab_size
         changed = _difference(hidden[:, :before], lm.hidden(ids)[:, :before])
-    # Experts work on groups of tokens, whose sizes change with the tokens: not all of a difference is knowledge.
+    # In a mixture of experts, the number of tokens that an expert gets depends on the later tokens too, and rounding
+    # depends on that number. The tolerance therefore allows small differences.
     if changed > max(1e-4, 8 * torch.finfo(hidden.dtype).eps):
         raise _refusal(
-            lm, "be causal", f"changes its states by a fraction of {changed:.1g} where later tokens are others"
+            lm, "be causal", f"changes its earlier states by a fraction of {changed:.1g} when later tokens change"
         )
 
 
 def _compare(lm: SplitLM, head: nn.Module, ids: Tensor, hidden: Tensor, factor: float) -> None:
-    """Raises ValueError if the model makes other logits than its halves where the head is given `factor` times more."""
+    """Compares the logits of the whole model with those of its halves.
+
+    The input of the head is multiplied by `factor` in the whole model and in the halves. This changes the size of the
+    logits. T: number of tokens. H: hidden size.
+
+    Args:
+        lm: The model.
+        head: The head of the model.
+        ids: Int64 [1, T]: input of the model.
+        hidden: [T, H]: hidden states that the backbone computes from `ids`.
+        factor: Factor that the input of the head is multiplied by.
+
+    Raises:
+        ValueError: The logits differ by more than rounding.
+    """
     hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * factor, *inputs[1:]))
     try:
         whole: Tensor = lm.model(input_ids=ids, use_cache=False).logits
@@ -67,11 +93,12 @@ def _compare(lm: SplitLM, head: nn.Module, ids: Tensor, hidden: Tensor, factor: 
         hook.remove()
     if whole.ndim != 3 or whole.shape[:2] != ids.shape or whole.shape[2] < lm.vocab_size:
         raise _refusal(
-            lm, f"give a logit of each of the {lm.vocab_size} tokens", f"gives logits of shape {list(whole.shape)}"
+            lm, f"give a logit for each of the {lm.vocab_size} tokens", f"gives logits of shape {list(whole.shape)}"
         )
     whole = whole[0, :, : lm.vocab_size].float()
     halves = lm.logits(hidden * factor)
-    # bf16 matrix products of other shapes differ in the last bits. NaN is not this check's business.
+    # The two matrix products have different shapes, so their bf16 results differ in the last bits. NaN is accepted on
+    # both sides, because a NaN says nothing about whether the model can be split.
     size = float(whole.nan_to_num().abs().max())
     if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * size, equal_nan=True):
         raise ValueError(
@@ -82,20 +109,27 @@ def _compare(lm: SplitLM, head: nn.Module, ids: Tensor, hidden: Tensor, factor: 
 
 @torch.no_grad()
 def check_packing(lm: SplitLM) -> None:
-    """Compares documents that are packed with others into one row with the same ones elsewhere.
+    """Checks that the hidden states of a document do not depend on the documents packed into the same batch row.
 
-    Says nothing of an implementation of attention that runs on another kind of device than the model is on.
+    Runs three documents packed into one row, then changes the neighbours of the middle document or its place in the
+    row. The hidden states of the middle document must stay the same. The result holds only for the attention
+    implementation that runs on the model's current device: flash attention cannot be checked on a CPU.
+
+    Args:
+        lm: The model, on the device where it will run. Its training mode is restored afterwards.
 
     Raises:
-        ValueError: What a document gives depends on what it is packed with, or on where.
+        ValueError: The hidden states of a document depend on the other documents in the row, or on its place in the
+            row.
     """
     must = "keep the documents of a packed row apart"
     config = lm.model.config.get_text_config()
     if "position_ids" not in inspect.signature(lm.backbone.forward).parameters:
         raise _packing_refusal(lm, must, "takes no position_ids")
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        # thousands of tokens long: no probe reaches where they end
-        raise _packing_refusal(lm, must, "attends within chunks of the row, wherever documents begin")
+        # A chunk has thousands of tokens. The short input below ends before the first chunk does, so the comparison
+        # would not notice that documents attend to one another.
+        raise _packing_refusal(lm, must, "attends within fixed chunks of the row, which ignore where documents begin")
 
     generator = torch.Generator().manual_seed(0)
     drawn, beside = torch.randint(lm.vocab_size, (2, 5 + 7 + 6), generator=generator).to(lm.device)
@@ -104,26 +138,32 @@ def check_packing(lm: SplitLM) -> None:
 
     def packed(*documents: Tensor, start: int) -> Tensor:
         positions = torch.cat([torch.arange(len(one)) for one in documents])
-        # and a second row, with its documents elsewhere
+        # The documents of the second row begin at other places. If the model takes the boundaries of the first row
+        # from the second one, the hidden states of the first row change.
         ids = torch.stack([torch.cat(documents), beside])
         rows = torch.stack([positions, torch.arange(len(beside)) % 9]).to(lm.device)
         return lm.hidden(ids, rows)[0, start : start + len(middle)]
 
     with _evaluating(lm):
         plain = packed(first, middle, last, start=5)
-        # A causal model cannot know of a later document: what that one changes is arithmetic alone.
+        # In a causal model, a later document can change the states of an earlier one only by rounding, which
+        # `arithmetic` measures. `leak` is the effect of an earlier document, which must not be clearly larger.
         arithmetic = _difference(plain, packed(first, middle, other_last, start=5))
         leak = _difference(plain, packed(other_first, middle, last, start=5))
         moved = _difference(plain, packed(middle, first, last, start=0))
     if leak > 8 * arithmetic + 1e-5:
-        raise _packing_refusal(lm, must, f"changes its states by a fraction of {leak:.1g} with the document before")
+        raise _packing_refusal(
+            lm, must, f"changes a document's states by a fraction of {leak:.1g} when the document before it changes"
+        )
     if moved > max(1e-3, 16 * torch.finfo(plain.dtype).eps):
-        raise _packing_refusal(lm, must, f"changes its states by a fraction of {moved:.1g} with the place in the row")
+        raise _packing_refusal(
+            lm, must, f"changes a document's states by a fraction of {moved:.1g} when its place in the row changes"
+        )
 
 
 @contextmanager
 def _evaluating(lm: SplitLM) -> Iterator[None]:
-    """Turns dropout off for a while, and on a CPU an attention that only GPUs have."""
+    """Turns off dropout inside the context. On a CPU, also uses sdpa instead of flash attention, which needs a GPU."""
     model, training = lm.model, lm.model.training
     absent = lm.device.type == "cpu" and is_flash_attention_requested(model.config)
     wanted = model.config._attn_implementation
@@ -139,7 +179,10 @@ def _evaluating(lm: SplitLM) -> Iterator[None]:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """The largest difference as a fraction of the largest number; 0 where there are no finite ones."""
+    """Returns the largest absolute difference of two tensors, as a fraction of the largest absolute value of `one`.
+
+    NaN counts as 0. Returns 0 if all values of `one` are 0.
+    """
     size = float(one.float().nan_to_num().abs().max())
     return float((one.float() - other.float()).nan_to_num().abs().max()) / size if size else 0.0
 

@@ -1,7 +1,11 @@
-"""What a model says on the stored support of rows: the kept entries, and the tail as one more bucket. torch only.
+"""Computes a model's probabilities and losses on the support of stored rows.
 
-The dump's losses and the trainer's objectives both come from here, so that a loss gap compares like with like.
-N rows, K entries per row at most, V vocabulary.
+The support of a row is its kept entries, and the tail as one more bucket. The dump's losses and the trainer's
+objectives both use these functions, so that a loss gap compares values that were computed in the same way. Uses only
+torch.
+
+p: the target's distribution; q: the model's distribution. S: the kept entries of a row. p_t, q_t: tail mass of p and of
+q. N: rows, K: largest number of entries in a row, V: vocabulary size.
 """
 
 from __future__ import annotations
@@ -16,24 +20,27 @@ if TYPE_CHECKING:
     from logitstore.rows.rows import Padded
 
 TAIL_FLOOR = 1e-6
-"""The model's tail probability never counts as less: a float32 sum of kept probabilities is no truer."""
+"""Lowest tail mass of a model; smaller values are raised to it. The tail mass is 1 minus a float32 sum of kept
+probabilities, which is no more accurate than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """N rows of the target on a device, as a rectangle: what objectives and losses weigh."""
+    """N rows of the target on a device, padded to the same number of entries: the input of losses and objectives."""
 
     token_ids: Tensor
-    """Int64 [N, K]; 0 beyond a row's entries."""
+    """Int64 [N, K]: ids of the entries; 0 beyond a row's entries."""
     probs: Tensor
-    """Float32 [N, K]: p of the entries, 0 beyond a row's. With the tail they sum to 1."""
+    """Float32 [N, K]: probabilities p of the entries; 0 beyond a row's entries. The `probs` and the `tail` of
+    a row sum to 1."""
     tail: Tensor
-    """Float32 [N]: tail mass."""
+    """Float32 [N]: tail mass of p, in [0, 1]."""
     weights: Tensor | None = None
-    """Float32 [N, K]: what entries stand for where they were drawn: with 0 for all others an unbiased estimate of p.
-    None where rows are truncated: entries stand for themselves, and the tail for the rest."""
+    """Float32 [N, K]: weights of the entries, for the schemes that draw entries (sample, hybrid). The weights, together
+    with 0 for all other ids, are an unbiased estimate of p. None for truncated rows (topk, nucleus)."""
     drawn_entropy: Tensor | None = None
-    """Float32 [N]: entropy of p where entries were drawn; None where it follows from `probs` and `tail`."""
+    """Float32 [N], nats: entropy of p over the whole vocabulary, for the schemes that draw entries. None for truncated
+    rows: their entropy is computed from `probs` and `tail`."""
 
     def __len__(self) -> int:
         return len(self.tail)
@@ -49,7 +56,7 @@ class Support:
 
     @staticmethod
     def of(rows: Padded, device: torch.device) -> Support:
-        """Brings rows to a device."""
+        """Copies padded rows to a device."""
         return Support(
             token_ids=torch.from_numpy(rows.token_ids).to(device),
             probs=torch.from_numpy(rows.probs).to(device),
@@ -60,75 +67,98 @@ class Support:
 
     @property
     def used(self) -> Tensor:
-        """Bool [N, K]: which places hold an entry."""
+        """Bool [N, K]: True for entries, False for padding."""
         return self.probs > 0
 
     def entropy(self) -> Tensor:
-        """Float32 [N], nats: of the kept entries and the tail bucket, or of p where entries were drawn."""
+        """Returns the entropy of each row.
+
+        Returns:
+            Float32 [N], nats. For truncated rows, the entropy of the kept entries and the tail bucket. For the schemes
+            that draw entries, the entropy of p over the whole vocabulary.
+        """
         if self.drawn_entropy is not None:
             return self.drawn_entropy
+        # xlogy(0, 0) is 0, so that padding and an empty tail add nothing.
         return -(torch.xlogy(self.probs, self.probs).sum(-1) + torch.xlogy(self.tail, self.tail))
 
 
 def normalised(logits: Tensor) -> Tensor:
-    """Returns logprobs whose probabilities sum to 1 within 1e-6; without a gradient.
+    """Computes logprobs whose probabilities sum to 1 within 1e-6. Not differentiable.
 
-    Of 262,144 tokens a CPU's float32 log_softmax alone is off by up to 1e-3, all tokens of a row by the same.
+    With 262,144 tokens, float32 log_softmax on a CPU has an error of up to 1e-3, which is the same for all tokens of a
+    row. This function subtracts that error.
 
     Args:
         logits: Float32 [N, V].
+
+    Returns:
+        Float32 [N, V], nats.
     """
     logprobs = logits.log_softmax(-1)
     return logprobs.sub_(logprobs.exp().sum(-1, keepdim=True).log())
 
 
 def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
-    """Reduces a model's distribution to the support.
+    """Reduces a model's distribution over the vocabulary to the support: the kept entries and the tail.
 
     Args:
-        logprobs: Float32 [N, V], normalised.
-        support: N rows.
+        logprobs: Float32 [N, V]: the model's logprobs, normalised.
+        support: N rows of the target.
 
     Returns:
-        Logprobs of the kept entries [N, K] (0 beyond a row's entries), and log of the mass left for the tail [N].
+        The model's logprobs of the kept entries [N, K] (0 beyond a row's entries), and the log of its tail mass [N].
     """
     kept = logprobs.gather(1, support.token_ids).where(support.used, 0.0)
     return kept, log_tail(kept, support)
 
 
 def log_tail(kept: Tensor, support: Support) -> Tensor:
-    """Returns the log of the mass that a model leaves for the tail [N], from its logprobs of the entries [N, K]."""
+    """Computes the log of a model's tail mass.
+
+    Args:
+        kept: Float32 [N, K]: the model's logprobs of the kept entries.
+        support: N rows of the target.
+
+    Returns:
+        Float32 [N], at least log(TAIL_FLOOR).
+    """
     left = 1.0 - kept.exp().where(support.used, 0.0).sum(-1)
-    # below the floor too the gradient must say that there is too little, or the tail is never learnt
+    # With a plain clamp, the gradient would be 0 below the floor, and a draft without tail mass would never learn the
+    # tail. The value is therefore clamped, but the gradient is that of the value before the clamp.
     return (left + (left.clamp_min(TAIL_FLOOR) - left).detach()).log()
 
 
 def acceptance_estimate(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
-    """Estimates alpha = sum_v min(p_v, q_v) of each row from what is stored of p.
+    """Estimates the acceptance rate of each row under sampling, alpha = sum_v min(p_v, q_v), from the stored entries.
 
     Args:
-        support: N rows of the target p.
-        kept: Logprobs of q at the entries [N, K], as from `on_support`.
+        support: N rows of the target p, with weights w if entries were drawn.
+        kept: Logprobs of q at the entries [N, K], as returned by `on_support`.
         tail: Log of q's tail mass [N].
 
     Returns:
-        [N]. Where rows are truncated sum_S min(p, q) + min(p_t, q_t), where entries were drawn sum_S w min(1, q / p).
+        Float32 [N]. For truncated rows, an upper bound of alpha in [0, 1]: sum_S min(p, q) + min(p_t, q_t). For drawn
+        entries, an unbiased estimate, which can be above 1: sum_S w min(1, q / p).
     """
     q = kept.exp().where(support.used, 0.0)
     if support.weights is None:
         return (torch.minimum(support.probs, q).sum(-1) + torch.minimum(support.tail, tail.exp())).clamp(0.0, 1.0)
+    # Padding has probability 0. Dividing by 1 there avoids NaN.
     return (support.weights * (q / support.probs.where(support.used, 1.0)).clamp_max(1.0)).sum(-1)
 
 
 def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
-    """Computes CE(p, q) = -sum_S p log q - p_t log q_t of each row: the entries that are stored, and the rest as one.
+    """Computes the soft cross entropy CE(p, q) = -sum_S p log q - p_t log q_t of each row.
 
-    Of drawn entries too: their probabilities are known. CE(p, q) - CE(p, r) is the loss gap, in which the target's
-    entropy cancels; the estimate by weights has no bias, but noise that hides the gap of two models that are alike.
+    The tail counts as a single outcome. Drawn entries are treated in the same way as kept ones, because their
+    probabilities p are stored too. An estimate with the weights of the draws would be unbiased, but its noise would
+    hide the loss gap of two similar models. The loss gap is CE(p, q) - CE(p, r), where r is the distribution of a
+    reference model. The entropy of p cancels in this difference.
 
     Args:
         support: N rows of the target p.
-        kept: Logprobs of q at the entries [N, K], as from `on_support`.
+        kept: Logprobs of q at the entries [N, K], as returned by `on_support`.
         tail: Log of q's tail mass [N].
 
     Returns:
@@ -138,11 +168,18 @@ def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
 
 
 def estimated_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
-    """Computes what drafts learn from: -sum_S w log q where entries were drawn, else as `soft_cross_entropy`.
+    """Computes the training loss of each row.
 
-    An unbiased estimate of CE over the whole vocabulary, as is its gradient (arXiv 2503.16870).
+    For truncated rows, this is `soft_cross_entropy`. For drawn entries, it is -sum_S w log q: an unbiased estimate of
+    the cross entropy over the whole vocabulary, with an unbiased gradient (arXiv 2503.16870).
 
-    Args and returns: As `soft_cross_entropy`.
+    Args:
+        support: N rows of the target p, with weights w if entries were drawn.
+        kept: Logprobs of q at the entries [N, K], as returned by `on_support`.
+        tail: Log of q's tail mass [N].
+
+    Returns:
+        Float32 [N], nats.
     """
     if support.weights is not None:
         return -(support.weights * kept).sum(-1)

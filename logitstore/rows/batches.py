@@ -1,6 +1,7 @@
-"""The documents of a shard in padded batches: what every forward of a model over a store runs on. NumPy only.
+"""Padded batches of the documents of a shard. Every model that reads a store runs on these batches. NumPy only.
 
-N rows that count, B batch, T tokens.
+Rows count if their loss mask is 1. In shapes, B is the number of documents of a batch, T is the padded length in tokens
+of these documents, and N is the number of rows of the batch that count.
 """
 
 from __future__ import annotations
@@ -20,27 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Some documents of a shard, right-padded, and which of their rows count."""
+    """Some documents of a shard, right-padded, and their rows that count (loss mask 1)."""
 
     ids: NDArray[np.int64]
-    """[B, T]: 0 beyond a document's end; nothing under causal attention looks there."""
+    """[B, T]: token ids; 0 beyond the end of a document. Under causal attention no row of a document
+    depends on the padding."""
     places: NDArray[np.intp]
-    """[N]: rows that count, as places in the flattened batch."""
+    """[N]: position of each row that counts, as an index into the flattened [B * T] batch."""
     labels: NDArray[np.int64]
-    """[N]: the token that really follows."""
+    """[N]: for each row that counts, the id of the next token in the same document."""
     rows: NDArray[np.intp]
-    """[N]: the same rows, as places in the shard."""
+    """[N]: index in the shard of each row that counts."""
 
 
 def plan_batches(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[np.intp]]:
-    """Groups documents of like length, longest first, so that padding is rare and memory is tried out at once.
+    """Groups documents of similar length into batches, the longest documents first.
+
+    Documents of similar length need little padding. Because the longest documents come first, a lack of memory shows in
+    the first batch.
 
     Args:
-        lengths: Tokens of each document.
-        batch_tokens: Most tokens of a batch, padding included; a longer document is a batch of its own.
+        lengths: Number of tokens of each document.
+        batch_tokens: Maximum number of tokens of a batch, padding included. A longer document gets its own batch.
 
     Returns:
-        Document numbers of each batch. The same for the same lengths, whatever ran before.
+        Indices of the documents of each batch. Equal arguments always give the same batches.
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []
@@ -53,26 +58,27 @@ def plan_batches(lengths: NDArray[np.int64], batch_tokens: int) -> list[NDArray[
 
 
 def batches(shard: Shard, batch_tokens: int) -> Iterator[Batch]:
-    """Lays out the documents of a shard in batches, for a forward of a model. NumPy only.
+    """Lays out the documents of a shard in batches for the forward pass of a model.
 
     Args:
-        shard: Tokens of the documents.
-        batch_tokens: Most tokens of a batch, padding included; a longer document is a batch of its own.
+        shard: The shard; only its tokens and loss mask are used.
+        batch_tokens: Maximum number of tokens of a batch, padding included. A longer document gets its own batch.
 
     Yields:
-        Every row that counts, once. Documents without such a row are left out.
+        Batches that together hold every row that counts exactly once. Documents without such a row are left out.
     """
     counted = np.add.reduceat(shard.loss_mask, shard.starts[:-1], dtype=np.int64) > 0
     documents = np.flatnonzero(counted)
     for chosen in plan_batches(shard.lengths[documents], batch_tokens):
         members = documents[chosen]
         longest = int(shard.lengths[members].max())
-        # One [B, T] table of shard rows serves ids, mask and places alike.
+        # The ids, the mask and the places are all taken through one [B, T] table of row indices in the shard.
         columns = np.arange(longest)
         real = columns < shard.lengths[members][:, None]
         table = np.where(real, shard.starts[members][:, None] + columns, 0)
         places = np.flatnonzero(real & shard.loss_mask[table])
         rows = table.reshape(-1)[places]
+        # The last row of a document never counts, so row + 1 belongs to the same document.
         yield Batch(
             ids=np.where(real, shard.ids[table], 0).astype(np.int64),
             places=places,

@@ -1,6 +1,6 @@
-"""Rows <-> the arrays of a `target` shard as they are stored. Pure functions over NumPy arrays, no I/O.
+"""Encodes rows as the stored arrays of a `target` shard, and decodes them. Pure functions over NumPy arrays, no I/O.
 
-N rows, E entries.
+In shapes, N is the number of rows and E the number of entries.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore.format.codebook import LEVELS, Codebook
 from logitstore.rows.rows import Rows, row_sums
 
 if TYPE_CHECKING:
@@ -17,27 +16,41 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from logitstore.format.codebook import Codebook
     from logitstore.format.spec import TargetSpec
 
 LARGEST_TAIL = np.float32(1 - 2.0**-24)
-"""A row that counts keeps something, if less than rounding leaves beside its tail: no logprob is -inf or NaN."""
+"""Maximum tail mass of a decoded row: the largest float32 below 1. Rounding may make the stored tail mass 1 although
+the row has entries. With this limit, no decoded logprob is -inf or NaN."""
 MANTISSA_BITS = 7
-"""Bits of mantissa kept of a row's floats: a relative error of at most 2**-8, that of bfloat16."""
+"""Number of mantissa bits of the stored floats of `target`, the same as in bfloat16. The relative error is at most
+2**-8."""
 LOSS_MANTISSA_BITS = 9
-"""Of losses, which are subtracted from each other: at most 2**-10."""
+"""Number of mantissa bits of stored losses. The relative error is at most 2**-10. Losses keep more bits than the floats
+of `target`, because losses are subtracted from each other."""
 
 PER_ENTRY = frozenset({"gaps", "logprobs", "draws"})
-"""Arrays that have a value for each entry; the others have one for each row."""
+"""Names of the arrays with one value per entry. The other arrays of `target` have one value per row."""
 
 
 def round_mantissa(values: NDArray[np.float32], bits: int = LOSS_MANTISSA_BITS) -> NDArray[np.float32]:
-    """Rounds float32 values to `bits` bits of mantissa, so that their last bytes compress to nothing.
+    """Rounds float32 values to `bits` bits of mantissa, ties to even. The other bits become 0 and compress well.
 
-    Infinities stay what they are. NaN becomes the one NaN of the format: others would compare as the fill value, and
-    then be read as it, with another checksum. The relative error is at most ``2 ** -(bits + 1)``.
+    Infinities are unchanged. Every NaN becomes the same NaN as the fill value. Zarr treats all NaNs as the fill value
+    and may not store them, so a reader may get the NaN of the fill value instead. A checksum over any other NaN would
+    then differ between writer and reader.
+
+    Args:
+        values: Float32 values of any shape.
+        bits: Number of mantissa bits to keep.
+
+    Returns:
+        Float32 values of the same shape, with a relative error of at most ``2 ** -(bits + 1)``.
     """
     drop = 23 - bits
     words = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    # Adds half a unit of the lowest kept bit, minus 1, plus the value of that bit. This rounds ties to even. If the
+    # mantissa overflows, the carry increases the exponent, which is the correct result.
     rounded = (words + np.uint32((1 << (drop - 1)) - 1) + ((words >> np.uint32(drop)) & np.uint32(1))) & np.uint32(
         0xFFFFFFFF ^ ((1 << drop) - 1)
     )
@@ -45,53 +58,51 @@ def round_mantissa(values: NDArray[np.float32], bits: int = LOSS_MANTISSA_BITS) 
     return np.where(np.isfinite(values), rounded, special).astype(np.uint32).view(np.float32)
 
 
-def encode(rows: Rows, spec: TargetSpec) -> dict[str, NDArray[Any]]:
-    """Turns rows into the arrays of a `target` shard (docs/format.md). Inverse of `decode` up to the codes' step."""
-    with np.errstate(divide="ignore"):
-        tail = np.log(rows.tail_mass)
-    draws = np.zeros(len(rows.token_ids), dtype=np.uint16)
-    if spec.scheme.name == "sample" and rows.weights is not None:
-        draws[:] = np.rint(rows.weights * spec.scheme.num_draws)
+def pack(
+    *,
+    counts: NDArray[Any],
+    token_ids: NDArray[Any],
+    codes: NDArray[np.uint8],
+    draws: NDArray[Any],
+    tail: NDArray[np.float32],
+    label_logprob: NDArray[np.float32],
+    entropy: NDArray[np.float32],
+) -> dict[str, NDArray[Any]]:
+    """Returns the arrays of a `target` shard (docs/format.md) for rows whose logprobs are already encoded.
+
+    Args:
+        counts: [N]: number of entries of each row; they sum to E.
+        token_ids: [E]: token ids of the entries, strictly rising within each row.
+        codes: [E]: codes of the entries' logprobs.
+        draws: [E]: number of times that each entry was drawn; 0 for all schemes but `sample`.
+        tail: Float32 [N]: log of the tail mass; -inf if the tail is empty, NaN where the loss mask is 0.
+        label_logprob: Float32 [N]: logprob of the next token of the document; NaN where the loss mask is 0.
+        entropy: Float32 [N]: entropy of the whole distribution in nats; NaN where the loss mask is 0.
+    """
     return {
-        "counts": rows.counts.astype(np.uint16),
-        "gaps": gaps(rows.token_ids, rows.counts),
-        "logprobs": _likeliest_alone(spec, rows.logprobs, rows.counts),
-        "draws": draws,
+        "counts": counts.astype(np.uint16),
+        "gaps": gaps(token_ids, counts),
+        "logprobs": codes,
+        "draws": draws.astype(np.uint16),
         "tail": round_mantissa(tail, MANTISSA_BITS),
-        "label_logprob": round_mantissa(rows.label_logprob, MANTISSA_BITS),
-        "entropy": round_mantissa(rows.entropy, MANTISSA_BITS),
+        "label_logprob": round_mantissa(label_logprob, MANTISSA_BITS),
+        "entropy": round_mantissa(entropy, MANTISSA_BITS),
     }
 
 
-def _likeliest_alone(spec: TargetSpec, logprobs: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Codes logprobs, those that share the code of their row's likeliest entry by the next one.
-
-    Which token is likeliest must survive: greedy decoding accepts that alone.
-    """
-    codes = spec.codebook.encode(logprobs)
-    kept = counts[counts > 0]
-    if not len(kept):
-        return codes
-    row = np.repeat(np.arange(len(kept)), kept)
-    highest = np.maximum.reduceat(logprobs, _firsts(counts))[row]
-    is_shared = (codes == np.minimum.reduceat(codes, _firsts(counts))[row]) & (logprobs < highest)
-    codes += (is_shared & (codes != spec.last_exact_code) & (codes != LEVELS - 1)).astype(np.uint8)
-    return codes
-
-
 def gaps(token_ids: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.uint32]:
-    """Codes ids as what lies between them: rising ids of a row become small numbers, which compress best.
+    """Encodes the token ids of each row as gaps between neighbouring ids, which are small numbers and compress well.
 
     Args:
-        token_ids: [E], strictly rising within each row.
-        counts: [N], summing to E.
+        token_ids: [E]: token ids, strictly rising within each row.
+        counts: [N]: number of entries of each row; they sum to E.
 
     Returns:
-        [E]: the first id of each row, then each id less the one before it, less 1.
+        [E]: for the first entry of each row its id, and for every other entry its id minus the id before it, minus 1.
     """
     ids = token_ids.astype(np.uint32, copy=False)
     differences = ids.copy()
-    differences[1:] -= ids[:-1]  # less than 0 where a row begins, which is set right below
+    differences[1:] -= ids[:-1]  # May wrap around at the first entry of a row, which is overwritten below.
     differences -= np.uint32(1)
     first = _firsts(counts)
     differences[first] = ids[first]
@@ -99,9 +110,20 @@ def gaps(token_ids: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.uint32]:
 
 
 def ungap(differences: NDArray[np.uint32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Inverse of `gaps`; [E]. What is no code of ids becomes numbers beyond any vocabulary, not other ids."""
+    """Decodes the token ids of each row from their gaps. Inverse of `gaps`.
+
+    Args:
+        differences: [E]: gaps as `gaps` returns them.
+        counts: [N]: number of entries of each row; they sum to E.
+
+    Returns:
+        Int64 [E]: token ids. If malformed gaps sum to more than 32 bits, the ids do not wrap around. They are then
+        larger than any vocabulary.
+    """
     steps = differences.astype(np.int64) + 1
     first = _firsts(counts)
+    # The first id of a row is stored as it is. One running sum covers the entries of all rows, so the part of the sum
+    # that belongs to earlier rows is subtracted.
     steps[first] -= 1
     total = np.cumsum(steps)
     kept = counts[counts > 0]
@@ -110,22 +132,39 @@ def ungap(differences: NDArray[np.uint32], counts: NDArray[np.int64]) -> NDArray
 
 
 def last_ids(differences: NDArray[np.uint32], counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Returns the largest id of each row that has entries, without making out the others."""
+    """Returns the largest token id of each row that has entries, without decoding the other ids.
+
+    Args:
+        differences: [E]: gaps as `gaps` returns them.
+        counts: [N]: number of entries of each row; they sum to E.
+
+    Returns:
+        Int64 [number of rows with entries]: the largest ids.
+    """
     if not len(differences):
         return np.zeros(0, dtype=np.int64)
+    # The first gap of a row is an id. Every other gap is 1 less than the difference between two neighbouring ids.
     sums: NDArray[np.int64] = np.add.reduceat(differences, _firsts(counts), dtype=np.int64)
     return sums + counts[counts > 0].astype(np.int64) - 1
 
 
 def _firsts(counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Returns where each row that has entries begins."""
+    """Returns the index of the first entry of each row that has entries."""
     kept = counts[counts > 0].astype(np.int64)
     first: NDArray[np.int64] = np.cumsum(kept) - kept
     return first
 
 
 def of_rows(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
-    """Returns the arrays of some rows alone, in the order of their numbers in `rows`."""
+    """Selects rows from the stored arrays of a `target` shard.
+
+    Args:
+        arrays: Stored arrays by name, without padding.
+        rows: Indices of the rows.
+
+    Returns:
+        The arrays of these rows, in the order of `rows`.
+    """
     counts = arrays["counts"].astype(np.int64)
     ends = np.cumsum(counts)
     entries = np.concatenate([np.zeros(0, np.int64), *(np.arange(ends[i] - counts[i], ends[i]) for i in rows)])
@@ -133,14 +172,23 @@ def of_rows(arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> dict[
 
 
 def decode(arrays: Mapping[str, NDArray[Any]], spec: TargetSpec) -> Rows:
-    """Turns the stored arrays of a `target` shard into rows.
+    """Decodes the stored arrays of a `target` shard into rows.
 
-    Coded probabilities of a row can sum to more than it had: they are scaled so that kept probabilities plus tail
-    mass are 1, which moves every logprob of a row by the same, at most its largest coding error.
+    The probabilities that the codes of a row stand for are rounded, so they may sum to more or less than the original
+    probabilities. Decoding scales the rounded probabilities so that they sum to 1 together with the tail mass. Scaling
+    adds the same amount to all logprobs of a row. This amount is at most the largest rounding error of the row's codes.
+
+    Args:
+        arrays: Stored arrays by name, without padding.
+        spec: Spec of the layer, with its scheme and codebook.
+
+    Returns:
+        N rows with E entries in all. The entries have weights if the scheme draws entries.
     """
     counts = arrays["counts"].astype(np.int64)
     codes = arrays["logprobs"]
     logprobs = spec.codebook.table[codes]
+    # The tail is NaN at rows that do not count, which NumPy would report as invalid.
     with np.errstate(invalid="ignore"):
         tail_mass = np.minimum(np.exp(arrays["tail"]), LARGEST_TAIL)
     kept = counts > 0
@@ -164,6 +212,8 @@ def _weights(
     if not spec.scheme.draws:
         return None
     step = np.float32(spec.step)
+    # sample: each draw adds `step` to the weight. hybrid: the weight is `step` for drawn entries, whose codes are above
+    # `last_exact_code`, and the probability for the other entries.
     if spec.scheme.name == "sample":
         return arrays["draws"] * step
     is_drawn = arrays["logprobs"] > spec.last_exact_code
@@ -171,23 +221,34 @@ def _weights(
 
 
 def decode_bounds(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> tuple[Rows, Rows]:
-    """Returns the rows at the least and at the most that the stored codes allow.
+    """Decodes the smallest and the largest values that the stored codes allow.
 
-    A code is the nearest one, so that the logprob that was encoded lies between the boundaries beside it; below the
-    last boundary it may be anything. The tail's log was rounded to `MANTISSA_BITS`. Entries are in the order of
-    `decode`; kept probabilities and tail sum to at most 1 in the first and at least 1 in the second, up to the float32
-    arithmetic of whoever encoded them. Label logprob and entropy are as stored. Without weights: these are exact.
+    The exact logprob of an entry lies between the two boundaries of the entry's code. The last code has no lower
+    boundary, so its smallest logprob is -inf. The log of the tail mass was rounded to `MANTISSA_BITS`, which gives the
+    bounds of the tail mass. Label logprobs and entropies are returned as stored. Weights are None.
+
+    Args:
+        arrays: Stored arrays by name, without padding.
+        codebook: Codebook of the layer.
+
+    Returns:
+        First the rows with the smallest logprobs and tail masses, then the rows with the largest. `decode` returns the
+        entries in the same order. The kept probabilities and the tail mass of a row sum to at most 1 in the first rows,
+        and to at least 1 in the second rows, apart from float32 rounding errors of the encoder.
     """
     counts = arrays["counts"].astype(np.int64)
     token_ids = ungap(arrays["gaps"], counts).astype(np.uint32)
     codes = arrays["logprobs"]
     least = np.append(-codebook.boundaries, np.float32(-np.inf))[codes]
     upper = codes.astype(np.int64)
-    if len(codes):  # what would share the likeliest entry's code has the next one
+    # In each row, the encoder gives the smallest code to the likeliest entry only, and moves other entries that round
+    # to this code to the next code. An entry whose code is 1 above the smallest may thus have a larger exact logprob.
+    if len(codes):
         first = np.minimum.reduceat(upper, _firsts(counts))
         upper -= upper == np.repeat(first + 1, counts[counts > 0])
     most = np.insert(-codebook.boundaries, 0, np.float32(0.0))[upper]
-    # relative to the stored value, not to the true one: twice the rounding is more than enough
+    # Rounding changes the log of the tail mass by at most 2**-8 of its exact value. The exact value is unknown here, so
+    # twice this fraction of the stored value is used, which is enough.
     widening = np.float32(2.0**-MANTISSA_BITS)
     rows = [
         Rows(

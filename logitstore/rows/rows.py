@@ -1,6 +1,7 @@
-"""Rows: the target's next-token distributions in memory, the currency between every part. NumPy only.
+"""Rows: the in-memory form of the target's next-token distributions, used by all parts of the code. NumPy only.
 
-N rows, E entries. Row i holds the distribution of token i + 1 given tokens 0..i of the same document.
+In shapes, N is the number of rows and E the number of entries. Row i holds the distribution of token i + 1 given tokens
+0..i of the same document.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def row_sums(values: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Sums runs of `values`: the first counts[0] of them, the next counts[1], and so on.
+    """Sums the entries of each row: the first counts[0] values, the next counts[1] values, and so on.
 
     Args:
-        values: Float32 [E].
-        counts: Int64 [N], each at least 1, summing to E.
+        values: Float32 [E]: one value per entry.
+        counts: Int64 [N]: number of entries of each row, at least 1; they sum to E.
 
     Returns:
-        Float32 [N].
+        Float32 [N]: the sum of each row.
     """
     if not len(counts):
         return np.zeros(0, dtype=np.float32)
@@ -32,30 +33,32 @@ def row_sums(values: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """N distributions with a ragged number of entries each, E in all: truncated, or drawn from.
+    """N next-token distributions with E entries in all. Each distribution has its own number of entries.
 
-    Rows whose loss mask is 0 keep no entry, and their per-row numbers are NaN.
+    The entries of a distribution are either its likeliest tokens (truncation) or tokens drawn from it. Rows whose loss
+    mask is 0 have no entries, and their tail mass, label logprob and entropy are NaN.
     """
 
     counts: NDArray[np.int64]
-    """[N]: entries kept at each row."""
+    """[N]: number of entries of each row."""
     token_ids: NDArray[np.uint32]
-    """[E]: ids of the kept entries, rising within a row."""
+    """[E]: token ids of the entries, strictly rising within a row."""
     logprobs: NDArray[np.float32]
-    """[E]: natural log of their probability, normalised over the whole vocabulary."""
+    """[E]: natural log of each entry's probability, normalised over the whole vocabulary."""
     weights: NDArray[np.float32] | None
-    """[E]: what each entry stands for where entries were drawn: with 0 for all others an unbiased estimate of p, which
-    sums to 1 on average. None where rows are truncated: entries stand for themselves, and the tail for the rest."""
+    """[E]: weight of each entry, if entries were drawn. Tokens without an entry have weight 0. The weights of a row are
+    an unbiased estimate of the target's probabilities, and sum to 1 on average. None if the rows were truncated: each
+    entry then counts with its probability, and all other tokens together count with the tail mass."""
     tail_mass: NDArray[np.float32]
     """[N]: 1 minus the sum of the kept probabilities, in [0, 1]."""
     label_logprob: NDArray[np.float32]
-    """[N]: logprob of the token that really follows, kept or not."""
+    """[N]: logprob of the token that follows the row in its document, whether this token has an entry or not."""
     entropy: NDArray[np.float32]
-    """[N]: entropy of the whole distribution, nats."""
+    """[N]: entropy of the whole distribution, in nats."""
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
-        """[N + 1]: the entries of row i are offsets[i]..offsets[i + 1]."""
+        """Int64 [N + 1]: row i has the entries offsets[i] up to, not including, offsets[i + 1]."""
         offsets = np.zeros(len(self.counts) + 1, dtype=np.int64)
         np.cumsum(self.counts, out=offsets[1:])
         return offsets
@@ -64,7 +67,8 @@ class Rows:
         return len(self.counts)
 
     def slice(self, start: int, stop: int) -> Rows:
-        """Returns rows start..stop; views, no copies."""
+        """Returns the rows from `start` up to, not including, `stop`. The returned arrays are views, not copies."""
+        # Entries of consecutive rows are stored side by side, so one range holds all of them.
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         return Rows(
             counts=self.counts[start:stop],
@@ -77,15 +81,17 @@ class Rows:
         )
 
     def padded(self, rows: NDArray[np.intp]) -> Padded:
-        """Lays out the entries of some rows as a rectangle, as a device wants them.
+        """Lays out the entries of some rows as padded rectangular arrays, for computation on a GPU.
 
         Args:
-            rows: [M] row numbers.
+            rows: [M]: indices of the rows.
 
         Returns:
-            What is known of p, whatever the scheme, and the weights where entries were drawn.
+            The M rows. Token ids, probabilities and tail mass are always set. Weights and entropy are set only if the
+            entries were drawn.
         """
         counts = self.counts[rows]
+        # `initial=1` makes at least one column, even if no row has entries.
         used = np.arange(int(counts.max(initial=1))) < counts[:, None]
         entries = (self.offsets[rows][:, None] + np.arange(used.shape[1]))[used]
         token_ids = np.zeros(used.shape, dtype=np.int64)
@@ -101,7 +107,12 @@ class Rows:
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
-        """Joins rows in order, all of one scheme."""
+        """Joins several objects of this class into one, in order.
+
+        Args:
+            parts: Rows to join, at least one element. All elements must come from the same scheme.
+        """
+        # Offsets are left out, because `offsets` computes them from the counts.
         names = ["counts", "token_ids", "logprobs", "tail_mass", "label_logprob", "entropy"]
         is_drawn = bool(parts) and parts[0].weights is not None
         joined: dict[str, Any] = {
@@ -113,15 +124,15 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Padded:
-    """M rows as a rectangle, K the largest count among them, at least 1."""
+    """M rows as padded arrays of K columns. K is the number of entries of the longest row, but at least 1."""
 
     token_ids: NDArray[np.int64]
-    """[M, K]; 0 beyond a row's count."""
+    """[M, K]: token ids of the entries; 0 beyond a row's last entry."""
     probs: NDArray[np.float32]
-    """[M, K]: probabilities of the entries; 0 beyond a row's count."""
+    """[M, K]: probabilities of the entries; 0 beyond a row's last entry."""
     tail: NDArray[np.float32]
-    """[M]: what is left for all other tokens."""
+    """[M]: tail mass, the probability of all tokens without an entry together."""
     weights: NDArray[np.float32] | None = None
-    """[M, K]: what entries stand for where they were drawn, 0 beyond a row's count; else None."""
+    """[M, K]: weights of the entries, 0 beyond a row's last entry; None if the rows were truncated."""
     entropy: NDArray[np.float32] | None = None
-    """[M]: of the whole distribution, where entries were drawn; else None."""
+    """[M]: entropy of the whole distribution in nats; None if the rows were truncated."""

@@ -1,4 +1,4 @@
-"""The stored objects of a shard, and the arrays that they decode to."""
+"""Derives the paths of a shard's stored objects, and decodes the objects into checked arrays. Does no I/O."""
 
 from __future__ import annotations
 
@@ -16,36 +16,48 @@ if TYPE_CHECKING:
 
 
 MAX_COMMIT_BYTES = 2**22
+"""Maximum size of a commit record, in bytes."""
 
 
 class Part(NamedTuple):
-    """A shard of a layer, or some of its arrays."""
+    """Some or all arrays of one shard of a layer."""
 
     layer: str
+    """Name of the layer."""
     shard: int
+    """Number of the shard."""
     arrays: frozenset[str] | None = None
-    """Names; None for all."""
+    """Names of the arrays; None for all arrays of the layer."""
 
 
 def entries_per_row(spec: StoreSpec, layer: str) -> int:
-    """Returns the room of a row in the arrays of a layer that are numbered per entry; 1 where there are none."""
+    """Returns the number of entries that a row of a layer has room for; 1 for layers other than `target`."""
     return spec.target.room if layer == "target" and spec.target else 1
 
 
 def _chosen(layer: str, arrays: frozenset[str] | None) -> list[layout.ArraySpec]:
-    """Returns the arrays of a layer that are asked for: all, where no names are given."""
+    """Returns the arrays of a layer that have the given names; all arrays for None."""
     return [array for array in layout.layer_arrays(layer) if arrays is None or array.name in arrays]
 
 
-def _have_objects(spec: StoreSpec, arrays: list[layout.ArraySpec]) -> list[layout.ArraySpec]:
-    """Leaves out arrays that can have no objects: a bucket need not be asked for draws that no scheme made."""
+def _with_objects(spec: StoreSpec, arrays: list[layout.ArraySpec]) -> list[layout.ArraySpec]:
+    """Returns the arrays that can have objects. Only stores of the scheme `sample` have objects for `draws`."""
+    # With other schemes, all values of `draws` are the fill value 0, and Zarr stores no object for them.
     is_sampled = spec.target is not None and spec.target.scheme.name == "sample"
     return [array for array in arrays if array.name != "draws" or is_sampled]
 
 
 def object_paths(spec: StoreSpec, part: Part) -> tuple[list[str], list[int]]:
-    """Returns where the objects of a part of a store are, and how long each may be."""
-    found = _have_objects(spec, _chosen(part.layer, part.arrays))
+    """Returns the paths and the maximum sizes of the objects of a part of a shard.
+
+    Args:
+        spec: Spec of the store, with the specs of its layers.
+        part: The shard and its arrays.
+
+    Returns:
+        The paths of the objects relative to the store's root, and the maximum size of each object in bytes.
+    """
+    found = _with_objects(spec, _chosen(part.layer, part.arrays))
     sizes = {"shard_rows": spec.shard_rows, "k": entries_per_row(spec, part.layer)}
     return (
         [layout.object_path(part.layer, array, part.shard) for array in found],
@@ -54,37 +66,43 @@ def object_paths(spec: StoreSpec, part: Part) -> tuple[list[str], list[int]]:
 
 
 def check_commit_fits(spec: StoreSpec, commit: Commit) -> None:
-    """Checks that a shard has room for what was committed.
+    """Checks that a shard has room for the number of values that its commit record states.
 
     Raises:
-        DamagedShardError: It has not.
+        DamagedShardError: The record states more values of an array than a shard has room for.
     """
     for array in layout.layer_arrays(commit.layer):
         num = num_values(commit, array.per)
         if num > layout.capacity(array, spec.shard_rows, entries_per_row(spec, commit.layer)):
             raise DamagedShardError(
-                commit.layer, commit.shard, f"a commit record of {num} values per {array.per}, more than there is room"
+                commit.layer,
+                commit.shard,
+                f"a commit record with {num} values of {array.name}, more than a shard has room for",
             )
 
 
 def decode_layer(
     spec: StoreSpec, commit: Commit, data: list[bytes | None], arrays: frozenset[str] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Turns the objects of a shard into its arrays, without padding, and checks them against its commit.
+    """Decodes the objects of a shard into arrays without padding, and checks them against its commit record.
 
     Args:
-        spec: Of the store.
-        commit: The shard's record.
-        data: Its objects in the order of `paths`, None for those that are not there.
-        arrays: Which were read; all by default.
+        spec: Spec of the store, with the specs of its layers.
+        commit: Commit record of the shard.
+        data: Bytes of the objects in the order of the paths from `object_paths`; None for objects that do not exist.
+        arrays: Names of the arrays that were read; None for all arrays of the layer.
+
+    Returns:
+        The arrays by name.
 
     Raises:
-        DamagedShardError: What is stored is not what was committed.
+        DamagedShardError: An object cannot be decoded, or the values differ from the commit record.
     """
+    # The record is checked before decoding, because decoding allocates as many values as the record states.
     check_commit_fits(spec, commit)
     layer, shard = commit.layer, commit.shard
     k, chosen = entries_per_row(spec, layer), _chosen(layer, arrays)
-    objects_of = dict(zip((array.name for array in _have_objects(spec, chosen)), data, strict=True))
+    objects_of = dict(zip((array.name for array in _with_objects(spec, chosen)), data, strict=True))
     values = {}
     for array in chosen:
         num, found = num_values(commit, array.per), objects_of.get(array.name)
@@ -93,7 +111,8 @@ def decode_layer(
         except ValueError as error:
             raise DamagedShardError(layer, shard, f"{array.name} that cannot be decoded ({error})") from error
         if (checksum := crc32c(values[array.name])) != commit.checksums[array.name]:
-            absent = ", its object is not there," if found is None and array.name in objects_of else ""
+            # Zarr stores no object if all values are the fill value, so only the checksum shows that one was lost.
+            absent = " (its object is missing)" if found is None and array.name in objects_of else ""
             raise DamagedShardError(
                 layer, shard, f"{array.name}{absent} with checksum {checksum}, not {commit.checksums[array.name]}"
             )

@@ -1,6 +1,6 @@
-"""One shard of a store in memory, and whether what was read of it can be what was committed.
+"""Checks that the values of a shard are possible. A hostile store may hold impossible values with correct checksums.
 
-R rows, D documents, E entries.
+In shapes, R is the number of rows.
 """
 
 from __future__ import annotations
@@ -22,27 +22,39 @@ if TYPE_CHECKING:
     from logitstore.format.spec import StoreSpec
 
 SLACK_NATS = 1e-3
-"""By how much rounding may push a logprob above 0, or an entropy below."""
+"""Maximum amount in nats by which rounding may raise a logprob above 0, or lower an entropy or a loss below 0."""
 
 
 def check_lengths(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Checks that a shard of tokens is documents as far as their lengths tell.
+    """Checks that the lengths of the documents in a shard of `tokens` are possible.
+
+    Args:
+        spec: Spec of the store.
+        commit: Commit record of the shard.
+        arrays: Stored arrays by name; only `lengths` is used.
 
     Raises:
-        DamagedShardError: It is not.
+        DamagedShardError: A length is out of range, or the lengths do not add up to the rows of the commit record.
     """
     lengths = arrays["lengths"].astype(np.int64)
     if (num_rows := int(lengths.sum())) != commit.rows:
-        raise DamagedShardError("tokens", commit.shard, f"documents of {num_rows} rows in all, not {commit.rows}")
+        raise DamagedShardError("tokens", commit.shard, f"lengths that add up to {num_rows} rows, not {commit.rows}")
     if lengths.min(initial=1) < 1 or lengths.max(initial=0) > spec.max_length:
-        raise DamagedShardError("tokens", commit.shard, f"a document that is not of 1 to {spec.max_length} tokens")
+        raise DamagedShardError(
+            "tokens", commit.shard, f"a document with a length outside 1 to {spec.max_length} tokens"
+        )
 
 
 def check_tokens(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Checks that tokens are documents: what was committed may have been wrong, or made to be.
+    """Checks that the values of a shard of `tokens` are possible.
+
+    Args:
+        spec: Spec of the store.
+        commit: Commit record of the shard.
+        arrays: Stored arrays by name, without padding.
 
     Raises:
-        DamagedShardError: They are not.
+        DamagedShardError: A length, a token id or the loss mask is impossible.
     """
     check_lengths(spec, commit, arrays)
     lengths = arrays["lengths"].astype(np.int64)
@@ -50,22 +62,36 @@ def check_tokens(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[A
     if arrays["ids"].max(initial=0) >= spec.tokenizer.vocab_size:
         raise DamagedShardError("tokens", commit.shard, "token ids beyond the vocabulary")
     counted = int(mask.sum(dtype=np.int64))
+    # No token follows the last row of a document, so the last row has no prediction that could count.
     if mask.max(initial=0) > 1 or mask[np.cumsum(lengths) - 1].any() or counted != commit.counted:
-        raise DamagedShardError("tokens", commit.shard, f"a loss mask that is not one of {commit.counted} rows")
+        reason = (
+            f"a loss mask that is not 0 or 1, counts a document's last row, or does not count {commit.counted} rows"
+        )
+        raise DamagedShardError("tokens", commit.shard, reason)
 
 
 def check_target(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[Any]], mask: NDArray[np.bool_]) -> None:
-    """Checks that values are rows: entries where `mask` is 1, numbers that can be such.
+    """Checks that the values of a shard of `target` are possible.
+
+    Args:
+        spec: Spec of the store, with the spec of the target layer.
+        commit: Commit record of the shard.
+        arrays: Stored arrays by name, without padding.
+        mask: [R]: whether a row counts; False in documents that were set aside.
 
     Raises:
-        DamagedShardError: They are not.
+        DamagedShardError: A row that counts has no entries, a row that does not count has entries, or a value is out of
+            range.
     """
     _check_counted(commit, mask)
     counts = arrays["counts"]
     if len(counts) != len(mask) or int(counts.sum(dtype=np.int64)) != commit.entries:
-        raise DamagedShardError("target", commit.shard, "counts that do not add up to its entries")
+        reason = f"counts that do not add up to {commit.entries} entries at {len(mask)} rows"
+        raise DamagedShardError("target", commit.shard, reason)
     if ((counts > 0) != mask).any() or counts.max(initial=0) > entries_per_row(spec, "target"):
-        raise DamagedShardError("target", commit.shard, "counts that are not those of the rows that count")
+        reason = "counts that are 0 at a row that counts, above 0 at another row, or too large"
+        raise DamagedShardError("target", commit.shard, reason)
+    # Token ids rise within a row, so the last id is the largest, and the other ids need not be decoded.
     if codec.last_ids(arrays["gaps"], counts).max(initial=0) >= spec.tokenizer.vocab_size:
         raise DamagedShardError("target", commit.shard, "token ids beyond the vocabulary")
     _check_draws(spec, commit, arrays)
@@ -76,18 +102,24 @@ def check_target(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[A
 
 def _check_draws(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[Any]]) -> None:
     if spec.target is None or spec.target.scheme.name != "sample":
-        return  # there are none: what is not read is 0, and has the checksum of that
+        return  # Other schemes store no draws: `decode_layer` filled in zeros, and checked the checksum of the zeros.
     num_draws, draws = spec.target.scheme.num_draws, arrays["draws"].astype(np.int64)
     kept = arrays["counts"][arrays["counts"] > 0].astype(np.int64)
     if draws.min(initial=1) < 1 or (np.add.reduceat(draws, np.cumsum(kept) - kept) != num_draws).any():
-        raise DamagedShardError("target", commit.shard, f"draws that are not {num_draws} at each row")
+        reason = f"draws that are 0 or do not add up to {num_draws} at each row that counts"
+        raise DamagedShardError("target", commit.shard, reason)
 
 
 def check_losses(commit: Commit, arrays: Mapping[str, NDArray[Any]], mask: NDArray[np.bool_]) -> None:
-    """Checks that values are losses: numbers that can be such where `mask` is 1.
+    """Checks that the values of a shard of `losses/<name>` are possible.
+
+    Args:
+        commit: Commit record of the shard.
+        arrays: Stored arrays by name, without padding.
+        mask: [R]: whether a row counts; False in documents that were set aside.
 
     Raises:
-        DamagedShardError: They are not.
+        DamagedShardError: A value is out of range, or exists at a row that does not count.
     """
     _check_counted(commit, mask)
     _check_floats(commit.layer, commit, "ce", arrays["ce"], mask, least=-SLACK_NATS)
@@ -96,7 +128,7 @@ def check_losses(commit: Commit, arrays: Mapping[str, NDArray[Any]], mask: NDArr
 
 def _check_counted(commit: Commit, mask: NDArray[np.bool_]) -> None:
     if (counted := int(mask.sum())) != commit.counted:
-        reason = f"a commit record with counted={commit.counted}, not {counted}"
+        reason = f"a commit record with counted={commit.counted}, not the {counted} of the loss mask"
         raise DamagedShardError(commit.layer, commit.shard, reason)
 
 
@@ -111,7 +143,9 @@ def _check_floats(
     most: float = float(np.finfo(np.float32).max),
 ) -> None:
     if len(values) != len(mask) or not np.isnan(values[~mask]).all():
-        raise DamagedShardError(layer, commit.shard, f"{name} where no row counts")
-    # NaN compares as false
+        raise DamagedShardError(
+            layer, commit.shard, f"{name} of a wrong number of rows, or not NaN at a row that does not count"
+        )
+    # Comparisons with NaN are false, so NaN is refused too.
     if not ((values[mask] >= least) & (values[mask] <= most)).all():
-        raise DamagedShardError(layer, commit.shard, f"{name} that cannot be one")
+        raise DamagedShardError(layer, commit.shard, f"{name} that is NaN or out of range at a row that counts")

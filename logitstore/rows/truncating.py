@@ -1,9 +1,14 @@
-"""A store read as if it had been dumped with a smaller scheme: its rows are truncated further as they are decoded.
+"""Truncates rows further while they are decoded, as if the store had been dumped with a smaller scheme.
 
-Only where the stored rows hold all that the smaller scheme would have kept. What a row loses goes to its tail mass, so
-that kept probabilities and tail sum to what they did; label logprob and entropy stay. Of entries whose codes are equal,
-of which the dump would have kept the likelier ones, those with the lower ids are kept; and a nucleus ends where the
-decoded probabilities reach its mass. N rows, E entries.
+This is possible only if the stored rows hold every entry that the smaller scheme would have kept
+(`schemes.check_smaller`). The probability of dropped entries is added to the tail mass, so the sum of kept
+probabilities and tail mass is unchanged. Label logprob and entropy are unchanged too.
+
+The truncated rows may differ from a dump with the smaller scheme in two ways. First, among entries with equal codes,
+this module keeps those with the smaller token ids, while the dump keeps the likelier entries. Second, this module ends
+a nucleus where the decoded probabilities reach the mass, while the dump uses the exact probabilities.
+
+In shapes, N is the number of rows and E the number of entries.
 """
 
 from __future__ import annotations
@@ -27,18 +32,23 @@ if TYPE_CHECKING:
     from logitstore.format.spec import TargetSpec
 
 PLACE_BITS = 16
-"""A row has fewer than 2**16 entries."""
+"""Number of bits that hold the index of an entry in its row. A row has fewer than 2**16 entries."""
 BLOCK_CELLS = 2**16
-"""Most cells of a rectangle of rows and entries that is worked on at once: 2 MB. No row has as many entries."""
+"""Maximum number of cells of a block. A block is a rectangle of rows and their entries that is sorted in one step.
+Sorting a block of this size takes 2 MB of memory. Every row fits in a block, because a row has fewer than 2**16
+entries."""
 
 
 def decode(arrays: Mapping[str, NDArray[Any]], target: TargetSpec, scheme: Scheme | None = None) -> Rows:
     """Decodes the stored arrays of a `target` shard, and truncates the rows to a smaller scheme.
 
     Args:
-        arrays: The stored arrays, without padding.
-        target: How they were truncated and coded.
+        arrays: Stored arrays by name, without padding.
+        target: Spec of the layer, with the scheme and the codebook of the stored arrays.
         scheme: A scheme that `check_smaller` allows; None keeps all entries.
+
+    Returns:
+        The N rows of the shard.
     """
     rows = codec.decode(arrays, target)
     if scheme is None or scheme == target.scheme:
@@ -49,7 +59,16 @@ def decode(arrays: Mapping[str, NDArray[Any]], target: TargetSpec, scheme: Schem
 def decode_bounds(
     arrays: Mapping[str, NDArray[Any]], target: TargetSpec, scheme: Scheme | None = None
 ) -> tuple[Rows, Rows]:
-    """Returns the rows of `decode` at the least and at the most that the stored codes allow, and so their tails."""
+    """Decodes the smallest and the largest values that the stored codes allow, for the entries that `decode` keeps.
+
+    Args:
+        arrays: Stored arrays by name, without padding.
+        target: Spec of the layer, with the scheme and the codebook of the stored arrays.
+        scheme: A scheme that `check_smaller` allows; None keeps all entries.
+
+    Returns:
+        First the rows with the smallest logprobs and tail masses, then the rows with the largest.
+    """
     least, most = codec.decode_bounds(arrays, target.codebook)
     if scheme is None or scheme == target.scheme:
         return least, most
@@ -61,16 +80,18 @@ def kept(rows: Rows, codes: NDArray[np.uint8], stored: TargetSpec, scheme: Schem
     """Finds the entries that a smaller scheme would have kept.
 
     Args:
-        rows: As stored, decoded.
-        codes: [E]: codes of the logprobs, which rise as these fall.
-        stored: How the rows were truncated and coded.
-        scheme: `check_smaller` has passed.
+        rows: The stored rows, decoded.
+        codes: [E]: codes of the logprobs. A larger code is a smaller logprob.
+        stored: Spec of the layer, with the scheme and the codebook of the stored rows.
+        scheme: A scheme that `check_smaller` allows.
 
     Returns:
-        [E]
+        [E]: whether each entry is kept.
     """
     counts, firsts = rows.counts[rows.counts > 0], rows.offsets[:-1][rows.counts > 0]
-    # One number by which the entries of a row sort: code, then place. Cells at the end are no entry of any row.
+    # Each entry gets one integer as its sort key, with the code in the high bits and the index in the row in the low
+    # bits. Entries with equal codes are thus sorted by token id. All rows of a block are read through windows of the
+    # same width, so extra cells at the end, which belong to no row, fill the windows of the last rows.
     cells = np.full(len(codes) + counts.max(initial=0), LEVELS << PLACE_BITS, dtype=np.int32)
     keys = cells[: len(codes)]
     keys[:] = codes
@@ -78,57 +99,67 @@ def kept(rows: Rows, codes: NDArray[np.uint8], stored: TargetSpec, scheme: Schem
     keys += np.arange(len(codes), dtype=np.int32)
     keys -= np.repeat(firsts.astype(np.int32), counts)
     last_keys = np.zeros(len(counts), dtype=np.int32)
-    # Rows of like counts are worked on together: one of many entries makes no wide rectangle of all.
+    # Rows of similar counts are sorted together, so that one long row does not widen the rectangle of all others.
     by_count = np.argsort(counts.astype(np.uint16), kind="stable")
     for block in _blocks(counts[by_count]):
         some = by_count[block]
         num, first = counts[some], firsts[some]
         in_order = sliding_window_view(cells, num[-1])[first]
+        # A window that is wider than its row also covers entries of the following rows. These get the largest key, so
+        # that they sort last.
         if num[0] < num[-1]:
             in_order[np.arange(num[-1]) >= num[:, None]] = LEVELS << PLACE_BITS
         in_order.sort(axis=1)
         most = np.minimum(num, scheme.k)
         if scheme.name == "nucleus":
+            # Decoding multiplies all probabilities of a row by one factor, which the row's first entry gives.
             scale = np.exp(rows.logprobs[first] - stored.codebook.table[codes[first]])
-            reached = _reached(in_order >> PLACE_BITS, scale, stored, scheme)
+            reached = _entries_to_reach(in_order >> PLACE_BITS, scale, stored, scheme)
             if (stored.scheme.name, stored.scheme.mass) == ("nucleus", scheme.mass):
-                # The exact probabilities needed all that is stored beyond k_min; decoded ones may seem to need less.
+                # The stored nucleus has the same mass. With the exact probabilities, a row of more than k_min entries
+                # needed all its entries to reach the mass, even if the decoded probabilities reach the mass sooner.
                 reached = np.where(num > stored.scheme.k_min, num, reached)
             most = np.minimum(most, reached)
+        # An entry is kept if its key is at most the key of the last kept entry of its row.
         last_keys[some] = in_order[np.arange(len(some)), most - 1]
     chosen: NDArray[np.bool_] = keys <= np.repeat(last_keys, counts)
     return chosen
 
 
 def _blocks(counts: NDArray[np.int64]) -> Iterator[slice]:
-    """Yields rows that make a rectangle of at most `BLOCK_CELLS`, and of at most twice as many cells as entries.
+    """Yields slices of rows, each of which fits in a block. At most half of a block's cells are empty.
 
     Args:
-        counts: [N], rising, each at least 1.
+        counts: [N]: number of entries of each row, at least 1, in ascending order.
     """
     start = 0
     while start < len(counts):
+        # No row of a block has more than twice as many entries as the block's first row, so at most half of the cells
+        # are empty.
         stop = int(np.searchsorted(counts, 2 * counts[start], side="right"))
         stop = min(stop, start + int(BLOCK_CELLS // counts[stop - 1]))
         yield slice(start, stop)
         start = stop
 
 
-def _reached(
+def _entries_to_reach(
     codes: NDArray[np.int32], scale: NDArray[np.float32], stored: TargetSpec, scheme: Scheme
 ) -> NDArray[np.intp]:
-    """Returns how many of its entries each row needs to reach a mass, and k_min.
+    """Returns the number of likeliest entries that each row needs to reach the mass of a nucleus, but at least k_min.
 
     Args:
-        codes: [N, K], ascending; LEVELS beyond a row's entries.
-        scale: [N]: what the coded probabilities of each row are multiplied by when they are decoded.
-        stored: Has the codebook.
-        scheme: A nucleus.
+        codes: [N, K]: codes of the entries, ascending; LEVELS beyond a row's last entry.
+        scale: [N]: factor by which decoding multiplies the coded probabilities of each row.
+        stored: Spec of the layer, with the codebook.
+        scheme: A `nucleus` scheme, with the mass and k_min.
 
     Returns:
-        [N], at least 1. More than a row has where that does not suffice.
+        [N]: numbers of at least 1. The number of a row that cannot reach the mass is at least the row's number of
+        entries.
     """
+    # Cells beyond a row's last entry hold LEVELS instead of a code. The appended 0 is their probability.
     probs = np.append(np.exp(stored.codebook.table), np.float32(0.0))[codes]
+    # An entry is needed if the likelier entries before it do not reach the mass.
     before = probs.cumsum(axis=1)
     before -= probs
     before *= scale[:, None]
@@ -137,11 +168,14 @@ def _reached(
 
 
 def drop(rows: Rows, chosen: NDArray[np.bool_]) -> Rows:
-    """Keeps some entries of truncated rows, and adds the probability of the others to the tails.
+    """Drops entries of truncated rows, and adds their probability to the tail mass.
 
     Args:
-        rows: Without weights.
-        chosen: [E]; at least one of each row that has entries.
+        rows: Rows without weights.
+        chosen: [E]: whether each entry is kept. A row that has entries must keep at least one of them.
+
+    Returns:
+        N rows with the kept entries.
     """
     there = rows.counts > 0
     firsts = rows.offsets[:-1][there]

@@ -1,6 +1,7 @@
-"""Objects of a bucket kept on the local disk, in a folder of bounded size that any number of processes share.
+"""Keeps objects of a bucket on the local disk, in a folder of bounded size that any number of processes may share.
 
-Only for objects whose content is known by a checksum: a cached object is not compared with the bucket's again.
+Use this cache only for objects that the caller checks by a checksum: a cached object is never compared with the bucket
+again.
 """
 
 from __future__ import annotations
@@ -24,42 +25,46 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWN_FILE = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{32}\.partial)?")
-"""Names that a cache gives to its files. Others in the folder are somebody's own: neither counted nor removed."""
+"""Pattern of the names that a cache gives to its files. Other files in the folder are neither counted nor removed."""
 SERVICE_OPTIONS = ("endpoint_url", "account_name", "host", "port")
-"""File system options that say whose bucket it is where the URL does not."""
+"""File system options that determine which service holds a bucket, if the URL does not determine it."""
 FILES_PER_LOOK = 1000
-"""Looking at a folder takes some 6 us for each file: one look for every thousandth part of it that is new."""
+"""A process may add one file per this number of files in the folder before it scans the folder again. If the folder has
+5,000 files, for example, 5 files may be added, and the sixth causes a scan. A scan takes about 6 us per file, so it
+must not follow every new file."""
 
 
 class ReadThroughCache:
-    """Reads whole objects from a folder of this machine, and from the bucket what is not there yet.
+    """Reads whole objects from a folder of this machine. Objects that the folder lacks come from the bucket.
 
-    It names files as fsspec's `simplecache` does, by `HashCacheMapper` in one flat folder, and downloads through the
-    file system's own concurrent `cat_ranges`. The rest of `simplecache` (looked at in fsspec 2026.9) does not fit
-    several processes and a bound:
+    The cache names files by fsspec's `HashCacheMapper` in one flat folder, and downloads through the file system's own
+    concurrent `cat_ranges`. fsspec's cache `simplecache` (as of fsspec 2026.9) does not suit several processes and a
+    bounded size:
 
-    - It downloads to the final name and takes every file of that name for complete: a second process gets half an
-      object from it, and a download that fails or is killed leaves half an object there for good.
-    - It knows no size: files are only removed by age, and `pop_from_cache` removes nothing.
-    - It downloads objects of any length whole, and one that is missing fails all that were asked for with it.
-    - It hashes the path alone, so that the same bucket name on two services is one.
+    - `simplecache` downloads to the final name and takes every file of that name for complete. So a second process may
+      read half an object, and a download that fails or is killed leaves half an object there permanently.
+    - `simplecache` has no limit on the size: files are removed only by age, and `pop_from_cache` removes nothing.
+    - `simplecache` downloads objects of any length whole. One missing object fails the whole request.
+    - `simplecache` hashes only the path, so buckets of the same name on two services share their files.
 
-    Here a file gets its final name by a rename once it is whole, so nothing that another process does shows half of
-    it; one that is evicted while it is read stays readable to the end. A power cut can still leave a short file, as
-    nothing is synced: the caller's checksum finds it, like any other damage, and `drop` forgets it.
+    This cache renames a file to its final name once the file is whole, so no process ever sees half a file. A file that
+    is evicted while it is read stays readable to its end. Nothing is synced, so a power cut can leave a short file. The
+    caller's checksum finds it, like any other damage, and `drop` removes it.
 
-    What was last used before this cache was opened makes room, oldest first, by modification time, which a hit renews.
-    What was used since stays, and once nothing older is left, nothing more is added: an epoch in random order reads
-    everything once, so that what was read longest ago is as likely to come next as anything else. Giving it up for
-    the newest would leave 3% of hits where a quarter of a store fits, instead of 25%.
+    **Eviction.** Files that were last used before this cache was opened are evicted, oldest first. The modification
+    time of a file records its last use. Files that were used after the cache was opened are kept. If the folder is full
+    of such files, no more files are added. The reason is that an epoch in random order reads every object once, so the
+    object that was read longest ago is as likely to be read next as any other. If a cache that holds a quarter of a
+    store evicted this object for the newest one, it would serve 3% of the reads instead of 25%.
 
-    The folder may exceed the bound for a moment: by what its processes have just added, and, where it holds 1,000
-    files or more, by a thousandth of them for each process. A folder that cannot be written, or a full disk, is told
-    once as a warning; then nothing more is added either.
+    **Bound.** The folder may exceed `max_bytes` for a moment. The excess consists of the files that the processes have
+    just added. In a folder of 1,000 files or more, each process may also add up to a thousandth of that number before
+    it scans the folder again. If the folder cannot be written or the disk is full, the cache logs one warning and adds
+    no more files.
 
     Attributes:
-        folder: Where the files lie.
-        max_bytes: The most that the files may take.
+        folder: Absolute path of the folder that holds the files.
+        max_bytes: Maximum total size of the files, in bytes.
     """
 
     def __init__(
@@ -69,13 +74,14 @@ class ReadThroughCache:
         max_bytes: int,
         opened_ns: int | None = None,
     ) -> None:
-        """Touches neither the folder nor the bucket.
+        """Sets up the cache without accessing the folder or the bucket.
 
         Args:
             fs: The bucket's fsspec file system.
-            folder: Created once something is added. May be shared by stores, jobs and processes.
-            max_bytes: Above 0.
-            opened_ns: What was last used before, in time.time_ns(), makes room; now by default.
+            folder: Folder for the files, created when the first file is added. Stores, jobs and processes may share it.
+            max_bytes: Maximum total size of the files in bytes, above 0.
+            opened_ns: Time at which the cache was opened, in nanoseconds as returned by time.time_ns(). Files that were
+                last used before this time may be evicted. If None, the current time is used.
 
         Raises:
             ValueError: `max_bytes` is not positive.
@@ -83,10 +89,10 @@ class ReadThroughCache:
         if max_bytes <= 0:
             raise ValueError(
                 f"max_bytes must be positive, got max_bytes={max_bytes}; "
-                "give the bytes that the local cache may take, or no folder for no cache"
+                "give the bytes that the local cache may take, or omit the folder to read without a cache"
             )
         self._fs = fs
-        # Absolute: a process that this goes to may run in another folder.
+        # Absolute, because a process that unpickles this cache may have another working directory.
         self.folder = Path(folder).expanduser().absolute()
         self.max_bytes = max_bytes
         options = {**fs.storage_options, **(fs.storage_options.get("client_kwargs") or {})}
@@ -95,23 +101,24 @@ class ReadThroughCache:
         self._opened_ns = time.time_ns() if opened_ns is None else opened_ns
         self._is_adding = True
         self._num_files = 0
-        # Since the folder was last looked at.
+        # Paths of the files that were added since the last scan of the folder.
         self._added: list[str] = []
 
     def __reduce__(self) -> tuple[type[ReadThroughCache], tuple[Any, ...]]:
-        # The workers of one run are of one time.
+        # All workers of a run share one opening time, so that no worker evicts files that another worker has used.
         return ReadThroughCache, (self._fs, self.folder, self.max_bytes, self._opened_ns)
 
     def read(self, paths: Sequence[str], limits: Sequence[int]) -> list[bytes | Exception]:
-        """Reads objects, those that are not in the folder all at once from the bucket.
+        """Reads objects from the folder. Objects that the folder lacks are read from the bucket, concurrently.
 
         Args:
-            paths: Which, as the file system names them.
-            limits: As many as `paths`. No more than this many bytes and one of an object are read; one that is longer
-                shows by its length, and is not kept.
+            paths: Paths of the objects in the file system.
+            limits: Maximum expected size of each object in bytes. At most one more byte is read, so a larger object is
+                recognised by its length. Larger objects are not cached.
 
         Returns:
-            For each the bytes, or what the file system raised for it; FileNotFoundError if it is not there.
+            For each path, the object's bytes or the file system's exception; FileNotFoundError if the object does
+            not exist.
         """
         answers: list[bytes | Exception | None] = [
             self._cached(path, limit) for path, limit in zip(paths, limits, strict=True)
@@ -122,40 +129,50 @@ class ReadThroughCache:
             answers[i] = answer
             if self._is_adding and isinstance(answer, bytes) and len(answer) <= min(limits[i], self.max_bytes):
                 self._add(paths[i], answer)
-        # A folder of fewer than 1,000 files is looked at after each read that added some.
+        # A folder of fewer than 1,000 files is scanned after each read that added a file.
         if len(self._added) * FILES_PER_LOOK > self._num_files:
             self._make_room()
         return [answer for answer in answers if answer is not None]
 
     def drop(self, paths: Sequence[str]) -> None:
-        """Forgets objects that turned out to have a wrong checksum."""
+        """Removes objects from the folder. Call this method for objects that did not match their checksums.
+
+        Args:
+            paths: Paths of the objects in the file system.
+        """
         for path in paths:
-            with contextlib.suppress(OSError):  # not there, or not ours to remove: others find out for themselves
+            # The file may not exist, or this user may not be allowed to remove it. The error is ignored, because every
+            # other reader of the file finds the damage by the checksum too.
+            with contextlib.suppress(OSError):
                 self._file(path).unlink()
 
     def _file(self, path: str) -> Path:
+        """Returns the path of the cached file of an object."""
         name: str = self._mapper(f"{self._service} {self._fs.unstrip_protocol(path)}")
         return self.folder / name
 
     def _cached(self, path: str, limit: int) -> bytes | None:
+        """Returns at most `limit` + 1 bytes of a cached object and marks it as just used; None if it is not cached."""
         file = self._file(path)
         try:
             with file.open("rb") as opened:
                 data = opened.read(limit + 1)
-        except OSError:  # not there, or on a failing disk: the bucket has it
+        except OSError:  # Not cached, or on a failing disk: the object is then read from the bucket.
             return None
-        with contextlib.suppress(OSError):  # evicted just now, or a folder that this user may only read
+        with contextlib.suppress(OSError):  # The file was evicted just now, or this user may only read the folder.
             _touch(file)
         return data
 
     def _add(self, path: str, data: bytes) -> None:
+        """Adds an object to the folder. After an error, the cache adds no more files."""
         file = self._file(path)
         partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with partial.open("xb") as opened:
                 opened.write(data)
-            with contextlib.suppress(FileNotFoundError):  # evicted by a process that was opened since
+            # A process that opened its cache later may have evicted the partial file.
+            with contextlib.suppress(FileNotFoundError):
                 _touch(partial)
                 partial.replace(file)
                 self._added.append(str(file))
@@ -165,7 +182,7 @@ class ReadThroughCache:
             self._stop_adding(error)
 
     def _make_room(self) -> None:
-        """Brings the folder back within its bound: what is old goes, else what was just added."""
+        """Brings the folder back within its bound: evicts old files, then files that this process has just added."""
         times: dict[str, int] = {}
         sizes: dict[str, int] = {}
         try:
@@ -176,14 +193,17 @@ class ReadThroughCache:
                             status = entry.stat(follow_symlinks=False)
                             times[entry.path], sizes[entry.path] = status.st_mtime_ns, status.st_size
             excess = sum(sizes.values()) - self.max_bytes
-            # Files of killed writers age and go like others.
+            # Partial files of killed writers count and are evicted like the others.
             old = sorted((path for path, used in times.items() if used < self._opened_ns), key=times.__getitem__)
             excess = _remove(old, sizes, excess)
             if excess > 0:
-                logger.debug("cache folder %s is full of what was used since: nothing more is added", self.folder)
+                logger.debug(
+                    "cache folder %s is full of files that were used since it was opened: no more files are added",
+                    self.folder,
+                )
                 self._is_adding = False
                 _remove([path for path in reversed(self._added) if path in sizes], sizes, excess)
-        except FileNotFoundError:  # somebody removed the folder
+        except FileNotFoundError:  # The folder was removed, so it holds nothing.
             pass
         except OSError as error:
             self._stop_adding(error)
@@ -191,10 +211,11 @@ class ReadThroughCache:
         self._added.clear()
 
     def _stop_adding(self, error: OSError) -> None:
+        """Stops adding files, and logs one warning with the reason."""
         if self._is_adding:
             logger.warning(
-                "cache folder must be one that can be written and has space, got folder=%s (%s); "
-                "what it does not hold is read from the bucket each time",
+                "cannot use the cache folder %s (%s); no more files are added, and objects that it lacks are read from "
+                "the bucket each time; check its permissions and the free space",
                 self.folder,
                 error,
             )
@@ -202,16 +223,17 @@ class ReadThroughCache:
 
 
 def _remove(paths: Iterable[str], sizes: dict[str, int], excess: int) -> int:
-    """Removes files, one by one, until no bytes are too many any more; returns how many still are."""
+    """Removes files in order until `excess` bytes are freed. Returns the number of bytes that are still in excess."""
     for path in paths:
         if excess <= 0:
             break
-        with contextlib.suppress(FileNotFoundError):  # another process makes the same room
+        with contextlib.suppress(FileNotFoundError):  # Another process has removed it for the same reason.
             os.unlink(path)
         excess -= sizes[path]
     return excess
 
 
 def _touch(file: Path) -> None:
-    now = time.time_ns()  # given: the time that the kernel would take has steps of milliseconds
+    """Sets the times of a file to now."""
+    now = time.time_ns()  # Passed explicitly, because the kernel's own time has steps of milliseconds.
     os.utime(file, ns=(now, now))

@@ -1,9 +1,11 @@
-"""Tells which failures of a disk or a bucket are worth another try."""
+"""Classifies the errors of disks and buckets: those that a retry may cure, and those that no retry can cure."""
 
 from __future__ import annotations
 
 import errno
 from typing import TYPE_CHECKING
+
+from logitstore.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,26 +19,34 @@ CREDENTIAL_ERRORS = frozenset(
         "ClientAuthenticationError",  # azure.core
     }
 )  # fmt: skip
-"""Names of what the drivers' own libraries raise for credentials, told by name: none of them need be installed."""
+"""Class names of the credential errors that the drivers' libraries raise. They are compared by name, because
+the libraries need not be installed."""
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
-"""No space, no permission, larger than a file may be: another try finds the same."""
+"""Error numbers that mean a refusal: no space, no permission, or a file larger than allowed. A retry cannot succeed."""
 REFUSED_CODES = frozenset(
     {"InvalidToken", "TokenRefreshRequired", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
 )
-"""The same by services of S3, in words that s3fs has no such number for."""
+"""S3 error codes that mean a refusal, and that s3fs does not translate into an error number."""
+NO_SPACE_CODES = frozenset({"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"})
+"""S3 error codes that mean that the service has no space left."""
 REFUSED_STATUSES = frozenset({"401", "403"})
-"""Of HTTP. Where drivers have no exception of their own for them, they stand in one of these attributes."""
+"""HTTP statuses that mean a refusal, for drivers that raise no exception class of their own."""
 STATUS_ATTRIBUTES = ("status_code", "status", "code")  # azure.core, aiohttp, gcsfs
+"""Names of the attributes in which the drivers' exceptions hold the HTTP status."""
 GCS_FORBIDDEN = "Forbidden: "
-"""How gcsfs begins what it says of a 403, which has no status of its own there."""
+"""Beginning of the message of the exception that gcsfs raises for status 403. This exception has no status
+attribute."""
 GCS_THROTTLED = "ratelimitexceeded"
-"""A 403 of Google Cloud Storage that passes."""
+"""Reason that Google Cloud Storage gives in a response with status 403 if it throttles requests. A retry may
+succeed."""
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Error numbers of a full disk, a full quota, or a file larger than allowed."""
 POINTLESS = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR})
-"""The request itself is at fault."""
+"""Error numbers that mean that the request is wrong, so that every retry fails too."""
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tells whether the disk or the service said no in a way that another try cannot change."""
+    """Returns whether an error, or one of its causes, means that a disk or a service refused a request."""
     return any(
         isinstance(link, PermissionError)
         or (isinstance(link, OSError) and link.errno in REFUSED)
@@ -47,8 +57,31 @@ def is_refusal(error: BaseException) -> bool:
     )
 
 
+def cause(error: BaseException) -> str:
+    """Returns the reason of a refusal as a clause for a message, such as "permission was denied".
+
+    Args:
+        error: An error for which `is_refusal` is true.
+    """
+    links = list(_chain(error))
+    numbers = {link.errno for link in links if isinstance(link, OSError)}
+    if any(type(link).__name__ in CREDENTIAL_ERRORS for link in links):
+        return "no valid credentials were found"
+    if numbers & NO_SPACE or any(_code(link) in NO_SPACE_CODES for link in links):
+        return "there is no space left"
+    if errno.EROFS in numbers:
+        return "the file system is read-only"
+    if any(_code(link) in REFUSED_CODES for link in links):
+        return "the credentials are no longer valid"
+    return "permission was denied"
+
+
 def may_pass(error: BaseException) -> bool:
-    """Tells whether another try may succeed: throttling, 5xx, resets, time-outs. Not for a request that is wrong."""
+    """Returns whether a retry may succeed, for example after throttling, a 5xx status, a reset or a time-out.
+
+    A retry of a wrong request cannot succeed. Check `is_refusal` first: this function does not recognise refusals.
+    """
+    # These classes mean that the request or the code is wrong, not that the service failed.
     if isinstance(error, ValueError | TypeError | AttributeError | RuntimeError | ImportError):
         return False
     return not (isinstance(error, OSError) and error.errno in POINTLESS)
@@ -64,12 +97,27 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _is_forbidden(error: BaseException) -> bool:
     statuses = {str(getattr(error, name, None)) for name in STATUS_ATTRIBUTES}
     text = str(error)
-    said_no = not statuses.isdisjoint(REFUSED_STATUSES) or (isinstance(error, OSError) and GCS_FORBIDDEN in text[:20])
-    return said_no and GCS_THROTTLED not in text.lower()
+    is_refused = not statuses.isdisjoint(REFUSED_STATUSES) or (
+        isinstance(error, OSError) and GCS_FORBIDDEN in text[:20]
+    )
+    # Google Cloud Storage answers with the same status when it throttles requests, and then a retry may succeed.
+    return is_refused and GCS_THROTTLED not in text.lower()
 
 
 def _code(error: BaseException) -> object:
-    """Returns what S3 calls an error, where botocore says it."""
+    """Returns the S3 error code in an exception of botocore; None for other exceptions."""
     response = getattr(error, "response", None)
     answer = response.get("Error") if isinstance(response, dict) else None
     return answer.get("Code") if isinstance(answer, dict) else None
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Returns whether a disk or a storage service caused an error, by failing or by refusing a request."""
+    return isinstance(error, StorageError) or (isinstance(error, OSError) and is_refusal(error)) or _no_space(error)
+
+
+def _no_space(error: BaseException | None) -> bool:
+    """Returns whether an error, or one of its causes, means that a disk is full."""
+    if error is None:
+        return False
+    return (isinstance(error, OSError) and error.errno in NO_SPACE) or _no_space(error.__cause__ or error.__context__)

@@ -1,4 +1,4 @@
-"""The fsspec file system of a URL, listings and bounded reads, and what failures mean: gone, busy, refused for good."""
+"""Opens the fsspec file system of a URL, lists folders, and reads objects with a bound on their size."""
 
 from __future__ import annotations
 
@@ -9,58 +9,63 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.config import apply_config
-from fsspec.core import split_protocol
 from fsspec.registry import known_implementations, registry
 
 from logitstore.errors import MissingDriverError
-from logitstore.storage.options import without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from logitstore.storage.options import Url
+
 
 S3 = ("s3", "s3a")
+"""Protocols of S3 buckets, which `open_fs` can open without the driver's own retries."""
 
 
-def open_fs(url: str, storage_options: dict[str, Any] | None = None, *, tries_again: bool = True) -> tuple[Any, str]:
-    """Returns the fsspec file system of a URL, and the path in it.
+def open_fs(url: Url, storage_options: dict[str, Any] | None = None, *, tries_again: bool = True) -> tuple[Any, str]:
+    """Returns the fsspec file system of a URL, and the path of the URL in that file system.
 
     Args:
         url: A path or any fsspec URL.
-        storage_options: What its file system needs.
-        tries_again: Whether its driver may try again what fails, which is False where the caller does.
+        storage_options: Options of the file system, such as credentials.
+        tries_again: Whether the driver retries failed requests; False if the caller retries them.
 
     Raises:
-        MissingDriverError: No installed package opens this protocol; the message names the one that would.
+        MissingDriverError: No installed package opens this protocol; the message names the package to install.
     """
-    protocol = split_protocol(url)[0]
+    protocol = url.protocol
     if protocol is not None and protocol not in known_implementations and protocol not in registry:
         raise MissingDriverError(
-            f"url must have a protocol that fsspec knows, got url={without_credentials(url)}; "
+            f"url must have a protocol that fsspec knows, got url={url}; "
             "give a folder, s3://, gs:// or abfs://, or install the package that registers this protocol"
         )
     try:
         options = storage_options or {}
-        fs, path = fsspec.url_to_fs(url, **options) if tries_again or protocol not in S3 else _open_s3(url, options)
+        if tries_again or protocol not in S3:
+            fs, path = fsspec.url_to_fs(url.raw, **options)
+        else:
+            fs, path = _open_s3(url.raw, options)
     except ImportError as error:
         package = known_implementations[protocol]["class"].split(".")[0] if protocol in known_implementations else ""
+        # If the driver is installed, the ImportError has another reason and is raised unchanged.
         try:
             importlib.import_module(package)
         except ImportError:
             raise MissingDriverError(
-                f"url must have a protocol whose driver is installed, got url={without_credentials(url)}; "
-                f"pip install {package}"
+                f"url must have a protocol whose driver is installed, got url={url}; pip install {package}"
             ) from error
         raise
     return fs, path
 
 
 def _open_s3(url: str, options: dict[str, Any]) -> tuple[Any, str]:
-    """Opens a bucket so that each request is sent, and sent once.
+    """Opens an S3 bucket without the driver's retries and without its cache of listings.
 
-    Left alone botocore sends it up to 5 times, s3fs has that done 5 times, and for reads all of it 5 times: of a server
-    that accepts requests and never answers one would hear after half an hour. And s3fs answers one thread with what
-    another has listed, even if that was before the first one's last write.
+    By default, botocore tries each request 5 times. s3fs repeats these tries 5 times, and for reads it repeats all of
+    them another 5 times. If a server never answers, the error would therefore appear only after half an hour. The cache
+    of listings is off because a thread that has just written an object could get an outdated listing, which another
+    thread requested before that write.
     """
     options = apply_config(fsspec.get_filesystem_class("s3"), options)
     config = {"retries": {"total_max_attempts": 1}} | (options.get("config_kwargs") or {})
@@ -70,39 +75,43 @@ def _open_s3(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def fetch(fs: Any, paths: Sequence[str], limits: Sequence[int]) -> list[bytes | Exception]:  # noqa: ANN401
-    """Reads objects from a file system, all at once where it can.
+    """Reads objects from a file system, concurrently if it can.
 
     Args:
         fs: An fsspec file system.
-        paths: Which.
-        limits: As many as `paths`. No more than this many bytes and one are asked for: a longer object costs no more.
+        paths: Paths of the objects.
+        limits: Maximum size of each object in bytes. One more byte is requested, to recognise objects that are longer.
 
     Returns:
-        For each the bytes, or what the file system raised for it; FileNotFoundError if it is not there.
+        For each path, the bytes of the object or the file system's exception; FileNotFoundError if the object does not
+        exist.
     """
     ends = [limit + 1 for limit in limits]
     answers = fs.cat_ranges(list(paths), [0] * len(paths), ends, on_error="return")
     return [
-        # A server that knows no ranges sends everything.
+        # A server without support for ranges sends the whole object.
         answer[:end] if isinstance(answer, bytes) else _without_range(fs, path, answer)
         for path, end, answer in zip(paths, ends, answers, strict=True)
     ]
 
 
 def listed(fs: Any, folder: str) -> set[str]:  # noqa: ANN401
-    """Lists the names in a folder of a bucket, and leaves none of them in the file system's memory."""
+    """Lists the names in a folder of a bucket. The file system's cache of listings is neither used nor filled."""
     fs.invalidate_cache(folder)
     try:
         found = fs.ls(folder, detail=False)
     finally:
         fs.invalidate_cache(folder)
-    # Object stores may list the folder's own marker.
+    # Object stores may list the marker object of the folder itself.
     entries = (str(entry).rstrip("/") for entry in found)
     return {entry.rsplit("/", 1)[1] for entry in entries if len(entry) > len(folder)}
 
 
 def sizes(fs: Any, folder: str) -> dict[str, int]:  # noqa: ANN401
-    """Lists all objects below a folder of a bucket. Not by `du`: s3fs looks at all of them for each of them."""
+    """Returns the sizes in bytes of all objects below a folder of a bucket, by path.
+
+    fsspec's `du` is not used, because s3fs lists the whole folder again for each object.
+    """
     fs.invalidate_cache(folder)
     try:
         found = fs.find(folder, detail=True)
@@ -114,10 +123,13 @@ def sizes(fs: Any, folder: str) -> dict[str, int]:  # noqa: ANN401
 
 
 def _without_range(fs: Any, path: str, error: Exception) -> bytes | Exception:  # noqa: ANN401
-    """An empty object has no range: services answer with an error (HTTP 416), which each driver renders in its way."""
+    """Returns b"" if the error of a failed read means that the object is empty, and the error itself otherwise.
+
+    Services answer a range request for an empty object with HTTP 416, which each driver raises in its own way.
+    """
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if str(status) == "416" or getattr(error, "errno", None) == errno.EINVAL:
-        with contextlib.suppress(Exception):  # the first error is the one to report
+        with contextlib.suppress(Exception):  # The first error is the one to report.
             fs.invalidate_cache(path)
             if fs.info(path)["size"] == 0:
                 return b""

@@ -1,4 +1,8 @@
-"""Files of a local disk, written whole or not at all: to another name beside, synced, then renamed or linked."""
+"""Reads and writes files of a local disk. Every file is written whole or not at all.
+
+A file is written to a partial name in the same folder and synced. Then it is renamed or linked to its final name, and
+the folder is synced.
+"""
 
 from __future__ import annotations
 
@@ -17,43 +21,58 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PARTIAL = ".partial"
-"""Ends the names of files that are being written, or that a killed writer left."""
+"""Suffix of the names of files that are being written, or that a killed writer left behind."""
 NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
-"""What file systems without hard links say to one, or that a file has all that it may have."""
+"""Error numbers of os.link that mean that a hard link is impossible: the file system has no hard links, the file has
+too many of them already, or the two names are on different file systems."""
 ABANDONED_S = 24 * 60 * 60
-"""A file that is still partial after this long is nobody's any more."""
+"""Age in seconds after which a partial file no longer belongs to a running writer."""
 
 
 def read(path: str, size: int) -> bytes | Exception:
-    """Returns at most `size` bytes of a file, or why not: FileNotFoundError where there is none, folders included."""
+    """Reads at most `size` bytes from the beginning of a file.
+
+    Returns:
+        The bytes, or an OSError, which is returned instead of raised. FileNotFoundError means that the path does not
+        exist or is not a regular file.
+    """
     try:
-        # Not to wait for ever at a named pipe that somebody put into a store.
+        # O_NONBLOCK, because opening a named pipe would wait for its writer forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                return FileNotFoundError(f"{path} is no file")
+                return FileNotFoundError(f"{path} is not a regular file")
             with open(descriptor, "rb", closefd=False) as file:
-                return file.read(min(size, status.st_size))  # asked for more, it sets as much memory aside
+                # read() allocates as many bytes as are requested, so the request is limited to the file's size.
+                return file.read(min(size, status.st_size))
         finally:
             os.close(descriptor)
     except (NotADirectoryError, IsADirectoryError) as error:
         return FileNotFoundError(str(error))
     except OSError as error:
-        return error
+        # The traceback of a returned error would keep the stack frames of the callers alive, and the arrays in them.
+        return error.with_traceback(None)
 
 
 def put(final: Path, data: bytes) -> None:
-    """Writes a file in the place of what was there."""
-    with _partial(final) as partial:
+    """Writes a file. Replaces an existing file of this name."""
+    with partial_file(final) as partial:
         _write(partial, data)
         _replace(partial, final)
 
 
 def create(final: Path, data: bytes) -> bool:
-    """Writes a file where there is none; of several that try at once one succeeds. Returns whether this one did."""
-    with _partial(final) as partial:
+    """Writes a file if its name is free. Of several callers at the same time, exactly one succeeds.
+
+    On a file system without hard links, this holds only for callers that see each other's file locks.
+
+    Returns:
+        Whether this call created the file.
+    """
+    with partial_file(final) as partial:
         _write(partial, data)
+        # Unlike a rename, a link fails if the final name exists.
         try:
             os.link(partial, final)
         except FileExistsError:
@@ -66,13 +85,16 @@ def create(final: Path, data: bytes) -> bool:
 
 
 def copy(source: Path, final: Path) -> None:
-    """Gives a file a second name, in the place of what was there.
+    """Creates a second name for a file by a hard link. Copies the file if hard links are impossible.
+
+    Replaces an existing file of the final name.
 
     Raises:
-        FileNotFoundError: The source is not there.
+        FileNotFoundError: The source does not exist.
     """
-    # Beside the source, so that it goes with what is staged if this process is killed.
-    with _partial(final, beside=source) as partial:
+    # The partial file is beside the source, in the staging folder. If this process is killed, the partial file is
+    # removed when the staging folder is cleaned.
+    with partial_file(final, beside=source) as partial:
         try:
             os.link(source, partial)
         except OSError as error:
@@ -86,7 +108,7 @@ def copy(source: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, or a folder that lies in a file's place, if there is one."""
+    """Deletes a file or a folder. Does nothing if the path does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         try:
             path.unlink()
@@ -95,7 +117,10 @@ def remove(path: Path) -> None:
 
 
 def num_bytes(folder: str) -> int:
-    """Adds up the sizes of the files in a folder. What vanishes meanwhile counts or not."""
+    """Returns the total size of the files below a folder, in bytes, without partial files.
+
+    Files that are deleted during the call may or may not be included.
+    """
     total = 0
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
@@ -108,8 +133,12 @@ def num_bytes(folder: str) -> int:
 
 
 def remove_folder(folder: str) -> None:
-    """Deletes a folder and all in it. Others may do so too, or write to it: what they write meanwhile may stay."""
-    if os.path.islink(folder):  # what it leads to is not the store's
+    """Deletes a folder and its content. Does nothing if the folder does not exist.
+
+    Other processes may delete the same folder or write to it at the same time. Files that they write may remain.
+    """
+    # If the folder is a symbolic link, only the link is deleted: its target does not belong to the store.
+    if os.path.islink(folder):
         os.unlink(folder)
         return
     with contextlib.suppress(FileNotFoundError):
@@ -121,6 +150,7 @@ def remove_folder(folder: str) -> None:
             else:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(entry.path)
+        # The folder is not empty if another process has written to it since it was listed.
         try:
             os.rmdir(folder)
         except OSError as error:
@@ -129,13 +159,18 @@ def remove_folder(folder: str) -> None:
 
 
 def remove_partials(folder: Path) -> int:
-    """Deletes what killed writers left in a folder, but not in those below. Returns how many files."""
+    """Deletes the partial files in a folder that are older than `ABANDONED_S`. Does not look into its subfolders.
+
+    Returns:
+        Number of files that were deleted.
+    """
     removed = 0
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith(PARTIAL):
                 with contextlib.suppress(FileNotFoundError):
-                    # Of its last link or write: a file may be older than its name.
+                    # ctime is the time of the last link or write. mtime may be much older: `copy` links an existing
+                    # file to a partial name, which leaves the mtime of the file unchanged.
                     if time.time() - entry.stat(follow_symlinks=False).st_ctime >= ABANDONED_S:
                         os.unlink(entry.path)
                         removed += 1
@@ -143,18 +178,27 @@ def remove_partials(folder: Path) -> int:
 
 
 def refresh(folder: Path) -> None:
-    """Makes the next listing of a folder one of this moment: it is made if there is none.
+    """Makes the next listing of a folder current. Creates the folder if it does not exist.
 
-    A network file system may answer from memory for a minute, but not once this machine itself has changed the folder.
+    A network file system may list a folder from its cache for a minute. A change to the folder by this machine
+    invalidates that cache, so this function creates and deletes a file.
     """
     make_folder(folder)
+    # The suffix marks the file as partial, so that listings leave it out.
     partial = folder / f"{uuid.uuid4().hex}{PARTIAL}"
     partial.touch()
     partial.unlink()
 
 
 def _rename_if_free(partial: Path, final: Path) -> bool:
-    """Gives a file its name where no other has it. Only processes that see each other's locks exclude each other."""
+    """Renames a file if its final name is free.
+
+    The check and the rename are one step only for processes that see each other's file locks.
+
+    Returns:
+        Whether the file was renamed.
+    """
+    # The lock on the folder makes the check and the rename one step for all processes that take the lock.
     descriptor = os.open(final.parent, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -169,7 +213,7 @@ def _rename_if_free(partial: Path, final: Path) -> bool:
 def _replace(partial: Path, final: Path) -> None:
     try:
         partial.replace(final)
-    except IsADirectoryError:  # no store has a folder there: somebody's mistake, and in the way
+    except IsADirectoryError:  # A store has no folder of this name, so the folder was created by mistake.
         shutil.rmtree(final)
         partial.replace(final)
 
@@ -182,9 +226,13 @@ def _write(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _partial(final: Path, beside: Path | None = None) -> Iterator[Path]:
-    """A name to write to, beside the final one if not elsewhere; gone afterwards, and the final folder synced."""
+def partial_file(final: Path, beside: Path | None = None) -> Iterator[Path]:
+    """Yields a unique path to write to, in the folder of `beside`, or in the folder of `final` if `beside` is None.
+
+    Afterwards the partial file is deleted, and the folder of `final` is synced if no error occurred.
+    """
     make_folder(final.parent)
+    # The random part keeps several writers of the same file from sharing a partial file.
     partial = (beside or final).with_name(f"{final.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         yield partial
@@ -194,15 +242,16 @@ def _partial(final: Path, beside: Path | None = None) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, and those above it, where there is none."""
+    """Creates a folder and its parents, if they do not exist. Syncs the parent of each new folder."""
     if not folder.is_dir():
         make_folder(folder.parent)
+        # Another process may create the folder at the same time.
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """A file's name outlasts a power cut only once the folder that holds it was synced."""
+    """Syncs a folder, so that the names of new files in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,17 +1,18 @@
-"""The options of an fsspec file system: where they come from.
+"""URLs, and the options of their fsspec file systems. Both may hold credentials.
 
-They may hold credentials: no message here shows any of their content.
+Error messages of this module never show the values of options.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 VARIABLE = "LOGITSTORE_STORAGE_OPTIONS"
-"""Environment variable for what `--storage_options` would name, or for the options themselves."""
+"""Environment variable that holds the path of an options file, or the JSON object itself."""
 
 
 def storage_options(path: str | None) -> dict[str, Any] | None:
@@ -20,21 +21,21 @@ def storage_options(path: str | None) -> dict[str, Any] | None:
     A file holds one JSON object, whose fields are the arguments of the file system's class, such as
     `{"key": "...", "secret": "...", "endpoint_url": "..."}` for s3fs.
 
-    Under these lie those that fsspec is configured with itself (FSSPEC_S3_KEY and the like, files in ~/.config/fsspec),
-    which a Storage takes along to other machines too, and what drivers find by themselves, such as AWS_* variables,
-    `~/.aws` or a machine's role: each machine must have that of its own.
+    These options override the options in fsspec's configuration (variables such as FSSPEC_S3_KEY, and files in
+    ~/.config/fsspec). A Storage that is sent to another machine includes both kinds of options. Credentials that
+    drivers find by themselves, such as AWS_* variables, `~/.aws` or the role of a machine, must exist on each machine.
 
     Args:
-        path: The file. It wins over the environment, whole: the two are not merged. None: the environment variable
-            LOGITSTORE_STORAGE_OPTIONS, which holds the path of such a file, or the object itself if it begins with
-            `{`; an empty one counts as none.
+        path: Path of the file. If it is given, the environment is ignored. If it is None, the environment variable
+            LOGITSTORE_STORAGE_OPTIONS is read instead: it holds the path of such a file, or the JSON object itself if
+            its value begins with `{`. An empty variable is ignored.
 
     Returns:
-        The options, None where neither is given.
+        The options; None if neither the file nor the variable is given.
 
     Raises:
-        ValueError: The file cannot be read, or what is given is no JSON object. The message has the name of the file
-            or of the variable, and the position of the error.
+        ValueError: The file cannot be read, or does not hold a JSON object. The message names the file or the variable,
+            and the position of the error.
     """
     if path is None:
         value = os.environ.get(VARIABLE, "").strip()
@@ -42,7 +43,7 @@ def storage_options(path: str | None) -> dict[str, Any] | None:
             return _parsed(value, VARIABLE, "a value")
         if not value:
             return None
-        # Not shown even if it seems to be a path: it may be JSON with a quote too many before it.
+        # The value is not shown even if it looks like a path: it may be JSON with a stray quote before it.
         content = _content(value, VARIABLE, "a value, not shown, that does not begin with {")
         return _parsed(content, VARIABLE, "the path of a file")
     if path.lstrip().startswith("{"):
@@ -59,6 +60,7 @@ def _content(path: str, name: str, shown: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         reason = error.strerror
+    # Raised outside of the except block, so that it is not chained: the OSError shows the path, which may be a secret.
     raise ValueError(f"{name} must be a JSON file, got {shown} ({reason}); give the path of a file that can be read")
 
 
@@ -72,36 +74,61 @@ def _parsed(text: str | bytes, name: str, shown: str) -> dict[str, Any]:
     else:
         if isinstance(options, dict):
             return options
-        fault = f"a {type(options).__name__}, no object"
-    # Raised out here to be unchained: the parser's own error carries the whole text.
+        fault = f"a {type(options).__name__}, not an object"
+    # Raised outside of the except blocks, so that it is not chained: the parser's error holds the whole text.
     raise ValueError(f'{name} must be a JSON file with an object, got {shown} with {fault}; write {{"option": value}}')
 
 
+AZURE = ("abfs", "abfss", "az")
+"""Protocols whose URLs name a container before the @, where other URLs have credentials."""
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """A path or URL. Its `str` and `repr` leave out credentials; only `raw`, which the driver gets, includes them."""
+
+    raw: str = field(repr=False)
+    """The path or URL as it was given."""
+
+    @property
+    def protocol(self) -> str | None:
+        """Protocol of the URL; None for a path."""
+        return self.raw.partition("://")[0] if "://" in self.raw else None
+
+    def __str__(self) -> str:
+        """Returns the URL without `user:password@`, so that it can be stored and printed safely.
+
+        In `abfs://CONTAINER@ACCOUNT.dfs.core.windows.net` the part before the @ is the container, which is kept.
+        """
+        scheme, separator, rest = self.raw.partition("://")
+        authority, slash, path = rest.partition("/")
+        user, at, host = authority.rpartition("@")
+        if scheme in AZURE and at:
+            host = f"{user.partition(':')[0]}@{host}"
+        return f"{scheme}{separator}{host}{slash}{path}" if separator else self.raw
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
+
+
+def without_credentials(url: str) -> str:
+    """Returns a path or URL without the credentials in it."""
+    return str(Url(url))
+
+
 def options_for(data: str, store: str | None, options: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Returns the options for reading `--data`: the store's, if both lie on the same kind of file system.
+    """Returns the storage options with which the files of `--data` are read.
 
     Args:
         data: Path or URL of the data.
-        store: URL of the store; None where there is none, and the options are meant for the data.
-        options: What --storage_options holds.
+        store: URL of the store. If there is no store (None), the options are meant for the data.
+        options: The contents of `--storage_options`.
+
+    Returns:
+        `options`; None for local data, or if the store has another protocol than the data.
     """
+    # The same options are given for the store and for the data. They suit both only if the protocols are equal.
     protocol = data.partition("://")[0] if "://" in data else None
     if protocol is None or (store is not None and not store.startswith(f"{protocol}://")):
         return None
     return options
-
-
-AZURE = ("abfs", "abfss", "az")
-
-
-def without_credentials(url: str) -> str:
-    """Drops `user:password@` from a URL, so that it may be stored and printed.
-
-    In `abfs://CONTAINER@ACCOUNT.dfs.core.windows.net` it is the container that stands before the @, and stays.
-    """
-    scheme, separator, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    if scheme in AZURE and at:
-        host = f"{user.partition(':')[0]}@{host}"
-    return f"{scheme}{separator}{host}{slash}{path}" if separator else url

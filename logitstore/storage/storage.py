@@ -1,7 +1,7 @@
-"""Where a store's bytes lie: a local folder or any fsspec URL. Nothing here knows what a store holds.
+"""Reads and writes objects below a root URL, which is a local folder or any fsspec URL.
 
-Every object is written whole or not at all, and read with a bound: on a local disk by local_files.py, elsewhere by one
-PUT.
+This module does not depend on what the objects contain. Every object is written whole or not at all: on a local disk by
+`local_disk`, in a bucket by one PUT. Every read has a limit on the size of the object.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fsspec.implementations.local import LocalFileSystem
 from logitstore.errors import FormatError, StorageError, StorageRefusedError
 from logitstore.format.strict_json import FROM_A_COPY, parse_json
 from logitstore.storage import local_disk
-from logitstore.storage.failures import is_refusal, may_pass
+from logitstore.storage.failures import cause, is_refusal, may_pass
 from logitstore.storage.filesystems import fetch, listed, open_fs, sizes
-from logitstore.storage.options import without_credentials
+from logitstore.storage.options import Url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,30 +32,33 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 PATIENCE_S = 60.0
-"""How long a bucket that fails is tried again, once it has answered."""
+"""Time in seconds for which a failing request is retried, if the bucket has answered an earlier request."""
 FIRST_PATIENCE_S = 15.0
-"""How long before that: an address that is wrong must show soon."""
+"""Time in seconds for which a failing request is retried, if the bucket has never answered. It is shorter than
+PATIENCE_S, so that a wrong address is reported soon."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
-"""Waits between tries: each twice the one before, drawn between half and all of it."""
+"""First and longest wait between tries, in seconds. Each wait is twice as long as the wait before it, and is then
+multiplied by a random factor from 0.5 to 1."""
 COPIES_AT_ONCE = frozenset({"s3", "gs", "memory"})
-"""File systems whose copy is there once they say so. Azure may make it later, from what is at the source then."""
+"""Protocols of services that finish a copy before the call returns. Azure may finish a copy after the call returns, and
+the source may have changed by then."""
 REQUESTS_AT_ONCE = 8
-"""Objects written at once to a bucket by one process."""
+"""Maximum number of requests that one call of `for_each` sends to a bucket at the same time."""
 MAX_JSON_BYTES = 2**22
-"""No metadata of a store is longer."""
+"""Maximum size of a store's metadata objects, in bytes."""
 
 
 class Storage:
-    """One root folder, local or remote, and the few things a store does with it.
+    """The objects below a root folder, local or in a bucket. Paths are relative to the root.
 
-    What is missing raises FileNotFoundError. Everything else that goes wrong becomes a StorageError after some tries,
-    or a StorageRefusedError at once where trying again cannot help. Paths are relative to the root.
+    A missing object raises FileNotFoundError. Any other failure becomes a StorageError after some retries, or a
+    StorageRefusedError at once if a retry cannot help.
 
     Attributes:
         url: The root as given, without credentials.
-        root: Its path in the file system.
-        is_local: Whether it is a folder of this machine.
-        cache: Keeps objects read from a bucket on the local disk; None for none.
+        root: Path of the root in its file system.
+        is_local: Whether the root is a folder of this machine.
+        cache: Local cache of objects read from a bucket; None without a cache.
     """
 
     def __init__(
@@ -64,29 +67,29 @@ class Storage:
         storage_options: dict[str, Any] | None = None,
         cache: tuple[str, int] | None = None,
     ) -> None:
-        """Opens the file system; does not touch that of a bucket.
+        """Opens the file system. Sends no request to a bucket.
 
         Args:
             url: A folder or any fsspec URL.
-            storage_options: What its file system needs. Never stored, never printed.
-            cache: Folder and size in bytes of a local cache for a bucket's objects; no use for a local folder.
+            storage_options: Options of the file system, such as credentials. Never stored, never printed.
+            cache: Folder and size in bytes of a local cache for a bucket's objects; ignored for a local folder.
 
         Raises:
-            ValueError: The URL is blank, which to fsspec is the folder of this process, or of a file.
+            ValueError: The URL is blank (fsspec would use the working directory), or it is the path of a file.
             MissingDriverError: No installed package opens this protocol.
         """
         raw = os.fspath(url)
         if not raw.rpartition("://")[2].strip():
-            raise ValueError(f"url must be a folder or a URL, got url={raw!r}; for this folder give .")
-        self._raw_url = raw
-        self.url = without_credentials(raw).rstrip("/")
-        self._fs, path = open_fs(raw, storage_options, tries_again=False)
-        # With what fsspec itself is configured with on this machine: other processes may run on others.
+            raise ValueError(f"url must be a folder or a URL, got url={raw!r}; give '.' for the current folder")
+        self._url = Url(raw)
+        self.url = str(self._url).rstrip("/")
+        self._fs, path = open_fs(self._url, storage_options, tries_again=False)
+        # The options include this machine's fsspec configuration, because other processes may run on other machines.
         self._options = dict(self._fs.storage_options)
         self.root = path.rstrip("/")
         self.is_local = isinstance(self._fs, LocalFileSystem)
         if self.is_local:
-            self._raw_url = path  # a process that this goes to may run in another folder
+            self._url = Url(path)  # absolute, because a process that unpickles this may run in another folder
             if os.path.exists(path) and not os.path.isdir(path):
                 raise ValueError(f"url must be a folder or a URL, got url={self.url}, which is a file; give another")
         self._has_answered = False
@@ -97,35 +100,38 @@ class Storage:
             self.cache = ReadThroughCache(self._fs, cache[0], max_bytes=cache[1])
 
     def __reduce__(self) -> tuple[type[Storage], tuple[Any, ...], dict[str, Any]]:
+        # The other process needs the credentials too, so it gets the raw URL and the options.
         state = {"cache": self.cache, "_has_answered": self._has_answered}
-        return Storage, (self._raw_url, self._options), state
+        return Storage, (self._url.raw, self._options), state
 
     def without_cache(self) -> Storage:
-        """Returns the same, but reading from the bucket alone."""
-        return Storage(self._raw_url, self._options)
+        """Returns the same storage without its local cache."""
+        return Storage(self._url.raw, self._options)
 
     # Reading
 
     def names(self, path: str) -> list[str]:
-        """Lists the names in a folder, sorted; empty where there is no such folder."""
+        """Lists the names in a folder, sorted; empty if the folder does not exist."""
         folder = f"{self.root}/{path}"
 
         def names() -> list[str]:
             try:
-                # fsspec takes six times as long for a folder of this machine.
+                # os.listdir, because fsspec takes six times as long for a local folder.
                 found = os.listdir(folder) if self.is_local else listed(self._fs, folder)
             except (FileNotFoundError, NotADirectoryError):
                 return []
+            # Partial files of running or killed writers are not objects of the store.
             return sorted(name for name in found if not name.endswith(local_disk.PARTIAL))
 
         return self._try(names, path)
 
     def names_with(self, path: str, prefix: str) -> list[str]:
-        """Lists the names in a folder that begin with a prefix, in one request where the service can.
+        """Lists the names in a folder that begin with a prefix, in one request if the service supports it.
 
-        For who is about to write by what it says: no network file system answers from memory.
+        Bypasses every cache of listings. Before a write that depends on the listing, call this method, not `names`.
         """
         if self.is_local:
+            # `_inside` checks the folder of a path, so any name is added to check the folder itself.
             self._try(lambda: local_disk.refresh(self._inside(f"{path}/any").parent), path)
             return [name for name in self.names(path) if name.startswith(prefix)]
         folder = f"{self.root}/{path}"
@@ -141,34 +147,37 @@ class Storage:
         return [name for name in self._try(found, path) if name.startswith(prefix)]
 
     def get(self, path: str, limit: int = MAX_JSON_BYTES) -> bytes:
-        """Reads one object, of at most `limit` bytes.
+        """Reads one object of at most `limit` bytes.
 
         Raises:
-            FileNotFoundError: There is none.
-            FormatError: It is longer.
+            FileNotFoundError: The object does not exist.
+            FormatError: The object is longer than `limit`.
         """
         (data,) = self.get_many([path], [limit])
         if data is None:
             raise FileNotFoundError(f"{self.url}/{path}")
         if len(data) > limit:
-            raise FormatError(f"{path} must be of at most {limit} bytes, got more; this is no store of this format")
+            raise FormatError(f"{path} must have at most {limit} bytes, got more; this is not a logitstore store")
         return data
 
     def get_many(self, paths: Sequence[str], limits: Sequence[int], *, cached: bool = False) -> list[bytes | None]:
-        """Reads objects, concurrently where the file system can.
+        """Reads objects, concurrently if the file system can.
 
         Args:
-            paths: Which.
-            limits: No more than this many bytes and one are read of each: a longer object shows by its length.
-            cached: Whether the local cache may answer. For objects whose content is known by checksum only.
+            paths: Paths of the objects.
+            limits: Maximum size of each object in bytes. One more byte is read, so the caller can recognise a longer
+                object.
+            cached: Whether objects may come from the local cache. Use it only for objects that the caller checks by a
+                checksum.
 
         Returns:
-            Their bytes, None for those that are not there.
+            The bytes of each object; None for objects that do not exist.
         """
         full = [f"{self.root}/{path}" for path in paths]
         data: list[bytes | None] = [None] * len(paths)
         waiting = list(range(len(paths)))
 
+        # A retry requests only the objects that have not been read yet.
         def read() -> None:
             answers = self._read([full[i] for i in waiting], [limits[i] for i in waiting], cached=cached)
             failures = []
@@ -196,13 +205,13 @@ class Storage:
         """Reads one small JSON file.
 
         Raises:
-            FileNotFoundError: There is none.
-            FormatError: It holds no JSON; the message ends with the way out.
+            FileNotFoundError: The file does not exist.
+            FormatError: The file does not hold JSON; the message ends with `way_out`.
         """
         return parse_json(path, self.get(path), way_out)
 
     def num_bytes(self, path: str) -> int:
-        """Adds up the sizes of all objects below a folder."""
+        """Returns the total size of all objects below a folder, in bytes."""
         folder = f"{self.root}/{path}"
         if self.is_local:
             return self._try(lambda: local_disk.num_bytes(folder), path)
@@ -211,7 +220,7 @@ class Storage:
     # Writing
 
     def put(self, path: str, data: bytes) -> None:
-        """Writes an object whole or not at all, in the place of what was there."""
+        """Writes an object whole or not at all. Replaces an existing object."""
         if self.is_local:
             self._make_root()
             self._try(lambda: local_disk.put(self._inside(path), data), path)
@@ -220,11 +229,12 @@ class Storage:
                 self._try(lambda: self._fs.pipe_file(f"{self.root}/{path}", data), path)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Writes an object whole, but only where there is none; of several that try at once one succeeds.
+        """Writes an object whole, but only if no object has this path. Of several callers at once, one succeeds.
 
         Returns:
-            Whether it was written. A False may also be the echo of this very call's first try, whose answer got lost:
-            callers read back whose it is.
+            Whether the object was written. False does not prove that another caller wrote the object: if the service's
+            answer to the first try was lost, the retry finds the object that the first try wrote. To know who wrote the
+            object, read it.
         """
         if self.is_local:
             self._make_root()
@@ -241,16 +251,17 @@ class Storage:
             return self._try(created, path)
 
     def copy(self, source: str, path: str) -> None:
-        """Copies an object within the store, whole or not at all, in the place of what was there.
+        """Copies an object, whole or not at all. Replaces an existing object.
 
         Raises:
-            FileNotFoundError: The source is not there.
+            FileNotFoundError: The source does not exist.
         """
         if self.is_local:
             self._try(lambda: local_disk.copy(self._inside(source), self._inside(path)), path)
             return
         full = (f"{self.root}/{source}", f"{self.root}/{path}")
         self._try(lambda: self._fs.cp_file(*full), path)
+        # Any other service may finish the copy after the call, so the copy is compared with its source.
         if COPIES_AT_ONCE.isdisjoint([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol):
             self._try(lambda: self._check_copied(*full), path)
 
@@ -260,10 +271,11 @@ class Storage:
         if isinstance(wanted, Exception):
             raise wanted
         if found != wanted:
+            # `_try` repeats the comparison after this error.
             raise TimeoutError("the service has not finished its copy")
 
     def remove(self, path: str) -> None:
-        """Deletes an object, if it is there; on a local disk also a folder in its place."""
+        """Deletes an object if it exists. On a local disk, a folder of that name is deleted too."""
         if self.is_local:
             self._try(lambda: local_disk.remove(self._inside(path)), path)
             return
@@ -275,28 +287,28 @@ class Storage:
         self._try(removed, path)
 
     def remove_folder(self, path: str) -> None:
-        """Deletes a folder of a local disk and all in it, if it is there; a bucket has no folders."""
+        """Deletes a local folder and its contents if it exists. Does nothing in a bucket, which has no folders."""
         if self.is_local:
             self._try(lambda: local_disk.remove_folder(str(self._inside(path))), path)
 
     def remove_partials(self, path: str) -> int:
-        """Deletes what writers killed a day ago or more left in a folder. Returns how many files.
+        """Deletes partial files that killed writers left in a folder at least a day ago. Returns their number.
 
-        Only on a local disk do they leave anything. What they staged is not meant: publish.clean removes it.
+        Partial files exist only on a local disk. They are not the staged objects, which `protocol.clean` removes.
         """
         if not self.is_local:
             return 0
         return self._try(lambda: local_disk.remove_partials(self._inside(os.path.join(path, "any")).parent), path)
 
     def _inside(self, path: str) -> Path:
-        """Returns where a local object is to change, unless a link that somebody put into the store leads elsewhere."""
+        """Returns the local path of an object. Raises PermissionError if a symbolic link leads out of the root."""
         full = Path(f"{self.root}/{path}")
         if not full.parent.resolve().is_relative_to(Path(f"{self.root}/").resolve()):
-            raise PermissionError(f"{full} leads out of the store by a symbolic link; put the folder itself there")
+            raise PermissionError(f"{full} leads out of the store by a symbolic link; replace the link by the folder")
         return full
 
     def _make_root(self) -> None:
-        """Makes the store's folder on a local disk for the first that is written."""
+        """Creates the root folder on a local disk before the first write."""
         if os.path.isdir(f"{self.root}/"):
             return
         try:
@@ -309,7 +321,7 @@ class Storage:
             ) from error
 
     def for_each(self, action: Callable[[U], T], items: Iterable[U]) -> list[T]:
-        """Does something for each of a few objects, several at once in a bucket."""
+        """Calls `action` for each item, in parallel threads if the root is in a bucket. Results are in order."""
         if self.is_local:
             return [action(item) for item in items]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -317,39 +329,41 @@ class Storage:
 
     @contextlib.contextmanager
     def _there_to_write(self, path: str) -> Iterator[None]:
-        """What a bucket that is not there looks like to a writer."""
+        """Turns a write's FileNotFoundError, which means that the bucket is missing, into a StorageRefusedError."""
         try:
             yield
         except FileNotFoundError as error:
             raise StorageRefusedError(
-                f"url must be one that can be written, got url={self.url} at {path} (FileNotFoundError: {error}); "
-                "check the bucket, the credentials and --storage_options"
+                f"there is no bucket or folder to write to at {self.url} (FileNotFoundError: {error}); "
+                "check the URL, the credentials and --storage_options"
             ) from error
 
     def _try(self, operation: Callable[[], T], path: str) -> T:
-        """Does something, again after a while where that may help."""
+        """Runs an operation. If it fails and a retry may help, waits and runs it again."""
         started, wait = time.monotonic(), FIRST_WAIT_S
         while True:
             try:
                 result = operation()
             except (FileNotFoundError, FormatError):
+                # The service has answered: it said that the object is missing, or sent malformed content.
                 self._has_answered = True
                 raise
-            except Exception as error:  # drivers raise whatever their services' libraries do
-                said = f"url={self.url} at {path or '/'} ({type(error).__name__}: {' '.join(str(error).split()):.300})"
+            except Exception as error:  # Drivers raise the exceptions of many libraries, so all are caught.
+                where = f"{self.url} at {path or '/'} ({type(error).__name__}: {' '.join(str(error).split()):.300})"
                 if is_refusal(error):
                     raise StorageRefusedError(
-                        f"url must be one that may be read or written and has space, got {said}; check the disk, the "
-                        "bucket, the credentials and --storage_options, then run the same command again"
+                        f"{cause(error)} for {where}; check the disk, the bucket, the credentials and "
+                        "--storage_options, then run the same command again"
                     ) from error
                 patience = PATIENCE_S if self._has_answered else FIRST_PATIENCE_S
                 if self.is_local or not may_pass(error) or time.monotonic() + wait > started + patience:
                     raise StorageError(
-                        f"url must be one that can be reached, got {said}; check the bucket, the credentials and "
+                        f"cannot read or write {where}; check the bucket, the credentials and "
                         "--storage_options, then run the same command again"
                     ) from error
             else:
                 self._has_answered = True
                 return result
+            # The random factor spreads the retries of processes whose requests failed at the same time.
             time.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, LONGEST_WAIT_S)

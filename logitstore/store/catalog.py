@@ -1,6 +1,6 @@
-"""The contents of a store, as they were when it was opened: its specs, its layers, and which shards are committed.
+"""The contents of a store at the moment it was opened: its specs, its layers, and its committed shards.
 
-No array is read here; `shard_reader` does that.
+This module reads no arrays; `shard_reader` does that.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from logitstore.store.commits.index import Index
 
 WAY_OUT = f"{FROM_A_COPY}, or delete it and run the dump again with the same options, which writes it anew"
+"""Next step in error messages about a malformed zarr.json of a group."""
 
 S = TypeVar("S", bound="StoreSpec | TargetSpec | LossSpec")
 
@@ -40,25 +41,28 @@ class Layer:
     """One layer of an opened store: `tokens`, `target` or `losses/<name>`."""
 
     name: str
+    """Name of the layer."""
     spec: StoreSpec | TargetSpec | LossSpec
+    """Spec of the layer."""
     made_by: str
-    """Digest of the spec's identity."""
+    """Digest of the spec, from `maker`. Every commit record of the layer must have the same digest."""
     index: Index
     """The committed shards."""
     num_shards: int
-    """Number of shards that the finished layer has."""
+    """Number of shards that the layer has when it is finished."""
     stale: frozenset[int]
-    """Shards computed from other values than the layer below holds now. Readers refuse them; the next dump replaces
-    them."""
+    """Numbers of committed shards whose values were computed from values that the layer below no longer holds. Readers
+    refuse these shards, and the next dump replaces them."""
 
     @property
     def committed(self) -> frozenset[int]:
-        """Committed shards, including stale ones."""
+        """Numbers of the committed shards, including stale ones."""
         return self.index.committed
 
     @property
     def gaps(self) -> list[range]:
-        """Runs of shards that are not committed yet, in order. The cost does not depend on their length."""
+        """Runs of consecutive shards that are not committed yet, in order."""
+        # Only committed shards are looked at, so that a long run of missing shards takes no time.
         edges = np.concatenate([[-1], self.index.upto(self.num_shards).shards, [self.num_shards]])
         (before,) = np.nonzero(np.diff(edges) > 1)
         return [range(a + 1, b) for a, b in zip(edges[before].tolist(), edges[before + 1].tolist(), strict=True)]
@@ -70,39 +74,41 @@ class Layer:
 
     @cached_property
     def missing(self) -> list[int]:
-        """Shards that are not committed yet, in order."""
+        """Numbers of the shards that are not committed yet, in order."""
         return list(itertools.chain.from_iterable(self.gaps))
 
 
 class Catalog:
-    """The specs, layers and commit indexes of a store, as they were when it was opened.
+    """The specs, layers and commit indexes of a store at the moment it was opened.
 
     Attributes:
-        storage: Where the store's objects are.
+        storage: Storage that holds the store's objects.
         spec: The specs of the store and of all its layers, as stored.
         layers: The layers by name, in the order tokens, target, losses.
-        num_shards: Number of shards before the first one whose tokens are not committed. Readers see only these.
-        first_document: Int64 [num_shards + 1]; shard s holds documents first_document[s]..first_document[s + 1].
-        num_rows: Number of rows in these shards.
-        num_counted: Number of rows in these shards whose loss mask is 1.
+        num_shards: Number of visible shards: those before the first shard whose tokens are not committed.
+        first_document: Int64 [num_shards + 1]; shard s holds the documents from first_document[s] up to, not including,
+            first_document[s + 1].
+        num_rows: Number of rows in the visible shards.
+        num_counted: Number of rows in the visible shards whose loss mask is 1.
     """
 
     def __init__(self, storage: Storage) -> None:
         """Reads the specs and lists the commit records.
 
         Raises:
-            StoreNotFoundError: There is no store.
+            StoreNotFoundError: No store exists at the URL of `storage`.
             FormatError: The store has another format version, or its metadata is malformed.
         """
         self.storage = storage
         attributes = read_attributes(storage, "")
         if attributes is None:
             raise StoreNotFoundError(
-                f"url must be that of a store, got url={storage.url} without a "
-                "zarr.json; give --data and --target to the dump to make one there"
+                f"url must be that of a store, got url={storage.url}, which has no "
+                "zarr.json; check the path, or give --data and --target to the dump to create a store there"
             )
         spec = stored_spec(StoreSpec, attributes, "store")
-        # Upper layers are listed before lower ones: every shard that a listing names is in the later listings too.
+        # Other jobs may add layers at the same time, so losses are read before the target. A losses layer is added
+        # after its target, so the target of every losses layer found here exists when the target is read.
         losses = {}
         for name in storage.names("losses"):
             if layout.is_loss_name(name) and (found := read_attributes(storage, f"losses/{name}")) is not None:
@@ -113,6 +119,7 @@ class Catalog:
             target=None if target is None else stored_spec(TargetSpec, target, "target"),
             losses=losses,
         )
+        # A store from an untrusted source may have a scheme whose shards would exceed the memory of a reader.
         if self.spec.target is not None:
             try:
                 check_room(self.spec.shard_rows, self.spec.target.room)
@@ -120,6 +127,8 @@ class Catalog:
                 raise FormatError(f"target is malformed: {error}") from error
         self.layers = _list_layers(storage, self.spec)
         tokens = self.layers["tokens"].index.upto(self.spec.num_shards)
+        # Documents are numbered in the order of the shards. The numbers of documents after a missing shard are unknown,
+        # so later shards are not visible.
         gaps = np.flatnonzero(tokens.shards != np.arange(len(tokens)))
         self.num_shards = int(gaps[0]) if len(gaps) else len(tokens)
         self.first_document: NDArray[np.int64] = np.zeros(self.num_shards + 1, dtype=np.int64)
@@ -131,7 +140,7 @@ class Catalog:
         """Returns the path of a shard's commit record.
 
         Raises:
-            LayerNotFoundError: The store has no such layer, or this shard of it is not committed.
+            LayerNotFoundError: The store has no such layer, or the shard is not committed in it.
             DamagedShardError: The shard has several records.
         """
         url = self.storage.url
@@ -144,8 +153,8 @@ class Catalog:
             if shard not in range(n := self.spec.num_shards):
                 raise LayerNotFoundError(f"shard must be from 0 to {n - 1}, got shard={shard}; {url} has {n}")
             raise LayerNotFoundError(
-                f"shard must be committed, got shard={shard} of layer {layer!r} in {url}, where "
-                f"{len(index)} of {self.spec.num_shards} are; run the dump again to finish it"
+                f"shard must be committed, got shard={shard} of layer {layer!r}, which is not: {url} has {len(index)} "
+                f"of {self.spec.num_shards} shards of this layer; run the dump again to finish the layer"
             )
         if shard in index.contested:
             raise DamagedShardError(layer, shard, "several commit records")
@@ -157,26 +166,27 @@ class Catalog:
         Args:
             layer: The shard's layer.
             shard: The shard's number.
-            data: The bytes read at `record_path`; None if there were none.
+            data: The bytes read at `record_path`; None if no object was found there.
 
         Raises:
-            LayerNotFoundError: There was no record, or the shard of the layer below is not committed.
-            DamagedShardError: The record is malformed, or differs from its name.
-            IdentityError: Another model made the shard, or it was computed from other values than the store holds now.
+            LayerNotFoundError: No record was found, or the shard is not committed in the layer below.
+            DamagedShardError: The record is malformed, or does not match its file name.
+            IdentityError: Another model made the shard, or the shard was computed from values that the layer below no
+                longer holds.
         """
         if data is None:
             raise LayerNotFoundError(
                 f"shard must be committed, got shard={shard} of layer {layer!r} in {self.storage.url}, which was taken "
-                "back since the store was opened; open it again"
+                "back since the store was opened; open the store again"
             )
         if len(data) > MAX_COMMIT_BYTES:
-            raise DamagedShardError(layer, shard, "a commit record too long to be one")
+            raise DamagedShardError(layer, shard, "a commit record that is too long")
         commit = parse_commit(data, layer, shard, self.record_path(layer, shard).rpartition("/")[2])
         check_commit_fits(self.spec, commit)
         way_out = {
             "tokens": "dump into another store",
             "target": "take the shard back with `logitstore verify --repair` and dump it again",
-        }.get(layer, "dump the losses again, which replaces those that are stale")
+        }.get(layer, "dump the losses again, which replaces the stale ones")
         if commit.made_by != (now := self.layers[layer].made_by):
             raise IdentityError(
                 f"shard {shard} of layer {layer!r} must be made by {now[:19]} as the layer's spec says, got "
@@ -185,16 +195,17 @@ class Catalog:
         below = layout.below(layer)
         if below is None:
             if commit.computed_from is not None:
-                raise DamagedShardError(layer, shard, "tokens computed from something")
+                raise DamagedShardError(layer, shard, "a commit record of tokens that names a layer below")
             return commit
         index = self.layers[below].index if below in self.layers else None
         if index is None or (place := index.find(shard)) is None:
             raise LayerNotFoundError(
-                f"shard must be committed in {below}, got shard={shard} of layer {layer!r} in {self.storage.url} "
-                "without what it was computed from; run the dump again to finish it"
+                f"shard {shard} of layer {layer!r} must have the shard of layer {below!r} that it was computed from, "
+                f"got none in {self.storage.url}; run the dump again to write that shard"
             )
         if shard in index.contested:
             raise DamagedShardError(below, shard, "several commit records")
+        # The index holds only the short digests of the layer below, so these are compared. No further record is read.
         digest = index.digests[place]
         if short_digest(commit.computed_from).encode() != digest:
             raise IdentityError(
@@ -209,6 +220,8 @@ def _list_layers(storage: Storage, spec: StoreSpec) -> dict[str, Layer]:
     if spec.target is not None:
         specs["target"] = spec.target
     specs |= {layout.losses_layer(name): loss for name, loss in spec.losses.items()}
+    # Each layer is listed before the layer below it. A shard is committed in the layer below first, so the later
+    # listing of the layer below includes every shard of the earlier listing.
     indexes = {name: read_index(storage, name) for name in reversed(specs)}
     return {
         name: Layer(
@@ -226,17 +239,28 @@ def _list_layers(storage: Storage, spec: StoreSpec) -> dict[str, Layer]:
 
 
 def stale_shards(index: Index, below: Index) -> frozenset[int]:
-    """Returns the shards that were computed from other values than the layer below holds now."""
+    """Returns the numbers of the shards that were computed from values that the layer below no longer holds.
+
+    Shards that have several records in either layer are left out, because they are damaged, not stale.
+
+    Args:
+        index: Index of the layer.
+        below: Index of the layer below.
+    """
     common, places, places_below = np.intersect1d(index.shards, below.shards, assume_unique=True, return_indices=True)
     others = frozenset(common[index.origins[places] != below.digests[places_below]].tolist())
     return others - index.contested - below.contested
 
 
 def read_attributes(storage: Storage, path: str) -> dict[str, Any] | None:
-    """Reads the attributes of a group; None if there is no group.
+    """Reads the attributes of a group; None if the group has no zarr.json.
+
+    Args:
+        storage: The store's root.
+        path: Path of the group, relative to the root; "" is the root group itself.
 
     Raises:
-        FormatError: The group is not of Zarr version 3.
+        FormatError: The zarr.json is not JSON, or does not describe a group of Zarr version 3.
     """
     name = f"{path}/zarr.json" if path else "zarr.json"
     try:
@@ -244,27 +268,34 @@ def read_attributes(storage: Storage, path: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     if not isinstance(metadata, dict) or metadata.get("node_type") != "group" or metadata.get("zarr_format") != 3:
-        raise FormatError(f"{name} must describe a Zarr group, got {metadata!r:.80}; this is no store")
+        raise FormatError(f"{name} must describe a Zarr group, got {metadata!r:.80}; this is not a logitstore store")
     attributes = metadata.get("attributes", {})
     if not isinstance(attributes, dict):
-        raise FormatError(f"attributes must be a JSON object, got attributes={attributes!r:.80}; this is no store")
+        raise FormatError(
+            f"attributes must be a JSON object, got attributes={attributes!r:.80}; this is not a logitstore store"
+        )
     return attributes
 
 
 def stored_spec(cls: type[S], attributes: Mapping[str, Any], where: str) -> S:
-    """Parses a spec from a group's attributes; `where` names it in error messages."""
+    """Parses a spec from a group's attributes; `where` names the spec in error messages."""
     return from_json(cls, attributes.get("logitstore"), where)
 
 
 def runs(shards: Collection[int]) -> list[range]:
-    """Groups shard numbers into runs of consecutive ones, in order."""
+    """Groups shard numbers into runs of consecutive numbers, in order."""
     numbers = sorted(shards)
     starts = [i for i, shard in enumerate(numbers) if i == 0 or shard != numbers[i - 1] + 1]
     return [range(numbers[start], numbers[stop - 1] + 1) for start, stop in itertools.pairwise([*starts, len(numbers)])]
 
 
 def spans(shards: list[range], most: int = 10) -> str:
-    """Formats runs of shards as text: "1, 4-6, 9", followed by "and N more" after the first `most`."""
+    """Formats runs of shards as text, such as "1, 4-6, 9 and 20 more".
+
+    Args:
+        shards: Runs of shard numbers.
+        most: Maximum number of runs to show. If there are more runs, the text ends with the number of shards in them.
+    """
     texts = [str(run.start) if len(run) == 1 else f"{run.start}-{run.stop - 1}" for run in shards[:most]]
     more = f" and {sum(map(len, shards[most:])):,} more" if len(shards) > most else ""
     return ", ".join(texts) + more

@@ -1,6 +1,7 @@
-"""The documents of a store by number: their lengths and digests, and one value per row of each.
+"""The documents of a store by number: their lengths, their digests, and one value for each of their rows.
 
-D documents, S shards.
+In shapes, D is the number of documents, S the number of shards, R the number of rows of a shard, and T the number of
+tokens of a document.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentIndex:
-    """The lengths and digests of the documents that an open store shows, in order, without their tokens.
+    """The lengths and digests of the visible documents of an open store, in order. Tokens are not included.
 
-    Documents that a layer set aside keep their number, their length and their digest.
+    A document that was set aside in a layer keeps its number, its length and its digest.
     """
 
     lengths: NDArray[np.int64]
     """[D]: number of tokens of each document, at least 1."""
     digests: NDArray[np.uint64]
-    """[D]: digest of each document's ids and loss mask; documents of equal content have equal digests. Uniform over 64
-    bits, and the same in every store and after appends."""
+    """[D]: digest of each document's ids and loss mask; documents of equal content have equal digests. The digests are
+    uniformly distributed over 64 bits. A document has the same digest in every store, and keeps it after appends."""
     first_document: NDArray[np.int64]
-    """[S + 1]: shard s holds documents first_document[s]..first_document[s + 1]."""
+    """[S + 1]: shard s holds the documents from first_document[s] up to, not including, first_document[s + 1]."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -41,7 +42,10 @@ class DocumentIndex:
 
 
 class RowValues:
-    """Losses or loss gaps by document: `values[17]` is float32 [T] of document 17, NaN where the loss mask is 0."""
+    """Losses or loss gaps by document, in nats.
+
+    `values[17]` is float32 [T] for the T tokens of document 17, NaN where the loss mask is 0.
+    """
 
     def __init__(
         self,
@@ -50,13 +54,15 @@ class RowValues:
         starts: Callable[[int], NDArray[np.int64]],
         read: Callable[[int], NDArray[np.float32]],
     ) -> None:
-        """Keeps the functions that read; reads nothing yet.
+        """Stores the functions that read the values. Each value is read when it is asked for.
 
         Args:
             num_documents: Number of documents in the store.
-            locate: Returns the shard of a document, and its place in that shard.
-            starts: Returns the first row of each document of a shard, int64 [documents + 1].
-            read: Returns the values of a shard, float32 [R].
+            locate: Takes the number of a document. Returns the number of the document's shard, and the document's place
+                in that shard, from 0.
+            starts: Takes the number of a shard. Returns int64 [number of documents in the shard + 1]: the first row of
+                each document, then the number of rows of the shard.
+            read: Takes the number of a shard. Returns the values of the shard, float32 [R].
         """
         self._num_documents = num_documents
         self._locate = locate

@@ -31,45 +31,50 @@ if TYPE_CHECKING:
     from logitstore.store.catalog import Layer
 
 CACHE_BYTES = 50 * 10**9
+"""Default size limit of the local cache folder, in bytes."""
 CACHED_SHARDS = 4
-"""Number of shards kept decoded for access by document number; about 60 MB each at 2**18 rows of 20 entries."""
+"""Number of decoded shards kept in memory for access by document number. A shard with 2**18 rows of 20 entries takes
+about 60 MB."""
 SHARDS_AT_ONCE = 64
-"""Number of shards whose document lengths are requested together: a bucket answers all in the time of a few."""
+"""Maximum number of shards whose document lengths are requested together. A bucket answers 64 such requests in about
+the time that it takes for a few."""
 ROWS_AT_ONCE = 2**24
-"""Limit on the rows of shards requested together, which bounds memory to 200 MB whatever the objects hold."""
+"""Shards whose document lengths are requested together have room for at most this many rows in total. This limits the
+memory for the lengths and digests to 200 MB, even in a hostile store."""
 INDEX_ARRAYS = frozenset({"lengths", "digests"})
 """The arrays of the tokens layer that `Store.documents` reads."""
 
 
 class Store:
-    """A store opened for reading, as it was when it was opened.
+    """A store opened for reading. It shows the contents that the store had when it was opened.
 
-    Documents are numbered from 0 through the shards in order. Shards after the first one whose tokens are not
-    committed are not visible.
+    Documents are numbered from 0 in the order of the shards. If the tokens of a shard are not committed, this shard and
+    all later shards are not visible.
 
     Attributes:
         catalog: The store's specs, layers and commit indexes.
         reader: Reads whole shards.
-        storage: Where the store's objects are.
-        spec: The specs as rows are read: `stored`, except for the scheme and the losses of a store opened as a smaller
-            one.
-        stored: The specs as stored.
+        storage: Storage that holds the store's objects.
+        spec: The specs of the store as it is read. If the store is read with a smaller scheme (`read_as`), the specs
+            have that scheme and no losses. Otherwise they are equal to `stored`.
+        stored: The specs of the store as stored.
         layers: The layers that can be read, by name: tokens, target, losses/<name>.
         num_shards: Number of visible shards.
-        num_rows: Number of rows in them.
-        num_counted: Number of rows in them whose loss mask is 1; only these have entries and losses.
+        num_rows: Number of rows in the visible shards.
+        num_counted: Number of rows in the visible shards whose loss mask is 1; only these rows have entries and losses.
     """
 
     def __init__(self, storage: Storage) -> None:
         """Reads the store's specs and lists its commit records.
 
         Raises:
-            StoreNotFoundError: There is no store.
+            StoreNotFoundError: No store exists at the URL of `storage`.
             FormatError: The store has another format version, or its metadata is malformed.
         """
         self._show(Catalog(storage), None)
 
     def _show(self, catalog: Catalog, scheme: Scheme | None) -> None:
+        """Sets all attributes of a new store, of an unpickled copy, or of a store that is read with another scheme."""
         self.catalog = catalog
         self.reader = ShardReader(catalog, scheme)
         self.storage = catalog.storage
@@ -80,7 +85,7 @@ class Store:
         self.num_rows = catalog.num_rows
         self.num_counted = catalog.num_counted
         if scheme is not None and self.stored.target is not None:
-            # Losses were computed on the stored entries, so that they do not fit rows of fewer entries.
+            # Losses were computed on the stored entries, so they do not belong to rows with fewer entries.
             target = replace(self.stored.target, scheme=scheme)
             self.spec = replace(self.stored, target=target, losses={})
             self.layers = {name: layer for name, layer in catalog.layers.items() if not name.startswith("losses/")}
@@ -94,7 +99,7 @@ class Store:
             caption = f" read as {_described(self.spec.target)} (stored: {_described(self.stored.target)})"
         return f"<Store {self.url}{caption}: {size}>"
 
-    # A copy for another process shows the same contents and lists nothing again.
+    # A copy that is unpickled in another process shows the same contents without listing the store again.
 
     def __getstate__(self) -> dict[str, Any]:
         return {"catalog": self.catalog, "scheme": self.reader.scheme}
@@ -122,10 +127,10 @@ class Store:
         )
 
     def locate(self, document: int) -> tuple[int, int]:
-        """Returns the shard of a document and its place there; negative numbers count from the end.
+        """Returns the shard of a document, and the document's place in that shard. Negative numbers count from the end.
 
         Raises:
-            IndexError: There is no such document.
+            IndexError: No document has this number.
         """
         n = self.num_documents
         if not -n <= document < n:
@@ -136,13 +141,16 @@ class Store:
         return shard, document - int(first[shard])
 
     def documents(self) -> DocumentIndex:
-        """Reads the lengths and digests of all documents: two small objects of each shard.
+        """Reads the lengths and digests of all visible documents.
+
+        Reads the commit record and two small objects of each shard.
 
         Raises:
             DamagedShardError: The stored bytes differ from what was committed.
             LayerNotFoundError: A shard was taken back since the store was opened.
-            IdentityError: Another job than the store's made a shard.
+            IdentityError: A shard was made with a spec that differs from the store's spec.
         """
+        # The empty arrays let np.concatenate succeed for a store without visible shards.
         lengths, digests = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
         size = max(1, min(SHARDS_AT_ONCE, ROWS_AT_ONCE // self.spec.shard_rows))
         for start in range(0, self.num_shards, size):
@@ -158,11 +166,14 @@ class Store:
         )
 
     def loss(self, name: str) -> RowValues:
-        """Returns the soft cross entropy of a named model on the stored support, in nats, by document.
+        """Returns the losses of a named model, by document, in nats.
+
+        The loss is the soft cross entropy between the target's distribution (the stored entries and the tail) and the
+        distribution of the named model.
 
         Raises:
-            LayerNotFoundError: The store has no losses of that name; the message lists those that it has.
-            IdentityError: Rows are read by another scheme than the losses were computed with.
+            LayerNotFoundError: The store has no losses of that name; the error message lists the existing names.
+            IdentityError: The store is read with a smaller scheme than the scheme that the losses were computed with.
         """
         layer = self._loss_layer(name)
         return self._row_values(lambda shard: self.shard(shard, layers=("tokens", layer)).losses[name])
@@ -181,40 +192,51 @@ class Store:
         return self._row_values(read)
 
     def _row_values(self, read: Any) -> RowValues:  # noqa: ANN401
+        # The shards are read when a value is asked for. `shard` keeps the last ones in memory.
         return RowValues(
             self.num_documents, self.locate, lambda shard: self.shard(shard, layers=("tokens",)).starts, read
         )
 
     def _loss_layer(self, name: str) -> str:
         self.check_losses_readable()
+        if not self.spec.losses:
+            raise LayerNotFoundError(
+                f"{self.url} has no losses yet, so that reference={name} cannot be read; add them with "
+                f"`logitstore dump --store {self.url} --reference {name}=MODEL`"
+            )
         if name not in self.spec.losses:
             raise LayerNotFoundError(
                 f"reference must be one of {sorted(self.spec.losses)} in {self.url}, got reference={name}; "
-                f"add it with jobs/dump_logits.py --reference {name}=MODEL"
+                f"add it with `logitstore dump --store {self.url} --reference {name}=MODEL`"
             )
         return layout.losses_layer(name)
 
     def check_losses_readable(self) -> None:
-        """Raises IdentityError if rows are read by another scheme than the store's losses were computed with."""
+        """Raises IdentityError if the store has losses, but is read with a smaller scheme than the losses belong to."""
         if self.spec.target != self.stored.target and self.stored.losses:
             raise IdentityError(
-                f"losses must be of the rows that are read, got {', '.join(sorted(self.stored.losses))} of rows with "
-                f"{_described(self.stored.target)} while they are read as {_described(self.spec.target)}; read the "
-                "store as it is, or dump target and losses with the smaller scheme into a store of their own"
+                f"losses must be computed on the rows that are read, got {', '.join(sorted(self.stored.losses))} on "
+                f"rows with {_described(self.stored.target)}, but the store is read as {_described(self.spec.target)}; "
+                "read the store as it is, or dump target and losses with the smaller scheme into another store"
             )
 
     def shards(self, layers: Sequence[str] | None = None) -> Iterator[Shard]:
-        """Reads every shard in order, which is the fastest way to read a store. `layers` as for `read_shard`."""
+        """Yields every visible shard in order. This is the fastest way to read a whole store.
+
+        Args:
+            layers: Layers to read besides the tokens; all layers by default.
+        """
         for shard in range(self.num_shards):
             yield self.read_shard(shard, layers)
 
     def shard(self, shard: int, layers: Sequence[str] | None = None) -> Shard:
-        """Reads one shard like `read_shard`, and keeps the last few in memory."""
+        """Reads one shard like `read_shard`, and keeps the last CACHED_SHARDS shards in memory."""
         key = (shard, tuple(layers if layers is not None else self.layers))
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
+        # The lock is not held while a shard is read, so that several threads can read at the same time.
         value = self.read_shard(shard, layers)
         with self._lock:
             self._cache[key] = value
@@ -230,24 +252,25 @@ class Store:
             layers: Layers to read besides the tokens; all layers by default.
 
         Raises:
-            LayerNotFoundError: The store has no such layer, or this shard of it is not committed.
+            LayerNotFoundError: The store has no such layer, or the shard is not committed in it.
             DamagedShardError: The stored bytes differ from what was committed.
-            IdentityError: The layer was computed from other tokens or other target rows than the store holds now.
+            IdentityError: The layer was computed from tokens or target rows that the store no longer holds.
         """
         return self.reader.assemble(self.reader.read_layers(shard, self.layers if layers is None else layers))
 
     def read_as(self, scheme: Scheme) -> Store:
-        """Returns this store as it would be read if it had been dumped with a smaller scheme. Reads nothing.
+        """Returns this store as if it had been dumped with a smaller scheme. Reads nothing.
 
-        The result has no losses, because those were computed on the stored entries. The scheme is always compared with
-        the stored one: reading a smaller store by the stored scheme gives the whole store again, with its losses.
+        The returned store has no losses, because the losses were computed on all stored entries. If this store is
+        already read with a smaller scheme, `scheme` may keep more entries than that scheme, because it is applied to
+        the stored rows. If `scheme` is the stored scheme, the returned store has all entries and its losses.
 
         Args:
-            scheme: `topk` or `nucleus`, which at every row keeps no entry that is not stored.
+            scheme: A `topk` or `nucleus` scheme. Every entry that it keeps must be stored, at every row.
 
         Raises:
             LayerNotFoundError: The store has no target layer.
-            ValueError: `scheme` is no Scheme, or the stored rows may lack entries that it keeps.
+            ValueError: `scheme` is not a Scheme, or the stored rows may lack entries that it keeps.
         """
         if not isinstance(scheme, Scheme):
             raise ValueError(
@@ -258,20 +281,22 @@ class Store:
             return self
         if scheme != stored:
             check_smaller(stored, scheme)
+        # `__init__` would list the store again and could find other contents.
         other = Store.__new__(Store)
         other._show(self.catalog, None if scheme == stored else scheme)
         return other
 
     def read_smaller(self, *, k: int | None, mass: float | None) -> Store:
-        """Returns this store read with fewer entries at a row, or the store itself if neither option is given.
+        """Returns this store read with fewer entries per row, or the store itself if neither option is given.
 
         Args:
-            k: Greatest number of entries of a row; None for the stored one.
-            mass: Probability mass of a nucleus, as which a `topk` store can be read too; None for the stored one.
+            k: Maximum number of entries of a row; None keeps the stored limit.
+            mass: Probability mass of a nucleus, above 0 and at most 1; None keeps the stored mass. If `mass` is given
+                for a `topk` store, the rows are read as a nucleus.
 
         Raises:
             LayerNotFoundError: The store has no target layer.
-            ValueError: A value is out of range, or the stored rows may lack entries that are asked for.
+            ValueError: A value is out of range, or the stored rows may lack entries that the smaller scheme keeps.
         """
         return self if k is None and mass is None else self.read_as(smaller(self._target().scheme, k=k, mass=mass))
 
@@ -297,17 +322,19 @@ def open(
 
     Args:
         url: A folder or any fsspec URL.
-        storage_options: Options of the URL's file system, such as credentials. Never stored.
-        scheme: Truncates rows while they are read, as if they had been dumped with this scheme (`Store.read_as`).
+        storage_options: Options of the URL's file system, such as credentials. They are never stored.
+        scheme: Smaller scheme to which rows are truncated while they are read, as if the store had been dumped with
+            this scheme (`Store.read_as`). None reads all entries.
         cache_dir: Local folder that keeps objects read from a bucket. Any number of processes may share it.
-        cache_bytes: Size limit of that folder; the least recently used objects are deleted first.
+        cache_bytes: Size limit of `cache_dir` in bytes; the least recently used objects are deleted first.
 
     Raises:
-        StoreNotFoundError: There is no store.
+        StoreNotFoundError: No store exists at the URL.
         FormatError: The store has another format version, or its metadata is malformed or covers fewer shards than
             are committed.
-        MissingDriverError: No installed package opens such a URL.
-        ValueError: The URL is blank or that of a file, or the stored rows may lack entries that `scheme` keeps.
+        LayerNotFoundError: `scheme` is given, but the store has no target layer.
+        MissingDriverError: No installed package can open this kind of URL.
+        ValueError: The URL is blank or names a file, or the stored rows may lack entries that `scheme` keeps.
     """
     store = Store(Storage(url, storage_options, None if cache_dir is None else (cache_dir, cache_bytes)))
     check_end(store.storage, store.spec, store.layers["tokens"].index)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from logitstore.store.catalog import Catalog
 
 CACHED_COMMITS = 10_000
-"""Number of commit records kept in memory, about 2 kB each."""
+"""Maximum number of commit records that are kept in memory. Each takes about 2 kB."""
 
 
 class Stored(NamedTuple):
-    """The arrays of one shard of a layer as they are stored, and their commit record."""
+    """The arrays of one shard of a layer as they are stored, without padding, and the shard's commit record."""
 
     arrays: dict[str, NDArray[Any]]
     commit: Commit
@@ -41,7 +41,7 @@ class ShardReader:
 
     Attributes:
         catalog: The store's layers and commit indexes.
-        scheme: Truncates target rows further while they are decoded; None reads them as they are stored.
+        scheme: Smaller scheme to which target rows are truncated while they are decoded; None keeps all stored entries.
     """
 
     def __init__(self, catalog: Catalog, scheme: Scheme | None = None) -> None:
@@ -50,7 +50,7 @@ class ShardReader:
         self._commits: OrderedDict[tuple[str, int], Commit] = OrderedDict()
         self._lock = threading.Lock()
 
-    # A copy for another process starts with an empty cache: locks cannot be pickled, and records are cheap to read.
+    # A lock cannot be pickled, and commit records are cheap to read again, so neither is copied to another process.
 
     def __getstate__(self) -> dict[str, Any]:
         return {"catalog": self.catalog, "scheme": self.scheme}
@@ -59,19 +59,21 @@ class ShardReader:
         self.__init__(**state)  # type: ignore[misc]
 
     def read_parts(self, parts: Sequence[Part]) -> list[Stored]:
-        """Reads parts of shards, all at once.
+        """Reads parts of shards in one round of requests.
 
-        Objects that come from the local cache and do not match their records are read again from the bucket.
+        If objects from the local cache do not match their commit records, all parts are read again from the bucket.
 
         Raises:
-            LayerNotFoundError: The store has no such layer, or a shard of it is not committed.
+            LayerNotFoundError: The store has no such layer, or a shard is not committed in it.
             DamagedShardError: The stored bytes differ from what was committed.
-            IdentityError: A shard was computed from other values than the store holds now.
+            IdentityError: Another model made a shard, or a shard was computed from values that the layer below no
+                longer holds.
         """
         storage = self.catalog.storage
         try:
             return self._read_once(parts, cached=True)
-        except (DamagedShardError, IdentityError):  # the cached objects may be those of an older store at this URL
+        except (DamagedShardError, IdentityError):
+            # The cached objects may be damaged, or belong to an older store at this URL.
             if storage.cache is None:
                 raise
         paths = [path for part in parts for path in self._paths(part)[0]]
@@ -79,21 +81,25 @@ class ShardReader:
         return self._read_once(parts, cached=False)
 
     def read_arrays(self, layer: str, shard: int) -> dict[str, NDArray[Any]]:
-        """Reads the arrays of a shard as they are stored, without padding. Raises the errors of `read_parts`."""
+        """Returns the arrays of a shard as they are stored, without padding. Raises the errors of `read_parts`."""
         return self.read_parts([Part(layer, shard)])[0].arrays
 
     def read_layers(self, shard: int, layers: Iterable[str]) -> dict[str, Stored]:
-        """Reads the tokens of a shard and some other layers of it. Raises the errors of `read_parts`."""
+        """Returns the stored arrays of a shard in `tokens` and in the given layers, by layer name.
+
+        Raises the errors of `read_parts`.
+        """
         wanted = dict.fromkeys(("tokens", *layers))
         return dict(zip(wanted, self.read_parts([Part(layer, shard) for layer in wanted]), strict=True))
 
     def commit(self, layer: str, shard: int) -> Commit:
-        """Reads the commit record of a shard.
+        """Returns the commit record of a shard, from memory if it was read before.
 
         Raises:
-            LayerNotFoundError: The store has no such layer, or this shard of it is not committed.
-            DamagedShardError: The record differs from its name.
-            IdentityError: Another model made the shard, or it was computed from other values than the store holds now.
+            LayerNotFoundError: The store has no such layer, or the shard is not committed in it.
+            DamagedShardError: The record is malformed, or does not match its file name.
+            IdentityError: Another model made the shard, or the shard was computed from values that the layer below no
+                longer holds.
         """
         path = self.catalog.record_path(layer, shard)
         if (layer, shard) not in self._commits:
@@ -102,7 +108,7 @@ class ShardReader:
         return self._commits[layer, shard]
 
     def assemble(self, values: dict[str, Stored]) -> Shard:
-        """Builds a shard from the layers that `read_layers` read, and checks that the values are possible ones.
+        """Builds a shard from the layers that `read_layers` returned, and checks that the values are possible.
 
         Raises:
             DamagedShardError: A value cannot occur in an intact store, such as a token id beyond the vocabulary.
@@ -113,10 +119,12 @@ class ShardReader:
         check_tokens(spec, commit, tokens)
         lengths = tokens["lengths"].astype(np.int64)
         mask = tokens["loss_mask"].astype(bool)
+        # A document that was set aside in `target` has no entries and no losses, whichever layers are read.
         rows = target_digest = None
         if "target" in values:
             mask = without_set_aside(mask, lengths, values["target"][1])
         elif len(values) > 1:
+            # Losses are missing for documents that were set aside in the target layer, so its record is read too.
             mask = without_set_aside(mask, lengths, self.commit("target", shard))
         if "target" in values:
             arrays, commit = values["target"]
@@ -130,6 +138,7 @@ class ShardReader:
                 computed = without_set_aside(mask, lengths, commit)
                 check_losses(commit, arrays, computed)
                 losses[layer.removeprefix("losses/")] = arrays["ce"]
+                # A row counts only if it counts in every layer that was read.
                 counted = counted & computed
         return Shard(
             index=shard,
@@ -143,7 +152,7 @@ class ShardReader:
         )
 
     def decode(self, arrays: dict[str, NDArray[Any]]) -> Rows:
-        """Decodes the stored arrays of a target shard, truncated to `scheme`.
+        """Decodes the stored arrays of a target shard into rows, and truncates the rows to the reader's `scheme`.
 
         Raises:
             LayerNotFoundError: The store has no target layer.
@@ -151,7 +160,11 @@ class ShardReader:
         return truncating.decode(arrays, self._target(), self.scheme)
 
     def decode_bounds(self, arrays: dict[str, NDArray[Any]]) -> tuple[Rows, Rows]:
-        """Returns the entries of `decode` at the least and at the most that their stored codes allow."""
+        """Returns the rows of `decode` twice: with the smallest and with the largest values that the codes allow.
+
+        Raises:
+            LayerNotFoundError: The store has no target layer.
+        """
         return truncating.decode_bounds(arrays, self._target(), self.scheme)
 
     def _target(self) -> TargetSpec:
@@ -162,7 +175,8 @@ class ShardReader:
         return self.catalog.spec.target
 
     def _read_once(self, parts: Sequence[Part], *, cached: bool) -> list[Stored]:
-        """Reads records and objects in one round: both kinds of path follow from the specs and indexes."""
+        """Reads the commit records and the objects of all parts in one round of requests."""
+        # Specs and indexes determine all paths, so the objects can be requested before the records are known.
         places = [self._paths(part) for part in parts]
         full = [path for paths, _ in places for path in paths]
         limits = [limit for _, limits in places for limit in limits]
@@ -176,7 +190,7 @@ class ShardReader:
         return values
 
     def _paths(self, part: Part) -> tuple[list[str], list[int]]:
-        """Returns the paths to read for a part and their greatest lengths: its record, then its objects."""
+        """Returns the paths of a part's commit record and objects, in this order, and their maximum sizes in bytes."""
         record = self.catalog.record_path(part.layer, part.shard)
         paths, limits = object_paths(self.catalog.spec, part)
         return [record, *paths], [MAX_COMMIT_BYTES, *limits]

@@ -1,4 +1,4 @@
-"""Takes back shards and appends: without a commit record they no longer exist."""
+"""Takes back shards and appends: removes their records, so that they no longer exist for readers."""
 
 from __future__ import annotations
 
@@ -15,48 +15,72 @@ if TYPE_CHECKING:
 
 
 def take_back(storage: Storage, layer: str, shard: int) -> bool:
-    """Uncommits a shard: removes its records, and what was staged for it and for what is computed from it.
+    """Uncommits a shard: removes its commit records and all objects that are staged for it.
+
+    Objects that are staged for the same shard of the layers above are removed too. The values of the shard stay in the
+    store until a writer replaces them.
+
+    Args:
+        storage: The store's root.
+        layer: The shard's layer.
+        shard: The shard's number.
 
     Returns:
-        Whether there was a record.
+        Whether the shard had a commit record.
     """
     names = commit_names(storage, layer, shard)
     storage.for_each(storage.remove, [f"{commits_folder(layer)}/{name}" for name in names])
     clean(storage, layer, shard)
     if layer in ("tokens", "target"):
-        # Else the next writer would finish what another began with the values that were here.
+        # A writer of a layer above may have staged values that it computed from this shard. If these values stayed, the
+        # next writer would publish them although they are stale.
         for name in ["target", *(f"losses/{name}" for name in storage.names(f"{STAGING}/losses"))]:
             clean(storage, name, shard)
     return bool(names)
 
 
 def give_up_append(storage: Storage) -> str | None:
-    """Removes what there is of an append that was not finished, or came too late.
+    """Removes the shards and the claim of an append that was not published.
 
-    Shards that other layers were computed for stay: they belonged to the store, and what said so is gone.
+    An append stays unpublished if its writer was stopped, or if another append with the same number was published
+    first.
+
+    Shards that have values in other layers are kept. Such shards once belonged to the store, so the record of their
+    append must have been lost.
+
+    Args:
+        storage: The store's root.
 
     Returns:
-        Of which documents, or None if no append was under way.
+        Name of the data that the append was made from, or "unknown documents" if the claim cannot be read; None if
+        there was no such append.
     """
     catalog = Catalog(storage)
     appends = catalog.spec.appends
     if (pending := pending_append(storage, appends) or late_claim(storage, appends)) is None:
         return None
+    # A killed writer may have staged shards that it did not commit.
     begun = {int(name) for name in storage.names(f"{STAGING}/tokens") if name.isdecimal()}
     computed = {shard for name, layer in catalog.layers.items() if name != "tokens" for shard in layer.committed}
     for shard in sorted((begun | catalog.layers["tokens"].committed) - computed):
         if shard >= catalog.spec.num_shards:
             take_back(storage, "tokens", shard)
-    # Last: as long as the claim is there, nobody adds other documents to what is left.
+    # The claim is removed last. While the claim exists, no other job starts an append that would include these shards.
     drop_claim(storage, pending.number)
     return "unknown documents" if pending.append is None else pending.append.data.source
 
 
 def sweep(storage: Storage) -> int:
-    """Removes what killed writers left that nobody looks for: staged values of committed shards, claims, half a file.
+    """Removes leftovers of killed writers that no other step removes.
+
+    These are the staged objects of committed shards, the claims of published appends, and partial files on a local
+    disk that are at least a day old.
+
+    Args:
+        storage: The store's root.
 
     Returns:
-        Of how many shards and appends, and how many files.
+        Number of removed leftovers: claims, partial files, and shards whose staged objects were removed.
     """
     catalog = Catalog(storage)
     claims = [f"{number:06d}.claim" for number in range(1, len(catalog.spec.appends) + 1)]
@@ -65,6 +89,7 @@ def sweep(storage: Storage) -> int:
     swept = len(left)
     for name, layer in catalog.layers.items():
         for shard in [int(shard) for shard in storage.names(f"{STAGING}/{name}") if shard.isdecimal()]:
+            # The staged objects of other shards may belong to a writer that is still at work.
             if shard in layer.index:
                 clean(storage, name, shard)
                 swept += 1

@@ -1,4 +1,7 @@
-"""Writes one layer of a store, shard by shard. A shard is there for readers once its commit record is."""
+"""Creates stores and layers, and writes a layer shard by shard.
+
+A shard exists for readers as soon as its commit record exists.
+"""
 
 from __future__ import annotations
 
@@ -30,25 +33,35 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="StoreSpec | TargetSpec | LossSpec")
 
 MAX_RECORD_BYTES = 2**20
-"""A quarter of what readers take: some 4,000 documents set aside, of which most will have one cause."""
+"""Maximum size of a commit record that is written, in bytes; readers accept records four times as large. A record of
+this size can name about 4,000 documents that were set aside, with the reasons. If more documents of one shard fail,
+there is probably a common cause, so the writer refuses the shard."""
 
-OTHER_STORE = "give another --store, or delete this one"
+OTHER_STORE = "give that value, or another --store"
+"""Next step in error messages about a store that was made from other data, another model or other options."""
 
 
 def create_store(storage: Storage, spec: StoreSpec) -> None:
-    """Creates an empty store with room for the spec's shards, or goes on with one made from the same spec.
+    """Creates an empty store with room for the spec's shards, or checks that the existing store has the same spec.
+
+    Args:
+        storage: The store's root.
+        spec: The store's spec. Its fields `target`, `losses` and `appends` are ignored.
 
     Raises:
-        IdentityError: There is a store made from another tokenizer, other documents or other options.
+        IdentityError: The store exists, and was made from another tokenizer, other documents or other options.
+        FormatError: The store's metadata is malformed, or describes other arrays.
     """
     own = replace(spec, target=None, losses={}, appends=())
+    # A store that has lost its zarr.json must not get a new one that contradicts the committed shards.
     if read_attributes(storage, "") is None:
         _check_shards(storage, "tokens", own, OTHER_STORE)
     created = storage.create("zarr.json", zarr_objects.group_metadata({"logitstore": to_json(own)}))
     if not created:
         stored = stored_spec(StoreSpec, read_attributes(storage, "") or {}, "store")
         check_same(stored, own, "store", OTHER_STORE)
-        # Informational where specs are compared (a store may grow), but who creates one has its first documents.
+        # check_same ignores these two fields, because a store may grow. Here they must agree too, because the given
+        # spec describes the documents with which the store begins.
         for name, old, new in (
             ("documents", stored.data.documents, spec.data.documents),
             ("num_shards", stored.num_shards, spec.num_shards),
@@ -60,49 +73,61 @@ def create_store(storage: Storage, spec: StoreSpec) -> None:
 
 
 def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetSpec | LossSpec) -> None:
-    """Adds an empty layer with room for the store's shards, or goes on with one made from the same spec.
+    """Adds an empty layer with room for the store's shards, or checks that the existing layer has the same spec.
+
+    An existing layer with another spec is replaced if it has no committed shard.
 
     Args:
         storage: The store's root.
-        spec: The store's spec, as read from it.
+        spec: The store's spec, as read from the store.
         layer: `target` or `losses/<name>`.
-        layer_spec: What the layer will hold.
+        layer_spec: The model of the layer, and for `target` the scheme.
 
     Raises:
-        IdentityError: The layer is there and was made by another model or scheme.
-        ValueError: A shard would have too many entries, or there cannot be a layer of that name.
+        IdentityError: The layer has committed shards that were made with another model or scheme, or another job
+            creates the layer with another spec at the same time.
+        ValueError: A shard would have too many entries, or `layer` is not a valid name.
     """
-    layout.layer_arrays(layer)
+    layout.layer_arrays(layer)  # Raises ValueError for an invalid name, before the name becomes part of a path.
     if isinstance(layer_spec, TargetSpec):
         check_room(spec.shard_rows, layer_spec.room)
     is_ours = check_layer(storage, layer, layer_spec)
+    # The layers of all losses share the group `losses`, which needs its own metadata.
     if "/" in layer:
         storage.create(f"{layer.partition('/')[0]}/zarr.json", zarr_objects.group_metadata({}))
     path, metadata = f"{layer}/zarr.json", zarr_objects.group_metadata({"logitstore": to_json(layer_spec)})
     if is_ours:
         storage.create(path, metadata)
     else:
-        # Whoever still writes for the other model is refused by his next commit, and his commits by readers. Values
-        # stay: without a commit they mean nothing, and they may have one by now, of another writer of this very model.
+        # The values of the old spec are not deleted: readers ignore values without a commit, and another writer of the
+        # new spec may have committed some values by now. The metadata of the arrays is deleted, because the new scheme
+        # may need other shapes; make_room writes the metadata again.
         storage.put(path, metadata)
         for array in layout.layer_arrays(layer):
             storage.remove(f"{layer}/{array.name}/zarr.json")
+    # Another job may have written the spec of this layer since the check above, so the spec is checked again.
     if read_attributes(storage, layer) is None or not check_layer(storage, layer, layer_spec):
         raise IdentityError(
-            f"{layer} must be begun by one job at a time, got another that began it with another model just now; stop "
-            "one of them"
+            f"layer {layer!r} must be created by one job at a time, got another job that created it with another model "
+            "at the same time; stop one of the two"
         )
     make_room(storage, _with(spec, layer_spec), layer)
 
 
 def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec) -> bool:
-    """Compares a layer of the store with what is to be written into it. Writes nothing.
+    """Compares a layer of the store with the spec that a writer would give it. Writes nothing.
+
+    Args:
+        storage: The store's root.
+        layer: `target` or `losses/<name>`.
+        layer_spec: The spec that the writer would give the layer.
 
     Returns:
-        False if the layer is there from another model or scheme but holds no shard, and may be begun anew.
+        True if the layer has this spec or does not exist. False if it has another spec but no committed shard, so
+        that a writer may replace it.
 
     Raises:
-        IdentityError: It is there from another model or scheme, and holds shards.
+        IdentityError: The layer has committed shards that were made with another model or scheme.
     """
     next_step = OTHER_STORE if layer == "target" else "give another NAME in --reference NAME=MODEL"
     if (found := read_attributes(storage, layer)) is None:
@@ -111,6 +136,7 @@ def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec)
     try:
         check_same(stored_spec(type(layer_spec), found, layer), layer_spec, layer, next_step)
     except IdentityError:
+        # Without a committed shard, no reader depends on the old spec.
         if len(read_index(storage, layer)):
             raise
         return False
@@ -118,23 +144,31 @@ def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec)
 
 
 def _check_shards(storage: Storage, layer: str, own: StoreSpec | TargetSpec | LossSpec, next_step: str) -> None:
-    """Refuses to give another spec to shards that lost theirs."""
+    """Raises IdentityError if the committed shards of a layer without zarr.json were made with another spec than `own`.
+
+    Only the first committed shard is compared.
+    """
     index = read_index(storage, layer)
     commit = find_commit(storage, layer, int(index.shards[0])) if len(index) else None
     if commit is not None and commit.made_by != maker(own):
         raise IdentityError(
-            f"{layer} must be made as its {len(index)} shards were, whose zarr.json is gone, got another model or "
-            f"other options; give the same as before, or {next_step}"
+            f"{layer} has {len(index)} committed shards, but the zarr.json with their spec is missing, and they were "
+            f"made with another model or other options; give the same options as before, or {next_step}"
         )
 
 
 def make_room(storage: Storage, spec: StoreSpec, layer: str) -> None:
-    """Writes the metadata of a layer's arrays, or makes their shapes cover shards that were appended.
+    """Writes the metadata of a layer's arrays, or enlarges their shapes to cover appended shards.
 
-    For other readers of Zarr only: this package knows from the specs what an array must be.
+    Only other Zarr readers use this metadata. This package derives the layout of an array from the specs.
+
+    Args:
+        storage: The store's root.
+        spec: The store's spec, with the appended shards and the layer's spec.
+        layer: `tokens`, `target` or `losses/<name>`.
 
     Raises:
-        FormatError: An array is there and is another.
+        FormatError: The metadata of an array is not JSON, or describes a different array.
     """
     k = entries_per_row(spec, layer)
     for array in layout.layer_arrays(layer):
@@ -148,19 +182,27 @@ def make_room(storage: Storage, spec: StoreSpec, layer: str) -> None:
             continue
         if not (num_shards := zarr_objects.num_shards_of(found, array, **sizes)):
             raise FormatError(
-                f"{path} must describe {array.name} of this store, got another array; "
-                "`logitstore verify --repair` writes it anew"
+                f"{path} must describe {array.name} of this store, got a different array; run `logitstore verify "
+                "--repair`, which writes it anew"
             )
+        # A larger shape is kept, because another job may have enlarged it for its appended shards.
         if num_shards < spec.num_shards:
             storage.put(path, wanted)
 
 
 def _with(spec: StoreSpec, layer_spec: TargetSpec | LossSpec) -> StoreSpec:
+    """Returns the store's spec, with `layer_spec` as the spec of its target if it is a TargetSpec.
+
+    The spec of the target determines how many entries a row has room for.
+    """
     return replace(spec, target=layer_spec) if isinstance(layer_spec, TargetSpec) else spec
 
 
 def _is_readable(commit: Commit) -> bool:
-    """Returns whether readers will take a record: the reasons in it may be long, or have too many brackets."""
+    """Returns whether a commit record can be parsed and has at most MAX_RECORD_BYTES.
+
+    For example, many documents in `set_aside` make a record too long.
+    """
     data = commit_bytes(commit)
     try:
         parse_commit(data, commit.layer, commit.shard, commit.name)
@@ -170,22 +212,29 @@ def _is_readable(commit: Commit) -> bool:
 
 
 class LayerWriter:
-    """Writes shards of one layer. Any number, in any processes, may write at once, the same shards too."""
+    """Writes shards of one layer.
+
+    Any number of writers, in any processes, may write at the same time, even the same shard.
+    """
 
     def __init__(self, storage: Storage, spec: StoreSpec, layer: str) -> None:
-        """Opens a layer that was created.
+        """Opens an existing layer for writing.
 
         Args:
             storage: The store's root.
-            spec: The store's spec with those of its layers, as a reader has it.
-            layer: Which layer.
+            spec: The spec of the store, including the specs of its layers, such as `Store.spec`.
+            layer: `tokens`, `target` or `losses/<name>`.
+
+        Raises:
+            LayerNotFoundError: The store has no such layer.
         """
         own: StoreSpec | TargetSpec | LossSpec | None = spec
         if layer != "tokens":
             own = spec.target if layer == "target" else spec.losses.get(layer.removeprefix("losses/"))
         if own is None:
             raise LayerNotFoundError(
-                f"store must have layer {layer!r} to write to, got {storage.url} without; add it first"
+                f"store must have layer {layer!r} before its shards are written, got {storage.url} without that layer; "
+                "add the layer first"
             )
         self._storage = storage
         self._layer = layer
@@ -206,26 +255,31 @@ class LayerWriter:
         set_aside: Mapping[int, str] | None = None,
         fidelity: Mapping[str, float] | None = None,
     ) -> Commit:
-        """Writes all arrays of a shard, then its commit record; a shard that is committed stays as it is.
+        """Writes all arrays of a shard, then its commit record. A shard that is already committed is not changed.
 
         Args:
-            shard: Which shard.
+            shard: The shard's number.
             values: The layer's arrays, by name, without padding.
-            documents: Documents in the shard.
-            rows: Rows in the shard.
-            counted: How many of them have loss mask 1.
-            computed_from: Digest of the shard that these values were computed from.
-            started: time.monotonic() when computing began, for the record.
-            set_aside: Why documents could not be computed, by their place in the shard.
-            fidelity: How true the values are, as `logitstore.dump.scoring.measuring` measures it.
+            documents: Number of documents in the shard.
+            rows: Number of rows in the shard.
+            counted: Number of rows whose loss mask is 1, excluding rows of documents that are set aside.
+            computed_from: Digest of the same shard in the layer below. The values were computed from that shard. None
+                for tokens.
+            started: time.monotonic() at the start of the computation. The commit record holds the seconds since then.
+            set_aside: Documents that could not be computed: maps the index of the document in the shard to the reason.
+            fidelity: Fidelity sums by name (`logitstore.format.fidelity_sums`), as `logitstore.dump.scoring.measuring`
+                computes them.
 
         Returns:
-            The record that is committed now. Its digest is another's if another writer was first with other values.
+            The commit record that the shard has now. If another writer committed the shard first, this is the record of
+            that writer, and its digest may differ from the digest of `values`.
 
         Raises:
-            IdentityError: The layer, or what is committed, is another model's.
-            ValueError: Too many documents are set aside to name them all, or `fidelity` has other names than the
-                layer's, or numbers that are not finite.
+            IdentityError: The layer now has another spec, or the committed shard was made by another model.
+            ValueError: The commit record is too large, because too many documents are set aside; or `fidelity` has
+                names that the layer does not have, or numbers that are not finite.
+            FormatError: An encoded array does not decode to the same values.
+            DamagedShardError: The shard has several records, or a record that differs from its name.
         """
         arrays = {array.name: np.asarray(values[array.name]) for array in layout.layer_arrays(self._layer)}
         encoded = {array.name: self._encode(arrays[array.name], array) for array in layout.layer_arrays(self._layer)}
@@ -243,37 +297,44 @@ class LayerWriter:
             fidelity=fidelity,
         )
         if not is_measured(self._layer, commit.fidelity, counted):
-            raise ValueError(f"fidelity must be finite sums, got fidelity={fidelity} of shard {shard}; report this")
+            raise ValueError(f"fidelity must be finite sums, got fidelity={fidelity} of shard {shard}; report this bug")
         if not _is_readable(commit):
             raise ValueError(
-                f"set_aside must be of few documents, got {len(commit.set_aside)} of {documents} in shard {shard}; "
-                f"find out why they fail: {next(iter(commit.set_aside.values()), '')}"
+                f"set_aside must fit in a commit record, got {len(commit.set_aside)} of {documents} documents in shard "
+                f"{shard}; find out why they fail, the first with: {next(iter(commit.set_aside.values()), '')}"
             )
+        # Computing the values can take long, and another job may have replaced the spec meanwhile.
         self._check_still_ours()
+        # If another writer was faster, `kept` is the record of that writer, which may use another model.
         kept = protocol.publish(self._storage, commit, encoded)
         if kept.made_by != self._made_by:
             raise IdentityError(
                 f"shard {shard} of layer {self._layer!r} must be made by {self._made_by[:19]}, "
-                f"got {kept.made_by[:19]}: another job writes this layer with another model; stop one of them"
+                f"got {kept.made_by[:19]}: another job writes this layer with another model; stop one of the two"
             )
         return kept
 
     def _encode(self, values: NDArray[Any], array: layout.ArraySpec) -> bytes | None:
-        """Encodes and reads back: what cannot be read is found now, not when the target is gone."""
+        """Encodes an array, and checks that decoding gives the same values. None if all values are the fill value.
+
+        Encoding errors must be found now, because the target model may not be available later to compute the values
+        again.
+        """
         data = zarr_objects.encode(values, array, **self._sizes)
         decoded = zarr_objects.decode(data, len(values), array, **self._sizes)
         if crc32c(decoded) != crc32c(values.astype(array.dtype, copy=False)):
             raise FormatError(
-                f"{self._layer}/{array.name} must decode to what was encoded, got other values; check the versions of "
-                "zarr and numcodecs, and this machine's memory"
+                f"{self._layer}/{array.name} must decode to the encoded values, got other values; check the versions "
+                "of zarr and numcodecs, and this machine's memory"
             )
         return data
 
     def _check_still_ours(self) -> None:
+        """Raises IdentityError if another job has replaced the layer's spec since this writer was opened."""
         found = read_attributes(self._storage, "" if self._layer == "tokens" else self._layer)
         stored = None if found is None else stored_spec(type(self._own), found, self._layer)
         if stored is None or maker(stored) != self._made_by:
             raise IdentityError(
-                f"layer {self._layer!r} must be as it was when writing began, got another in {self._storage.url}: "
-                "another job began it anew with another model; stop one of them"
+                f"layer {self._layer!r} in {self._storage.url} must keep its spec while it is written, got a different "
+                "one: another job started the layer again with another model; stop one of the two jobs"
             )

@@ -1,1 +1,4 @@
-"""From stores to batches: the order of documents, packing, sharding over ranks, reading ahead. Knows no model."""
+"""Turns stores into batches: packs and orders the documents, divides the packs among ranks, and reads their shards.
+
+This package contains no code that depends on a model.
+"""

@@ -1,6 +1,9 @@
-"""What a batch looks like: documents as they are read, and packs of them laid out as tensors. NumPy and torch only.
+"""Builds a batch: lays out packs of documents as tensors. Depends on NumPy and torch only.
 
-B packs, T tokens of the longest, N rows whose loss mask is 1, K entries per row at most.
+A pack is the list of documents that share one sequence of the batch. Documents are given as NumPy arrays.
+
+In shapes, B is the number of packs, T the number of tokens in the longest pack, N the number of rows whose loss mask
+is 1, and K the largest number of entries in a row.
 """
 
 from __future__ import annotations
@@ -24,45 +27,52 @@ class Sample:
     """One document of T tokens."""
 
     ids: NDArray[np.uint32]
-    """[T]"""
+    """[T]: token ids."""
     loss_mask: NDArray[np.bool_]
-    """[T]"""
+    """[T]: true if the loss of predicting the next token is counted at this token. False at the document's last
+    token."""
     rows: Rows | None
-    """The target's T rows; None where the target is not read."""
+    """The target's distributions, one row for each of the T tokens; None if the target is not read."""
     columns: dict[str, NDArray[np.float32]]
-    """[T] each: what was asked for, by name; losses and entropy are NaN where masked."""
+    """Additional values of each token, [T] each, keyed by column name. The columns are those that the dataset was made
+    with. In columns that hold losses or the target's entropy, values are NaN where the loss mask is 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collator:
-    """Lays out packs as one micro-batch."""
+    """Callable that lays out packs of documents as the tensors of one micro-batch."""
 
     packing: bool
-    """Whether packs may hold several documents."""
+    """Whether a pack may hold several documents. If true, batches have `position_ids`."""
     reads_target: bool
+    """Whether the batch holds the target's rows."""
     is_drawn: bool
-    """Whether entries of the target were drawn."""
+    """Whether the entries of the target's rows were drawn at random (schemes `sample` and `hybrid`)."""
     columns: tuple[str, ...]
-    """What samples have besides."""
+    """Names of the columns that every sample has."""
 
     def __call__(self, packs: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-        """Lays out token ids padded on the right, and flat rows, those of loss mask 1 alone.
+        """Pads the token ids on the right, and concatenates the rows whose loss mask is 1.
 
         Args:
-            packs: Documents of each; none at all make a batch of one token and no rows.
+            packs: The documents of each pack. An empty list gives a batch of one token and no rows.
 
         Returns:
-            input_ids: Int64 [B, T]; 0 beyond a pack, which causal attention never looks at.
-            position_ids: Int64 [B, T], only with packing: from 0 in each document, and in what is left of a pack.
-            rows: Int64 [N], where each row is in the flattened [B * T].
-            documents: Int64 [N], number of the row's document in the batch.
-            labels: Int64 [N], the token that follows in the document.
-            token_ids, probs: Int64 and float32 [N, K], 0 beyond a row's entries; only if the target is read.
-            tail: Float32 [N], tail mass, likewise.
-            weights, entropy: Float32 [N, K] and [N], only where entries were drawn.
-            columns: The columns by name, float32 [N] each; only where there are some.
+            input_ids: Int64 [B, T]. Padding has token id 0. The padding follows the documents, so with causal
+                attention no document attends to the padding.
+            position_ids: Int64 [B, T], only with packing. Positions begin at 0 in each document and in the padding.
+            rows: Int64 [N], index of each row in the flattened [B * T] tokens.
+            documents: Int64 [N], number of each row's document, counted from 0 within the batch.
+            labels: Int64 [N], id of the token that follows each row in its document.
+            token_ids, probs: Int64 and float32 [N, K], ids and probabilities of the target's entries. Rows with fewer
+                than K entries are filled up with 0. Only if the target is read.
+            tail: Float32 [N], tail mass. Only if the target is read.
+            weights, entropy: Float32 [N, K] and [N], weights of the entries, and the target's entropy in nats. Only if
+                the target is read and its entries were drawn.
+            columns: Columns, float32 [N] each, keyed by name. Only if samples have columns.
         """
         samples = [sample for pack in packs for sample in pack]
+        # A rank without packs still runs every step with the other ranks, on a batch of one token.
         width = max((sum(len(sample.ids) for sample in pack) for pack in packs), default=1)
         input_ids = np.zeros((max(1, len(packs)), width), dtype=np.int64)
         position_ids = np.zeros_like(input_ids)
@@ -82,7 +92,7 @@ class Collator:
             "input_ids": input_ids,
             "rows": rows,
             "documents": np.repeat(np.arange(len(samples)), [len(places) for places in counted]),
-            # a row of loss mask 1 is never its document's last
+            # The last row of a document has loss mask 0, so the next token belongs to the same document.
             "labels": input_ids.reshape(-1)[rows + 1],
         }
         if self.packing:
@@ -101,7 +111,9 @@ class Collator:
         return laid_out
 
     def _target(self, samples: Sequence[Sample]) -> dict[str, NDArray[Any]]:
+        """Returns the values of the batch that describe the target's rows."""
         parts = [sample.rows for sample in samples if sample.rows is not None]
+        # An empty `Rows` is put in front, so that even a batch without samples has weights if entries were drawn.
         joined = Rows.concatenate([no_rows(is_drawn=self.is_drawn), *parts])
         (counted,) = np.nonzero(_joined([sample.loss_mask for sample in samples], np.bool_))
         found = joined.padded(counted)
@@ -112,7 +124,12 @@ class Collator:
 
 
 def no_rows(*, is_drawn: bool) -> Rows:
-    """Returns rows that are none."""
+    """Returns a `Rows` object that holds 0 rows.
+
+    Args:
+        is_drawn: Whether the result has weights. Rows whose entries were drawn have weights, and they can be
+            concatenated only with rows that have weights too.
+    """
     nothing = np.empty(0, dtype=np.float32)
     return Rows(
         counts=np.empty(0, dtype=np.int64),
@@ -126,4 +143,5 @@ def no_rows(*, is_drawn: bool) -> Rows:
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    """Concatenates arrays of one dtype. Returns an empty array for an empty list, unlike np.concatenate."""
     return np.concatenate([np.empty(0, dtype=dtype), *parts])

@@ -1,4 +1,4 @@
-"""The batches of one rank."""
+"""Sampler and DataLoader of one rank."""
 
 from __future__ import annotations
 
@@ -18,16 +18,28 @@ if TYPE_CHECKING:
 
 
 class RankBatches(Sampler[list[Pack]]):
-    """The micro-batches of one rank, from a position in an epoch to its end."""
+    """Micro-batches of one rank, from a position in an epoch to the end of that epoch."""
 
     def __init__(self, order: PackOrder, deal: Deal, rank: int = 0) -> None:
+        """Sets the position to the beginning of epoch 0.
+
+        Args:
+            order: Order of the packs.
+            deal: Division of the packs into steps, micro-batches and ranks.
+            rank: Number of this rank, from 0.
+        """
         self._order = order
         self._deal = deal
         self._rank = rank
         self._epoch = self._packs = 0
 
     def begin(self, epoch: int, packs: int = 0) -> None:
-        """Sets the epoch, and how many packs of it are done."""
+        """Sets the position that the next iteration starts from.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            packs: Number of the epoch's packs that are done, on all ranks together.
+        """
         self._epoch, self._packs = epoch, packs
 
     def __len__(self) -> int:
@@ -49,12 +61,23 @@ def make_loader(
     persistent_workers: bool = False,
     multiprocessing_context: str | None = None,
 ) -> DataLoader[list[Sample]]:
-    """Makes a loader of what one rank reads; the arguments are those of torch.utils.data.DataLoader."""
+    """Makes the DataLoader of one rank.
+
+    Args:
+        dataset: Dataset that reads the packs.
+        batches: The rank's micro-batches.
+        num_workers: Number of worker processes; 0 reads in this process. This argument and those below are passed to
+            torch.utils.data.DataLoader.
+        pin_memory: Whether batches are copied to pinned memory.
+        prefetch_factor: Number of batches that each worker prepares ahead; None for the default of DataLoader.
+        persistent_workers: Whether the worker processes are kept for the next epoch.
+        multiprocessing_context: Start method of the workers, such as "spawn"; None for the default of DataLoader.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=dataset.collator(),
-        # Without one of its own a loader draws from the generator that dropout draws from.
+        # By default, a loader draws from torch's global generator, which would change the dropout masks of training.
         generator=torch.Generator(),
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -1,4 +1,7 @@
-"""Packs documents into sequences, and holds documents out."""
+"""Fills packs with documents, and chooses the documents that are held out. NumPy only.
+
+In shapes, D is the number of documents, P the number of packs, and S the number of shards.
+"""
 
 from __future__ import annotations
 
@@ -16,44 +19,55 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How the documents of a store fill packs, the same in every epoch."""
+    """Packs of a store. They are the same in every epoch. All documents of a pack are in the same shard."""
 
     documents: NDArray[np.int64]
     """[D]: numbers of the documents that are trained on, pack by pack."""
     starts: NDArray[np.int64]
-    """[P + 1]: pack i holds documents starts[i]..starts[i + 1] of these."""
+    """[P + 1]: pack i holds documents[starts[i] : starts[i + 1]]."""
     first_pack: NDArray[np.int64]
-    """[S + 1]: shard s fills packs first_pack[s]..first_pack[s + 1]."""
+    """[S + 1]: the documents of shard s fill the packs from first_pack[s] up to, not including, first_pack[s + 1]."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
 
 def held_out(digests: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
-    """Tells which documents are held out: those whose digest is below a fraction of 2**64.
+    """Returns a mask of the documents that are held out: those whose digest is below fraction * 2**64.
 
-    The same content is held out of every store, and stays so when a store grows.
+    A digest depends only on the content of the document. At a given fraction, a document is therefore held out either
+    in every store that contains it or in none. This stays true when a store grows.
+
+    Args:
+        digests: [D], digests of the documents from `DocumentIndex`.
+        fraction: Fraction of the documents to hold out, at least 0 and below 1.
+
+    Returns:
+        Bool [D].
     """
     return digests < np.uint64(int(fraction * 2**64))
 
 
 def best_fit(lengths: NDArray[np.int64], pack_length: int) -> NDArray[np.int64]:
-    """Assigns documents to packs, the longest first, each to the fullest pack that has room for it.
+    """Assigns documents to packs, beginning with the longest document.
+
+    Each document goes to the fullest pack that still has room for it, or to a new pack if no pack has room.
 
     Args:
-        lengths: [D], each from 1 to `pack_length`.
-        pack_length: Most tokens of a pack.
+        lengths: [D], number of tokens in each document, from 1 to `pack_length`.
+        pack_length: Maximum number of tokens in a pack.
 
     Returns:
-        [D]: the pack of each document; packs are numbered from 0 without gaps.
+        [D]: number of each document's pack. Packs are numbered from 0 without gaps.
     """
     by_length = np.argsort(-lengths, kind="stable")
     shortest = int(lengths.min(initial=1))
-    rooms: list[int] = []  # rising, each with packs that have just this room left
-    packs_of: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of packs_of, ascending
+    packs_of: dict[int, list[int]] = {}  # packs that have room, keyed by the number of tokens that still fit
     found = np.empty(len(lengths), dtype=np.int64)
     num_packs = 0
     for document, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
+        # The smallest room that is large enough belongs to the fullest packs that can take this document.
         place = bisect_left(rooms, length)
         if place == len(rooms):
             pack, room = num_packs, pack_length
@@ -65,7 +79,7 @@ def best_fit(lengths: NDArray[np.int64], pack_length: int) -> NDArray[np.int64]:
                 del packs_of[room], rooms[place]
         found[document] = pack
         room -= length
-        if room >= shortest:  # no other document goes elsewhere
+        if room >= shortest:  # a pack with less room cannot take any other document
             if room not in packs_of:
                 rooms.insert(bisect_left(rooms, room), room)
                 packs_of[room] = []
@@ -77,12 +91,14 @@ def make_packing(index: DocumentIndex, *, pack_length: int | None, eval_fraction
     """Fills packs with the documents of a store that are trained on.
 
     Args:
-        index: Of the store.
-        pack_length: Most tokens of a pack; None gives each document one of its own.
-        eval_fraction: Documents below it are in no pack.
+        index: Lengths and digests of the store's documents.
+        pack_length: Maximum number of tokens in a pack; None puts each document into a separate pack.
+        eval_fraction: Fraction of the documents to hold out. Held-out documents are not put into packs.
     """
     trained = ~held_out(index.digests, eval_fraction)
+    # The lists begin with empty arrays, because np.concatenate refuses an empty list.
     documents, counts, first_pack = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [0]
+    # Shards are packed one by one, so that a reader needs only one shard to read a pack.
     for start, stop in zip(index.first_document[:-1].tolist(), index.first_document[1:].tolist(), strict=True):
         numbers = start + np.flatnonzero(trained[start:stop])
         if pack_length is None:

@@ -1,4 +1,4 @@
-"""Reads shards ahead on a thread."""
+"""Reader that loads shards on a thread before they are needed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ if TYPE_CHECKING:
 
 
 class ShardPrefetcher:
-    """Shards of some stores, read and decoded ahead by one thread, the last few kept: of one process."""
+    """Reader of shards. One thread reads and decodes them before they are needed.
+
+    The most recently requested shards stay in memory.
+
+    Attributes:
+        pid: Id of the process that made this reader. The reader works only in this process.
+    """
 
     def __init__(self, stores: Sequence[Store], layers: Sequence[str], capacity: int) -> None:
-        """Reads nothing yet.
+        """Makes the thread. Nothing is read before the first call of `get`.
 
         Args:
-            stores: Opened in any process.
-            layers: What is read of each shard.
-            capacity: Shards that are kept, and read ahead, at most.
+            stores: The open stores. They may have been opened in another process.
+            layers: Names of the layers that are read from each shard.
+            capacity: Maximum number of shards in memory, including shards that are being read.
         """
         self.pid = os.getpid()
-        # fsspec's asynchronous file systems refuse to work in a forked process: a copy opens its own
+        # fsspec's asynchronous file systems do not work after a fork. A deep copy of a store opens new ones.
         self._stores = copy.deepcopy(tuple(stores))
         self._layers = tuple(layers)
         self._capacity = capacity
@@ -36,24 +42,27 @@ class ShardPrefetcher:
         self._shards: OrderedDict[tuple[int, int], Future[Shard]] = OrderedDict()
 
     def get(self, store: int, shard: int, soon: Sequence[tuple[int, int]] = ()) -> Shard:
-        """Returns a shard, and has others read meanwhile.
+        """Returns a shard, and starts to read the shards that will be requested next.
 
         Args:
-            store: Which store.
-            shard: Which of its shards.
-            soon: Stores and shards that will be asked for, in order.
+            store: Number of the store.
+            shard: Number of the shard in that store.
+            soon: (store, shard) pairs that will be requested next, in this order.
 
         Raises:
-            LogitStoreError: This shard cannot be read. What befalls the others is told when they are asked for.
+            LogitStoreError: The requested shard cannot be read. If a shard of `soon` cannot be read, the error is
+                raised when that shard is requested.
         """
-        wanted = dict.fromkeys([(store, shard), *soon])
-        for key in wanted:
+        requested = dict.fromkeys([(store, shard), *soon])
+        # Requested shards that are in memory become the most recent ones, so that the loop below drops others first.
+        for key in requested:
             if key in self._shards:
                 self._shards.move_to_end(key)
-        for key in wanted:
+        for key in requested:
             if key not in self._shards:
                 self._shards[key] = self._thread.submit(self._read, *key)
                 if len(self._shards) > self._capacity:
+                    # A read that has begun cannot be cancelled; its result is dropped.
                     _, oldest = self._shards.popitem(last=False)
                     oldest.cancel()
         return self._shards[store, shard].result()
@@ -62,6 +71,6 @@ class ShardPrefetcher:
         return self._stores[store].read_shard(shard, layers=self._layers)
 
     def close(self) -> None:
-        """Reads no more than the shard that is under way."""
+        """Frees the shards and cancels the reads that have not begun. A read that has begun still finishes."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._shards.clear()

@@ -1,7 +1,8 @@
-"""What a rank gets of the order: optimizer steps, micro-batches, and how far a run is. Standard library only.
+"""Division of packs into optimizer steps, micro-batches and ranks, and the position of a run. Standard library only.
 
-An optimizer step takes the next few packs of the order, so that a position in training is an epoch and how many of its
-packs are done, whatever the number of ranks and the size of a step are from there on.
+An optimizer step takes the next packs of the order. The position of a run therefore consists of the epoch and the
+number of this epoch's packs that are done. When a run continues from a position, the number of ranks and the number of
+packs per step may differ from those before.
 """
 
 from __future__ import annotations
@@ -20,59 +21,78 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deal:
-    """How the packs of an order are dealt to optimizer steps, their micro-batches, and ranks.
+    """Division of the packs of an order into optimizer steps and micro-batches, and among ranks.
 
-    A step takes the next `packs_per_step`, a micro-batch of it the next `per_device_batch * ranks` of these, which are
-    dealt in turn. What is left at the end of an epoch makes a short step, in which some ranks get fewer packs or none.
+    A step takes the next `packs_per_step` packs of the order. A micro-batch takes the next `per_device_batch * ranks`
+    packs of its step, and the ranks take these packs in turn. The packs that are left at the end of an epoch make a
+    short step, in which some ranks get fewer packs or none.
     """
 
     per_device_batch: int
-    """Packs of a micro-batch of one rank."""
+    """Number of packs that one rank gets in a micro-batch."""
     ranks: int = 1
+    """Number of ranks."""
     accumulation: int = 1
-    """Micro-batches of a step."""
+    """Number of micro-batches in a step."""
     drop_last: bool = False
-    """Whether short steps are left out."""
+    """Whether the short step at the end of an epoch is left out."""
 
     @property
     def packs_per_step(self) -> int:
-        """Packs of a whole optimizer step."""
+        """Number of packs in a full optimizer step, on all ranks together."""
         return self.per_device_batch * self.ranks * self.accumulation
 
     def num_steps(self, packs: int) -> int:
-        """Returns how many steps `packs` packs make."""
+        """Returns the number of steps that train on the last `packs` packs of an epoch."""
         return packs // self.packs_per_step if self.drop_last else -(-packs // self.packs_per_step)
 
     def num_batches(self, packs: int) -> int:
-        """Returns how many micro-batches each rank gets of `packs` packs."""
+        """Returns the number of micro-batches in the last `packs` packs of an epoch; it is the same on every rank."""
         return -(-self._used(packs) // (self.per_device_batch * self.ranks))
 
     def batches(self, packs: int, rank: int) -> Iterator[range]:
-        """Yields the micro-batches of a rank, as places among `packs` packs; some may be empty at the end."""
+        """Yields the micro-batches of a rank. Each is a range of indices into the last `packs` packs of an epoch.
+
+        All ranks get the same number of micro-batches, because they run every step together. Therefore the last
+        micro-batch may be empty on some ranks.
+        """
         size, used = self.per_device_batch * self.ranks, self._used(packs)
         for start in range(0, used, size):
             yield range(start + rank, min(start + size, used), self.ranks)
 
     def _used(self, packs: int) -> int:
+        """Returns how many of `packs` packs are trained on: all, or with `drop_last` only those in full steps."""
         return self.num_steps(packs) * self.packs_per_step if self.drop_last else packs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """How far a run is."""
+    """Position of a run in the order of its packs."""
 
     epoch: int = 0
+    """Number of the epoch, from 0."""
     packs: int = 0
-    """Packs of the epoch that are done."""
+    """Number of the epoch's packs that are done."""
     is_open: bool = False
-    """Whether callbacks have not heard of the end of this epoch, or of the run in it, since the last step."""
+    """True if the callback `on_epoch_end` has not been called since the last step. Trainer calls this callback when an
+    epoch ends, and when the run ends."""
     steps: int = 0
-    """Optimizer steps made."""
+    """Number of optimizer steps since the run began."""
 
     def num_epochs(self, packs_per_epoch: int, deal: Deal, *, max_steps: int) -> int:
-        """Returns by how many epochs, the done ones counted, `max_steps` steps in all are made."""
+        """Returns the number of epochs in which a run reaches `max_steps` steps.
+
+        Args:
+            packs_per_epoch: Number of packs in an epoch.
+            deal: Division of the packs from this position on.
+            max_steps: Number of optimizer steps in the whole run, including those before this position.
+
+        Returns:
+            Number of epochs since the run began. If the run ends within an epoch, that epoch is counted.
+        """
         left = max_steps - self.steps
         here = deal.num_steps(packs_per_epoch - self.packs)
+        # An open epoch is counted even if no steps are left, because its callbacks are still due.
         if left <= 0:
             return self.epoch + self.is_open
         if left <= here:
@@ -80,29 +100,37 @@ class Position:
         return self.epoch + 1 + -(-(left - here) // deal.num_steps(packs_per_epoch))
 
     def num_steps(self, packs_per_epoch: int, deal: Deal, *, epochs: float) -> int:
-        """Returns how many steps, the made ones counted, `epochs` epochs take; a broken one ends at its share of packs.
+        """Returns the number of steps that a run has made when it has finished `epochs` epochs.
 
-        A run that went on with another number of packs in a step has made more or fewer until here.
+        The result includes the steps before this position. Each of those steps may have had another number of packs
+        than the steps after this position.
+
+        Args:
+            packs_per_epoch: Number of packs in an epoch.
+            deal: Division of the packs from this position on.
+            epochs: Number of epochs since the run began. With a fraction, such as 2.5, the run ends at that fraction of
+                the packs of the last epoch.
         """
         steps, packs = self.steps, self.packs
         for epoch in range(self.epoch, math.ceil(epochs)):
             share = min(1.0, epochs - epoch) * packs_per_epoch
-            wanted = math.ceil((share - packs) / deal.packs_per_step - 1e-9)
-            steps += max(0, min(wanted, deal.num_steps(packs_per_epoch - packs)))
+            # The margin absorbs rounding errors of `epochs`, which could otherwise add a step.
+            needed = math.ceil((share - packs) / deal.packs_per_step - 1e-9)
+            steps += max(0, min(needed, deal.num_steps(packs_per_epoch - packs)))
             packs = 0
         return steps
 
 
 def make_deal(args: TrainingArguments, order: PackOrder, batch_size: int | None = None) -> Deal:
-    """Returns how packs are dealt to the ranks of this run.
+    """Makes the division of packs from the arguments of a run.
 
     Args:
-        args: Of the run.
-        order: What is read.
-        batch_size: Packs of a micro-batch on a rank; that of the arguments by default.
+        args: Arguments of the run.
+        order: Order of the packs.
+        batch_size: Number of packs that one rank gets in a micro-batch; None stands for the batch size in `args`.
 
     Raises:
-        ValueError: An epoch does not have as many packs as one step.
+        ValueError: Short steps are left out (`dataloader_drop_last`), and an epoch has fewer packs than one step.
     """
     deal = Deal(
         per_device_batch=args.train_batch_size if batch_size is None else batch_size,

@@ -1,1 +1,1 @@
-"""Where a draft comes from: loaded, made from a configuration, cut from a larger model, or adapted by LoRA."""
+"""Makes the draft: loads it, initialises it from a configuration, or cuts it from a larger model; can add LoRA."""

@@ -1,4 +1,7 @@
-"""Configurations of drafts that are made anew: from a JSON file, a model's folder, or another model with changes."""
+"""Makes the configuration of a draft that gets random weights.
+
+The configuration is read from a JSON file or a model. Then the values that the user gave are put into it.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 ELSEWHERE = frozenset({"architectures", "auto_map", "model_type", "torch_dtype", "transformers_version"})
-"""What a config.json has that says nothing of the architecture's sizes."""
+"""Keys of a config.json that are not settings of the architecture; they are not copied to the new configuration."""
 CONTRADICTIONS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What architectures raise where the values of their configuration do not fit together."""
+"""Exceptions that architectures raise if values of their configuration contradict each other."""
 NOT_PER_LAYER = ("token_id", "limit", "multipliers")
-"""How lists are called that only by chance are as long as there are layers."""
+"""Endings of configuration keys whose lists do not hold one value per layer. This is so even if such a list has as many
+values as the model has layers."""
 
 Settings = dict[str, Any]
 
 
 def read_settings(given: Sequence[str]) -> tuple[str | None, Settings]:
-    """Takes apart what --draft_config was given.
+    """Parses the value of --draft_config.
 
     Args:
-        given: A JSON file, folder or Hugging Face id; `key=value` pairs, values as in JSON or plain words; or both.
+        given: Words that the user gave for --draft_config: at most one JSON file, folder or Hugging Face id, and any
+            number of `key=value` pairs. The value of a pair is JSON or a plain word.
 
     Returns:
-        The file, folder or id, if any; and the pairs.
+        The file, folder or id (None if only pairs are given), and the values of the pairs, keyed by their keys.
 
     Raises:
-        ValueError: There are two of the first, or a key twice.
+        ValueError: More than one word is not a `key=value` pair, or a key is given twice.
     """
     base: str | None = None
     settings: Settings = {}
@@ -58,6 +63,7 @@ def read_settings(given: Sequence[str]) -> tuple[str | None, Settings]:
 
 
 def _value(text: str) -> object:
+    """Parses a value: first as True, False or None, then as JSON. Text that is neither is returned as it is."""
     plain = {"True": True, "False": False, "None": None}
     if text in plain:
         return plain[text]
@@ -68,15 +74,20 @@ def _value(text: str) -> object:
 
 
 def base_config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
-    """Reads the configuration that a new draft's is to begin with.
+    """Reads the configuration that a new draft starts from.
 
     Args:
         name: JSON file with a model_type, or folder or Hugging Face id of a model.
-        revision: Branch, tag or commit of the hub.
-        trust_remote_code: Whether code from its repository may run.
+        revision: Branch, tag or commit on the hub; None for the default branch.
+        trust_remote_code: Whether code from the model's repository may run.
+
+    Returns:
+        The configuration. If the model has several parts, such as vision and text, only the configuration of the text
+        part is returned.
 
     Raises:
-        ValueError: There is none, or a file has keys that its architecture does not know.
+        ValueError: No configuration is found, the file is malformed, or it has keys that its architecture does not
+            know.
     """
     path = Path(name)
     if not path.is_file():
@@ -90,7 +101,7 @@ def base_config(name: str, *, revision: str | None, trust_remote_code: bool) -> 
         said = "no model_type in it" if isinstance(error, KeyError) else str(error).partition("\n")[0][:200]
         raise ValueError(
             f"draft_config must be a JSON object with a model_type that transformers knows, got draft_config={name} "
-            f"({said}); write one such as a model's config.json"
+            f"({said}); write it like a model's config.json"
         ) from error
     values = {key: value for key, value in values.items() if key not in ELSEWHERE and not key.startswith("_")}
     return changed(made, values)
@@ -99,8 +110,15 @@ def base_config(name: str, *, revision: str | None, trust_remote_code: bool) -> 
 def changed(base: PreTrainedConfig, settings: Mapping[str, object]) -> PreTrainedConfig:
     """Makes a configuration of the same architecture with some values changed.
 
-    What hangs on a changed value follows where it was not given too: lists with a value for each layer are cut or made
-    anew with num_hidden_layers, and head_dim where it was hidden_size / num_attention_heads.
+    Values that depend on a changed value change with it, unless they are in `settings` too. If the number of layers
+    falls, lists with one value per layer are cut. If it rises, these lists are replaced by the architecture's default.
+    If hidden_size or num_attention_heads changes, head_dim is computed again, but only if it was equal to
+    hidden_size / num_attention_heads before.
+
+    Args:
+        base: Configuration to start from; it is not modified.
+        settings: New values, keyed by the architecture's own keys in config.json, or by the names that transformers
+            uses for these keys in all architectures (`attribute_map`).
 
     Raises:
         ValueError: A key is unknown, or the values contradict each other.
@@ -117,7 +135,8 @@ def changed(base: PreTrainedConfig, settings: Mapping[str, object]) -> PreTraine
         for key in per_layer(values, before):
             values[key] = values[key][:after]
             if after > before:
-                del values[key]  # the architecture's own pattern
+                del values[key]  # the architecture's default fills in all layers
+    # Without the key, the architecture computes head_dim from the new sizes.
     if given.keys() & {heads, width} and values.get("head_dim") and values["head_dim"] * values[heads] == values[width]:
         del values["head_dim"]
     values |= given
@@ -128,7 +147,7 @@ def changed(base: PreTrainedConfig, settings: Mapping[str, object]) -> PreTraine
 
 
 def per_layer(values: Mapping[str, Any], num_layers: object) -> list[str]:
-    """Names the lists that have a value for each layer."""
+    """Returns the keys of the lists that have one value per layer."""
     return [
         key
         for key, value in values.items()
@@ -137,20 +156,21 @@ def per_layer(values: Mapping[str, Any], num_layers: object) -> list[str]:
 
 
 def check_buildable(config: PreTrainedConfig, asked: str, *, trust_remote_code: bool) -> int:
-    """Builds the model without memory for its weights.
+    """Checks that a model can be built from a configuration, and returns its number of parameters.
 
     Args:
-        config: Of a causal LM.
-        asked: What it was made of, for the message.
-        trust_remote_code: Whether the model's own code may run.
+        config: Configuration of a causal LM.
+        asked: Text for the error message: the option that named the configuration, and its value.
+        trust_remote_code: Whether code from the model's repository may run.
 
     Returns:
-        How many parameters it has; tied ones count once.
+        Number of parameters; tied parameters count once.
 
     Raises:
-        ValueError: There is no causal LM of this architecture, or the values contradict each other.
+        ValueError: The architecture has no causal LM, or the values contradict each other.
     """
     try:
+        # The meta device allocates no memory for the weights.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except CONTRADICTIONS as error:
@@ -161,12 +181,19 @@ def check_buildable(config: PreTrainedConfig, asked: str, *, trust_remote_code: 
 def with_tokens_of(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, settings: Mapping[str, object]
 ) -> PreTrainedConfig:
-    """Gives a configuration the tokenizer's vocabulary and special tokens, but for what `settings` say.
+    """Makes a configuration with the vocabulary and the special tokens of a tokenizer.
+
+    Args:
+        config: Configuration to start from; it is not modified.
+        tokenizer: Tokenizer of the store.
+        vocab_size: Size of the tokenizer's true vocabulary.
+        settings: Configuration values by key. These values override the values that come from the tokenizer.
 
     Raises:
-        ValueError: `settings` say a vocabulary that is too small.
+        ValueError: `settings` contains a vocab_size that is smaller than the true vocabulary.
     """
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    # Some architectures lack some of these keys, and `changed` refuses a key that the architecture does not know.
     tokens = {key: value for key, value in tokens.items() if hasattr(config, key)}
     made = changed(config, {"vocab_size": vocab_size, **tokens, **settings})
     if made.vocab_size < vocab_size:
@@ -177,8 +204,10 @@ def with_tokens_of(
 
 
 def _check_known(settings: Iterable[str], known: set[str]) -> None:
+    """Raises ValueError if a key is unknown. Most architectures accept any key, so a misspelling would go unnoticed."""
     for key in settings:
         if key not in known:
+            # With a cutoff of 0 there is always a nearest key to name.
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
             raise ValueError(
                 f"draft_config must have keys that the architecture knows, got {key}; the nearest is {near[0]}"
@@ -186,9 +215,12 @@ def _check_known(settings: Iterable[str], known: set[str]) -> None:
 
 
 def _listed(settings: Mapping[str, object]) -> str:
+    """Returns settings as text for a message, in the form of the option: draft_config=key=value ..."""
     return "draft_config=" + " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _contradiction(asked: str, error: Exception) -> ValueError:
+    """Returns the error for a configuration whose values contradict each other."""
+    # Validation errors have several lines, of which the last one gives the reason.
     said = str(error).strip().rpartition("\n")[2].strip().removeprefix("ValueError: ").rstrip(".")
-    return ValueError(f"draft must have a configuration that fits together, got {asked} ({said}); change a value")
+    return ValueError(f"draft must have a configuration with values that agree, got {asked} ({said}); change a value")

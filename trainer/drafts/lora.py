@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) through peft: low-rank updates of a draft's linear layers, merged into it at the end."""
+"""LoRA (arXiv 2106.09685) through peft: adds low-rank updates to a draft's linear layers, later merges them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
-"""The targets that are all linear layers but the head, by peft's name."""
+"""Value of peft's `target_modules` that stands for all linear layers except the head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
-    """How a draft is adapted."""
+    """Options of LoRA. The constructor raises ValueError if a value is out of its range, or if peft cannot be used."""
 
     rank: int
-    """Of the updates."""
+    """Rank of the updates, at least 1."""
     alpha: float
-    """Updates are scaled by alpha / rank."""
+    """Scale of the updates, above 0: an update is multiplied by alpha / rank."""
     dropout: float
-    """Fraction of an update's inputs that is dropped in training."""
+    """Fraction of an update's inputs that is dropped in training, at least 0 and below 1."""
     targets: tuple[str, ...] = (ALL_LINEAR,)
-    """Ends of the names of the linear layers that are adapted, or "all-linear"."""
+    """Names of the linear layers to adapt, or the last parts of their names, such as "q_proj". The single name
+    "all-linear" stands for all linear layers except the head."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -43,39 +44,39 @@ class Lora:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, got lora_dropout={self.dropout}; give 0")
         if not self.targets:
-            raise ValueError(f"lora_targets must be some layers, got none; give {ALL_LINEAR}")
+            raise ValueError(f"lora_targets must name at least one layer, got none; give {ALL_LINEAR}")
         if find_spec("peft") is None:
             raise ValueError(
-                f"lora_rank must be left out where peft is not installed, got lora_rank={self.rank}; "
+                f"lora_rank needs the package peft, got lora_rank={self.rank} without it; run "
                 "pip install 'logitstore[train]'"
             )
         if Version(version("peft")) < Version(MIN_PEFT_VERSION):
             raise ValueError(
-                f"lora_rank must be left out with these packages, got lora_rank={self.rank} with peft "
-                f"{version('peft')}, and transformers {version('transformers')} needs peft >= {MIN_PEFT_VERSION}; "
-                "install a newer peft, or an older transformers"
+                f"lora_rank needs peft >= {MIN_PEFT_VERSION} with transformers {version('transformers')}, got "
+                f"lora_rank={self.rank} with peft {version('peft')}; install a newer peft, or an older transformers"
             )
 
 
 def add_lora(draft: PreTrainedModel, lora: Lora, seed: int) -> None:
-    """Adapts a draft in place: the updates alone have gradients from now on, and the draft says the same as before.
+    """Adds LoRA updates to a draft in place. The updates are zero at first, so the draft's output does not change.
 
-    The draft stays a transformers model: its `save_pretrained` writes the adapter alone, for checkpoints.
+    Afterwards, only the updates have gradients. The draft is still a transformers model. Its `save_pretrained` writes
+    only the updates, which keeps checkpoints small.
 
     Args:
         draft: A causal LM.
-        lora: How.
-        seed: Of the updates' first weights.
+        lora: Options of the updates.
+        seed: Seed of the initial weights of the updates.
 
     Raises:
-        ValueError: It has no such layers, or the head is among them.
+        ValueError: A name in `lora.targets` matches no linear layer of the draft, or the head would be adapted.
     """
     from peft import LoraConfig
 
     linear = [name for name, part in draft.named_modules() if isinstance(part, (torch.nn.Linear, Conv1D))]
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared a whole number, and used as any
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared as int, but works as float
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else list(lora.targets),
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in draft.modules()),
@@ -86,26 +87,33 @@ def add_lora(draft: PreTrainedModel, lora: Lora, seed: int) -> None:
         for target in lora.targets:
             if not any(name == target or name.endswith(f".{target}") for name in linear):
                 ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-                raise ValueError(f"lora_targets must be linear layers of the draft, {given}; there are {ends}")
+                raise ValueError(f"lora_targets must be linear layers of the draft, {given}; choose from {ends}")
+    # The seed is set inside a fork, so that drawing the updates does not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # of GPT-2's layers and others in one model, whose weights lie the other way round: each is stored right
+        # peft warns if one model has both Linear layers and Conv1D layers, which store their weights transposed. The
+        # warning is hidden, because peft adapts both kinds correctly.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         torch.manual_seed(seed)
         draft.add_adapter(config)
     head = draft.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise ValueError(
-            f"lora_targets must leave out the head, whose gradient is computed apart, {given}; give {ALL_LINEAR}"
+            f"lora_targets must leave out the head, whose gradient is computed separately, {given}; give {ALL_LINEAR}"
         )
 
 
 def has_lora(draft: PreTrainedModel) -> bool:
-    """Whether a draft is adapted."""
+    """Returns whether a draft has LoRA updates that are not merged yet."""
     return bool(getattr(draft, "_hf_peft_config_loaded", False))
 
 
 def load_lora(draft: PreTrainedModel, folder: str | Path) -> None:
-    """Loads into an adapted draft the updates that its `save_pretrained` wrote to a checkpoint."""
+    """Loads LoRA updates into a draft that `add_lora` has adapted.
+
+    Args:
+        draft: The adapted draft.
+        folder: Folder to which `save_pretrained` of an adapted draft wrote the updates.
+    """
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(draft, load_file(Path(folder) / "adapter_model.safetensors"))
@@ -113,7 +121,7 @@ def load_lora(draft: PreTrainedModel, folder: str | Path) -> None:
 
 @torch.no_grad()
 def merge_lora(draft: PreTrainedModel) -> None:
-    """Adds the updates to the weights, in place: an ordinary model again, which saves as one."""
+    """Merges LoRA updates into the weights of a draft in place. The draft is an ordinary model afterwards."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(draft.named_modules()):
@@ -121,6 +129,8 @@ def merge_lora(draft: PreTrainedModel) -> None:
             layer.merge()
             parent, _, attribute = name.rpartition(".")
             setattr(draft.get_submodule(parent), attribute, layer.get_base_layer())
+    # Without the next two lines, transformers would still save the model as an adapter.
     draft._hf_peft_config_loaded = False
     del draft.peft_config
+    # peft froze all weights of the draft, so they are made trainable again.
     draft.requires_grad_(True)

@@ -1,1 +1,1 @@
-"""Acceptance of a draft: from the cache, on held-out documents, and by real speculative decoding."""
+"""Acceptance rate of a draft, measured from the cache, on held-out documents and by speculative decoding."""

@@ -1,7 +1,11 @@
-"""Acceptance rate of a draft from the cache: teacher-forced, on the stored rows, without the target.
+"""Acceptance rate of a draft, computed from the cached target rows. The target itself is not needed.
 
-How often a target accepts the draft's token after *its own documents'* text; what a served model accepts after text
-that it wrote itself is measured by `trainer.evaluation.speculative`. N rows, K entries per row at most, V vocabulary.
+The measurement is teacher-forced: both models predict each token from the *document's* text before it. In service, the
+target instead continues text that it wrote itself; `trainer.evaluation.speculative` measures acceptance on such text.
+
+A store keeps each logprob rounded, as a code. One code therefore stands for a range of probabilities.
+
+Shapes: N rows, at most K entries per row, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -35,37 +39,46 @@ if TYPE_CHECKING:
     from logitstore.rows.shard import Shard
 
 BOUND_SLACK = 1e-5
-"""Both bounds are moved outwards by this: more than float32 arithmetic, of the dump and here, errs by."""
+"""Amount by which both bounds of alpha are widened. It is larger than the float32 rounding errors of the dump
+and of this module."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedAcceptance:
-    """Means over the masked rows of a store. Teacher-forced: the text is the documents', not the draft's own."""
+    """Means over a store's rows with loss mask 1. The text before each row is a document's text, never the draft's."""
 
     documents: int
-    """Documents read."""
+    """Number of documents read."""
     rows: int
-    """Rows with loss mask 1 in them."""
+    """Number of rows with loss mask 1 in these documents."""
     alpha_lower: float
-    """No more than the mean of alpha = sum_v min(p_v, q_v): kept entries alone, at the worst that the codes allow."""
+    """Lower bound of the mean of alpha = sum_v min(p_v, q_v), where p is the target and q the draft. The bound counts
+    the kept entries only. Among all probabilities that the stored codes stand for, it assumes those that make alpha
+    smallest."""
     alpha_upper: float
-    """No less than the mean of alpha: the tail as one bucket, at the best that the codes allow."""
+    """Upper bound of the mean of alpha. The bound treats all tokens without an entry (the tail) as one token. Among all
+    probabilities that the stored codes stand for, it assumes those that make alpha largest."""
     alpha_estimate: float
-    """A point estimate at the decoded values. Where rows are truncated sum_S min(p, q) + min(p_t, q_t): the codes'
-    rounding makes it up to 0.005 low where q = p, the tail as one bucket makes it high. Where entries were drawn
-    sum_S w min(1, q / p), unbiased but for that rounding."""
+    """Point estimate of the mean of alpha, from the decoded probabilities.
+
+    Truncated rows: sum_S min(p, q) + min(p_t, q_t), where S are the kept entries and p_t, q_t the tail masses. Rounding
+    to codes makes the estimate up to 0.005 too low where q = p. Treating the tail as one token makes it too high.
+    Drawn rows: sum_S w min(1, q / p), where w are the weights of the entries. This is unbiased, except for the
+    rounding to codes."""
     argmax_agreement: float
-    """Share of rows where the draft's likeliest token is the likeliest kept one: alpha of greedy decoding where that is
-    the target's, see `argmax_known`."""
+    """Share of rows where the draft's likeliest token equals the likeliest kept token. If the likeliest kept
+    token is also the target's likeliest token, this is the acceptance rate of greedy decoding; see `argmax_known`."""
     argmax_known: float
-    """Share of rows whose likeliest token is sure to be kept: all where rows are truncated; draws may miss it."""
+    """Share of rows whose entries certainly include the target's likeliest token. It is 1 for truncated rows; the draws
+    of a drawn row may miss that token."""
     forward_kl: float
-    """KL(p‖q), nats: on kept entries and the tail bucket, or estimated without bias where entries were drawn."""
+    """Mean of KL(p‖q) in nats, where p is the target and q the draft. Truncated rows: computed over the kept entries,
+    with the tail as one more token. Drawn rows: an unbiased estimate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowAcceptance:
-    """What the means of CachedAcceptance are taken over; each float32 [N]."""
+    """Values of N rows, float32 [N] each. The mean of a field is the field of `CachedAcceptance` with the same name."""
 
     alpha_lower: Tensor
     alpha_upper: Tensor
@@ -76,12 +89,18 @@ class RowAcceptance:
 
 
 COMPARED = tuple(field.name for field in fields(RowAcceptance))
+"""Names of the per-row values, in the order of the fields of `RowAcceptance`."""
 
 
 def expected_tokens_per_call(alpha: float, gamma: int) -> float:
-    """Models the tokens per target call if each of `gamma` drafted tokens is accepted independently with `alpha`.
+    """Predicts the tokens per target call, under the assumption that drafted tokens are accepted independently.
 
-    (1 - alpha^(gamma + 1)) / (1 - alpha), gamma + 1 at alpha = 1. Real text is not i.i.d.: a model, not a measurement.
+    The prediction is (1 - alpha^(gamma + 1)) / (1 - alpha), and gamma + 1 at alpha = 1. In real text, whether a
+    token is accepted depends on the tokens before it, so a measured value differs.
+
+    Args:
+        alpha: Acceptance rate of one drafted token, in [0, 1].
+        gamma: Number of tokens drafted per target call.
     """
     return sum(alpha**i for i in range(gamma + 1))
 
@@ -93,17 +112,19 @@ def row_acceptance(
     most: Support,
     kept_from: float = math.inf,
 ) -> RowAcceptance:
-    """Compares a draft with the stored distributions, row by row.
+    """Compares the draft's distribution with the stored distribution of each row.
 
     Args:
-        logprobs: Float32 [N, V] of the draft, normalised over the true vocabulary.
-        stored: The decoded rows.
-        least: The same entries at the least that their codes allow.
-        most: And at the most.
-        kept_from: The probability from which on tokens are kept without being drawn.
+        logprobs: Float32 [N, V], logprobs of the draft, normalised over the true vocabulary.
+        stored: The N decoded rows.
+        least: The same entries, with the lowest probabilities that their codes stand for.
+        most: The same entries, with the highest probabilities that their codes stand for.
+        kept_from: Tokens with at least this probability are always kept and never drawn; inf if the scheme of the
+            store has no such limit.
 
     Returns:
-        N values each. The bounds bracket sum_v min(p_v, q_v) for every p that the codes allow.
+        The values of the N rows. For every target distribution p that the codes stand for, sum_v min(p_v, q_v) lies
+        between alpha_lower and alpha_upper; q is the distribution of the draft.
     """
     kept, log_tail = on_support(logprobs, stored)
     q, q_tail = kept.exp().where(stored.used, 0.0), log_tail.exp()
@@ -112,8 +133,9 @@ def row_acceptance(
     likeliest = stored.token_ids.gather(1, place)[:, 0]
     is_known = torch.ones_like(lower)
     if stored.weights is not None:
-        # A token that was missed has no more than the tail, and less than what is always kept.
+        # A token without an entry has at most the probability of the tail, and a probability below `kept_from`.
         at_least = least.probs.gather(1, place)[:, 0]
+        # If two entries share the highest probability, either of them may be the target's likeliest token.
         is_alone = (stored.probs == highest).sum(-1) == 1
         is_known = (is_alone & (at_least >= most.tail.clamp_max(kept_from))).float()
     return RowAcceptance(
@@ -127,24 +149,26 @@ def row_acceptance(
 
 
 def _alpha_bounds(least: Support, most: Support, q: Tensor, q_tail: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds sum_v min(p_v, q_v) over all p between `least` and `most` that sum to 1. Float32 [N] each.
+    """Returns bounds of sum_v min(p_v, q_v) over all p between `least` and `most` that sum to 1; float32 [N] each.
 
-    Every p starts at its least, and what is missing to 1 (the budget) is handed out: for the upper bound first where
-    it raises min(p, q), for the lower bound first where it raises it least. min(p, q) is concave in p, so that the
-    chord from least to most is below it, and handing out by the chords' slopes gives a lower bound.
+    Every entry of p starts at its least value. The mass that is then missing for a sum of 1, called the budget, is
+    distributed over the entries. For the upper bound, the budget goes first to entries where it raises min(p, q). For
+    the lower bound, it goes first to the entries where it raises min(p, q) least. As a function of p, min(p, q) is
+    concave, so its chord from least to most lies below the function. The lower bound follows the chords in the order of
+    their slopes, smallest first.
     """
     low = torch.cat([least.probs, least.tail[:, None]], dim=1)
     high = torch.cat([most.probs, most.tail[:, None]], dim=1)
     room = high - low
     budget = (1.0 - low.sum(-1)).clamp_min(0.0)
 
-    # Data processing: merging the tail into one bucket cannot lower the overlap.
+    # Data processing inequality: merging the tail into one bucket cannot lower sum_v min(p_v, q_v).
     q_upper = torch.cat([q, q_tail[:, None]], dim=1)
     base = torch.minimum(low, q_upper).sum(-1)
     gain = torch.minimum(high, q_upper).sum(-1) - base
     upper = base + torch.minimum(gain, budget)
 
-    # The draft may have put all of its tail mass on tokens that the target never says.
+    # In the worst case, the draft's whole tail mass is on tokens that have no probability under the target.
     q_lower = torch.cat([q, torch.zeros_like(q_tail)[:, None]], dim=1)
     base = torch.minimum(low, q_lower)
     slope = ((torch.minimum(high, q_lower) - base) / room).where(room > 0, 0.0)
@@ -157,24 +181,29 @@ def _alpha_bounds(least: Support, most: Support, q: Tensor, q_tail: Tensor) -> t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredDocuments:
-    """Documents of a shard, and all that is stored of the target at their rows."""
+    """Some documents of a shard, with the target's stored distributions at the rows of these documents."""
 
     shard: Shard
-    """These documents alone."""
+    """The tokens, loss mask and decoded rows of these documents only."""
     bounds: tuple[Rows, Rows] | None
-    """Their rows at the least and at the most that their codes allow; None where the target was not read."""
+    """Two copies of the rows: one with the lowest and one with the highest probabilities that the codes stand for. None
+    if the target was not read."""
     kept_from: float
-    """The probability from which on tokens are kept without being drawn."""
+    """Tokens with at least this probability are always kept and never drawn; inf if the scheme is not `hybrid`."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that they take."""
+        """Size of the arrays in memory, in bytes."""
         parts = [part for part in (self.shard.rows, *(self.bounds or ())) if part is not None]
         values = [self.shard.ids, self.shard.loss_mask, *(value for part in parts for value in vars(part).values())]
         return sum(value.nbytes for value in values if value is not None)
 
     def chosen(self, places: NDArray[np.intp]) -> StoredDocuments:
-        """Returns a copy of some of the documents, at least one, by their places among these."""
+        """Returns a copy that holds only some of the documents.
+
+        Args:
+            places: Positions of the documents to keep, counted among these documents; at least one.
+        """
         shard = self.shard
         spans = [(int(shard.starts[place]), int(shard.starts[place + 1])) for place in places]
         kept = np.concatenate([np.arange(*span) for span in spans])
@@ -196,12 +225,12 @@ def _spans(rows: Rows, spans: list[tuple[int, int]]) -> Rows:
 
 
 def read_documents(store: Store, index: int, *, reads_target: bool = True) -> StoredDocuments:
-    """Reads the documents of a shard, to be compared with a draft.
+    """Reads the documents of a shard for a comparison with a draft.
 
     Args:
-        store: Read by any scheme.
-        index: Of the shard.
-        reads_target: Whether the target's rows are read.
+        store: The open store; its target may have been dumped with any scheme.
+        index: Number of the shard.
+        reads_target: Whether to read the target's rows.
 
     Raises:
         LogitStoreError: A layer is missing, unfinished or damaged.
@@ -209,6 +238,7 @@ def read_documents(store: Store, index: int, *, reads_target: bool = True) -> St
     stored = store.reader.read_layers(index, layers=("target",) if reads_target else ())
     target, kept_from = store.spec.target, math.inf
     if target is not None and target.scheme.name == "hybrid":
+        # The limit is slightly below the step, so that rounding does not exclude a probability exactly at the step.
         kept_from = float(np.float32(target.step)) * (1 - 1e-6)
     return StoredDocuments(
         shard=store.reader.assemble(stored),
@@ -219,16 +249,18 @@ def read_documents(store: Store, index: int, *, reads_target: bool = True) -> St
 
 @torch.no_grad()
 def batch_sums(lm: SplitLM, documents: StoredDocuments, batch: Batch) -> dict[str, float]:
-    """Compares a draft with the rows of a batch that count, a chunk of them at a time.
+    """Compares a draft with the stored rows of a batch, and returns sums over the rows with loss mask 1.
+
+    The head runs on one chunk of rows at a time, so the logits of the whole batch are never in memory at once.
 
     Args:
-        lm: The draft, in the mode that it should run in.
-        documents: What is stored of them.
-        batch: Some of these, laid out.
+        lm: The draft, already switched to evaluation mode.
+        documents: The stored documents and target rows.
+        batch: A padded batch of some of these documents.
 
     Returns:
-        The number of `rows`; over them the sums of label_nll, minus the draft's logprob of the token that follows, and
-        where the target was read those of RowAcceptance. Float64 sums of float32 values.
+        `rows`: the number of rows. `label_nll`: the sum of -log q of the token that follows each row, in nats. If the
+        target was read, also the sum of each field of `RowAcceptance`. Float32 values are summed in float64.
     """
     device = lm.device
     hidden = lm.hidden(torch.from_numpy(batch.ids).to(device)).flatten(0, 1)
@@ -245,6 +277,7 @@ def batch_sums(lm: SplitLM, documents: StoredDocuments, batch: Batch) -> dict[st
             stored, least, most = parts
             compared = row_acceptance(logprobs, stored, least, most, documents.kept_from)
             values |= {name: getattr(compared, name) for name in COMPARED}
+        # The values are stacked, so that one transfer brings all of them to the CPU.
         totals = torch.stack(list(values.values())).cpu().double().sum(-1)
         sums.update(dict(zip(values, totals.tolist(), strict=True)))
     return {"rows": float(len(hidden)), **sums}
@@ -258,17 +291,18 @@ def cached_acceptance(
     max_documents: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> CachedAcceptance:
-    """Scores a draft against the stored rows of a store. The target is not needed.
+    """Measures the acceptance rate of a draft on the stored rows of a store. The target is not needed.
 
     Args:
-        draft: A causal LM over the store's vocabulary, where it should run; its logits are taken in float32.
-        store: With a finished target layer.
-        batch_tokens: Most tokens of a batch of documents, padding included; one document always fits.
-        max_documents: Only the first so many documents; all by default.
-        progress: Called with the number of documents done since its last call.
+        draft: A causal LM over the store's vocabulary, already on its device. Its logits are computed in float32.
+        store: A store with a finished target layer.
+        batch_tokens: Maximum number of tokens in a batch, padding included. A longer document is a batch by itself.
+        max_documents: Maximum number of documents to read, beginning with the store's first one; None reads all.
+        progress: Called after each batch with the number of documents in that batch.
 
     Raises:
-        ValueError: The draft's vocabulary is too small, its architecture cannot be split, or nothing is to be scored.
+        ValueError: The draft's vocabulary is too small, its architecture cannot be split into backbone and head, or
+            no document has a row with loss mask 1.
         LogitStoreError: The target layer is missing, unfinished or damaged.
     """
     if batch_tokens < 1:
@@ -284,6 +318,7 @@ def cached_acceptance(
     sums: Counter[str] = Counter()
     with evaluating(draft):
         check_halves(lm)
+        # The last shard that is read may hold more documents than are wanted.
         for index in range(last + 1):
             documents = read_documents(store, index)
             if index == last and max_documents is not None:
@@ -303,7 +338,7 @@ def cached_acceptance(
 
 @contextmanager
 def evaluating(draft: PreTrainedModel) -> Iterator[None]:
-    """Has a draft run without dropout for the while, and in its own mode afterwards."""
+    """Switches a draft to evaluation mode (no dropout), and restores its previous mode at the end."""
     training = draft.training
     draft.eval()
     try:

@@ -1,6 +1,7 @@
-"""Evaluation during training: how a draft does on the documents that are held out, and which figures tell the best.
+"""Evaluates a draft on held-out documents while it is trained, and lists the metrics that select the best draft.
 
-The figures are those of `trainer.evaluation.from_cache`, over the rows of these documents whose loss mask is 1.
+The metrics are those of `trainer.evaluation.from_cache`, computed over those rows of held-out documents
+whose loss mask is 1.
 """
 
 from __future__ import annotations
@@ -36,17 +37,22 @@ GREATER_IS_BETTER = {
     "forward_kl": False,
     "label_nll": False,
 }
-"""Figures by which drafts may be compared, and whether the better one is the greater."""
+"""Metrics that can select the best draft, keyed by name. The value is true if a greater metric is better."""
 
 KEPT_BYTES = 2**28
-"""Decoded documents that stay in each process's memory between evaluations: 256 MiB, a million rows of 10 entries."""
+"""Maximum total size, in bytes, of the decoded documents that each process keeps in memory between evaluations.
+
+256 MiB hold about a million rows of 10 entries."""
 
 
 def greater_is_better(metric: str) -> bool:
-    """Tells whether the better draft is the one with more of a metric, named with or without `eval_`.
+    """Returns whether a greater value of a metric means a better draft.
+
+    Args:
+        metric: Name of the metric, with or without the prefix `eval_`.
 
     Raises:
-        ValueError: It is none by which drafts may be compared.
+        ValueError: Drafts cannot be compared by this metric.
     """
     name = metric.removeprefix("eval_")
     if name not in GREATER_IS_BETTER:
@@ -60,33 +66,36 @@ def greater_is_better(metric: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Unit:
-    """Documents of one shard that make a batch."""
+    """One batch of documents, all from the same shard."""
 
     store: int
     shard: int
     places: tuple[int, ...]
-    """In the shard."""
+    """Positions of the documents within the shard."""
     tokens: int
-    """Padding included."""
+    """Number of tokens of the batch, padding included."""
 
 
 class HeldOut(Dataset[tuple[int, int]]):
-    """The held-out documents of a dataset, which drafts are evaluated on again and again.
+    """The held-out documents of a dataset, prepared for repeated evaluation.
 
-    Their batches are the same on any number of ranks, and so are the figures, to the last bit on the same hardware.
+    The batches do not depend on the number of ranks. On the same hardware the metrics are therefore identical to the
+    last bit for any number of ranks.
 
     Attributes:
-        documents: Stores and numbers of the documents.
-        metrics: What is found: all figures where every store has a finished target, label_nll alone otherwise.
+        documents: The held-out documents as (store, document) pairs.
+        metrics: Names of the metrics that `evaluate` computes: all of them if every store has a finished target layer,
+            otherwise `label_nll` only.
     """
 
     def __init__(self, dataset: DocumentDataset, *, at_most: int | None = None, batch_size: int = 8) -> None:
-        """Plans the batches, and reads nothing yet.
+        """Plans the batches. Nothing is read yet.
 
         Args:
-            dataset: Whose documents, read as it reads them.
-            at_most: So many documents alone, those of the lowest digests; all by default.
-            batch_size: Documents of a batch of the longest ones; as many tokens are in those of shorter ones.
+            dataset: The dataset whose held-out documents are evaluated.
+            at_most: Maximum number of documents. Those with the lowest digests are kept; None keeps all.
+            batch_size: Number of documents in a batch if each of them is as long as the longest held-out document. A
+                batch of shorter documents holds more of them, up to the same number of tokens (padding included).
 
         Raises:
             ValueError: No document is held out.
@@ -94,8 +103,8 @@ class HeldOut(Dataset[tuple[int, int]]):
         self.documents = dataset.order.held_out(at_most)
         if not self.documents:
             raise ValueError(
-                f"eval_fraction must be enough to hold a document out, got one that holds out none of "
-                f"{dataset.order.num_documents}; give a larger one"
+                "eval_fraction must be large enough to hold out at least one document, got a fraction that holds out "
+                f"none of {dataset.order.num_documents} documents; give a larger --eval_fraction"
             )
         self._stores = dataset.stores
         layers = [store.layers.get("target") for store in self._stores]
@@ -112,34 +121,38 @@ class HeldOut(Dataset[tuple[int, int]]):
         return self.documents[place]
 
     def check_metric(self, metric: str) -> None:
-        """Raises ValueError if a metric is none that is found here."""
+        """Raises ValueError if this dataset cannot compute a metric."""
         if metric.removeprefix("eval_") not in self.metrics:
             raise ValueError(
                 f"metric_for_best_model must be {' or '.join(self.metrics)} where a store has no target rows, got "
-                f"metric_for_best_model={metric}; give that"
+                f"metric_for_best_model={metric}; give --metric_for_best_model {self.metrics[-1]}"
             )
 
     def evaluate(self, lm: SplitLM, accelerator: Accelerator) -> dict[str, float]:
-        """Evaluates a draft, each rank on its share of the documents.
+        """Evaluates a draft on all held-out documents. Each rank evaluates a part of them.
 
         Args:
-            lm: The draft; runs without dropout for the while.
-            accelerator: Of the ranks, which all call this.
+            lm: The draft. Dropout is off during the evaluation.
+            accelerator: The accelerator that all ranks share. Every rank must call this method.
 
         Returns:
-            The means of `metrics` over the rows, the same on all ranks, NaN if there are none; and documents, rows,
-            runtime (seconds), rows_per_second.
+            The mean of each metric over the rows, keyed by its name; NaN if there are no rows. Also `documents` and
+            `rows`, the numbers of documents and rows; `runtime`, in seconds; and `rows_per_second`. All values except
+            `runtime` and `rows_per_second` are the same on all ranks.
         """
         began = time.monotonic()
         names = ("rows", *self.metrics)
+        # Each batch has its own line of sums. The lines are added at the end in a fixed order, so that the result does
+        # not depend on how the batches are spread over ranks.
         sums = torch.zeros(len(self._units), len(names), dtype=torch.float64)
         with evaluating(lm.model):
             for number, part in self._read(share(self._units, accelerator.process_index, accelerator.num_processes)):
+                # With this limit on the tokens, all documents of the part form one batch, as planned.
                 for batch in batches(part.shard, part.shard.ids.size * len(part.shard)):
                     found = batch_sums(lm, part, batch)
                     sums[number] = torch.tensor([found[name] for name in names], dtype=torch.float64)
         if accelerator.num_processes > 1:
-            # each batch is of one rank: adding zeros changes no bit
+            # Each batch was evaluated on one rank only, and the other ranks add zeros, so the sum is exact.
             sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
         rows, *totals = sums.sum(0).tolist()
         seconds = time.monotonic() - began
@@ -152,7 +165,11 @@ class HeldOut(Dataset[tuple[int, int]]):
         }
 
     def _read(self, numbers: Iterable[int]) -> Iterator[tuple[int, StoredDocuments]]:
-        """Reads batches by their numbers, a shard once for all of its own; keeps what there is room for."""
+        """Yields the number and the documents of each batch.
+
+        A shard is read once for all its batches. Documents stay in memory for later evaluations, up to KEPT_BYTES in
+        all.
+        """
         for (store, shard), group in groupby(numbers, lambda n: (self._units[n].store, self._units[n].shard)):
             whole: StoredDocuments | None = None
             for number in group:
@@ -160,6 +177,7 @@ class HeldOut(Dataset[tuple[int, int]]):
                 part = self._kept.get(unit)
                 if part is None:
                     if whole is None:
+                        # The shard is read only if one of its batches is not kept in memory.
                         whole = read_documents(self._stores[store], shard, reads_target=self._reads_target)
                     part = whole.chosen(np.array(unit.places))
                     if self._kept_bytes + part.nbytes <= KEPT_BYTES:
@@ -169,13 +187,14 @@ class HeldOut(Dataset[tuple[int, int]]):
 
 
 def _plan(dataset: DocumentDataset, documents: list[tuple[int, int]], batch_size: int) -> Iterator[_Unit]:
-    """Yields the batches of each shard."""
+    """Yields the batches, shard by shard."""
     located = [(store, *dataset.stores[store].locate(document), document) for store, document in documents]
     lengths = {
         (store, document): dataset.order.tokens(Pack(store=store, shard=shard, documents=(document,)))
         for store, shard, _, document in located
     }
     batch_tokens = batch_size * max(lengths.values())
+    # The documents are ordered by store and number, so those of one shard are neighbours, as groupby needs.
     for (store, shard), group in groupby(located, lambda found: found[:2]):
         members = list(group)
         sizes = np.array([lengths[store, document] for _, _, _, document in members])
@@ -189,7 +208,18 @@ def _plan(dataset: DocumentDataset, documents: list[tuple[int, int]], batch_size
 
 
 def share(units: list[_Unit], rank: int, ranks: int) -> list[int]:
-    """Returns the numbers of a rank's batches: neighbours, as they share shards, and as many tokens as of any rank."""
+    """Returns the indices of the batches that one rank evaluates.
+
+    A rank gets consecutive batches, because they often belong to the same shard. All ranks get about the same number of
+    tokens.
+
+    Args:
+        units: All batches.
+        rank: Number of the rank, from 0.
+        ranks: Number of ranks.
+    """
+    # All tokens are divided into one equal share per rank. A batch goes to the rank whose share holds the batch's
+    # middle.
     ends = np.cumsum([unit.tokens for unit in units])
     middles = ends - [unit.tokens / 2 for unit in units]
     return np.flatnonzero((middles * ranks // ends[-1]).astype(int) == rank).tolist()

@@ -1,7 +1,8 @@
-"""Acceptance rate of a draft as it is: real speculative decoding with transformers' assisted generation, counted.
+"""Acceptance rate of a draft in real speculative decoding, counted during transformers' assisted generation.
 
-Both models answer from their true vocabulary (padding rows of the output embedding never do, however many each has),
-at temperature 1 without any truncation or penalty, whatever their checkpoints' generation configs say.
+Both models generate at temperature 1, without truncation or penalties; the generation configs of their checkpoints are
+ignored. The output embeddings may have padding rows beyond the true vocabulary. The logits of these rows are cut off,
+so that both models generate only tokens of the true vocabulary.
 """
 
 from __future__ import annotations
@@ -23,56 +24,65 @@ if TYPE_CHECKING:
 
 Mode = Literal["greedy", "sampled"]
 MODES: tuple[Mode, ...] = ("greedy", "sampled")
+"""Decoding modes: greedy (argmax), or sampled (temperature 1, whole vocabulary)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeResult:
-    """One decoding mode over some prompts, one at a time. Sums over all prompts.
+    """Counts of one decoding mode, summed over all prompts. The prompts are decoded one at a time.
 
-    The target's calls, drafted and accepted tokens are those of `transformers`: a call verifies up to gamma drafted
-    tokens and adds one of its own. The draft stops early at an end-of-text token and one token before
-    `max_new_tokens`; what it did not draft counts nowhere.
+    In `transformers`, one target call verifies up to gamma drafted tokens and adds one token of the target. The draft
+    stops early at an end-of-text token, and one token before `max_new_tokens`. Fewer than gamma tokens are then
+    drafted, and the tokens that were not drafted count neither as drafted nor as rejected.
     """
 
     mode: Mode
     gamma: int
-    """Most tokens drafted per target call."""
+    """Maximum number of tokens drafted per target call."""
     max_new_tokens: int
+    """Maximum number of tokens generated per prompt."""
     seed: int
-    """Prompt i is sampled with seed + i, with the draft and without it; of no effect when greedy."""
+    """Prompt i is sampled with seed + i, both with and without the draft. Greedy decoding ignores the seed."""
     prompts: int
+    """Number of prompts."""
     emitted: int
-    """Tokens generated with the draft."""
+    """Number of tokens generated with the draft."""
     target_calls: int
-    """Target forwards with the draft, the one that reads the prompt among them."""
+    """Number of forward passes of the target when the draft is used, including the pass that reads the prompt."""
     drafted: int
-    """Tokens that the draft proposed, those after a rejected one included."""
+    """Number of tokens that the draft proposed, including those after a rejected token."""
     accepted: int
-    """Drafted tokens that are part of the text."""
+    """Number of drafted tokens that are part of the generated text."""
     rejections: int
-    """Target calls in which a drafted token was rejected: one token each, those after it were not looked at."""
+    """Number of target calls that rejected a drafted token. Each such call counts once, however many drafted tokens
+    follow the rejected one."""
     seconds: float
-    """With the draft."""
+    """Generation time with the draft, in seconds."""
     plain_emitted: int
-    """Tokens that the target generated alone; when sampled it is another text of the same distribution."""
+    """Number of tokens that the target generated without the draft. Sampled texts differ from those generated with
+    the draft, but they have the same distribution."""
     plain_seconds: float
-    """Without the draft."""
+    """Generation time without the draft, in seconds."""
     greedy_text_identical: int | None
-    """Prompts whose text with the draft is exactly the target's own; None when sampled. Below `prompts` only where
-    two logits of the target are so close that rounding decides."""
+    """Number of prompts whose greedy text is the same with and without the draft; None in mode "sampled". Two texts
+    differ only if two logits of the target are so close that rounding decides which one is larger."""
 
     @property
     def alpha(self) -> float:
-        """The share accepted of the drafted tokens that were looked at: accepted / (accepted + rejections).
+        """Acceptance rate: accepted / (accepted + rejections), in [0, 1].
 
-        Tokens after the first rejection of a call are not counted. Estimates E[sum_v min(p, q)] when sampled and the
-        argmax agreement when greedy, on text that the target wrote.
+        Tokens after the first rejection of a call are not counted. In the mode "sampled", this estimates
+        the mean of sum_v min(p_v, q_v) on text that the target wrote, where p is the target and q the draft. In the
+        mode "greedy", it estimates how often the likeliest tokens of both models are equal on such text.
         """
         return self.accepted / (self.accepted + self.rejections)
 
     @property
     def accepted_per_drafted(self) -> float:
-        """The share accepted of all drafted tokens, those after a rejection too: vLLM's draft acceptance rate."""
+        """Accepted tokens divided by all drafted tokens. Tokens that were drafted after a rejected one are included.
+
+        vLLM calls this the draft acceptance rate.
+        """
         return self.accepted / self.drafted
 
     @property
@@ -87,7 +97,7 @@ class SpeculativeResult:
 
     @property
     def plain_tokens_per_s(self) -> float:
-        """Emitted tokens per second of the target alone."""
+        """Emitted tokens per second without the draft."""
         return self.plain_emitted / self.plain_seconds
 
     def to_json(self) -> dict[str, Any]:
@@ -108,17 +118,17 @@ def measure_acceptance(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> SpeculativeResult:
-    """Generates from each prompt with the draft and without it, and counts.
+    """Generates a text from each prompt, once with and once without the draft; counts tokens and time.
 
     Args:
-        target: A causal LM. Its generation config says which tokens end a text, and nothing else.
-        draft: A smaller one with the same tokenizer.
-        prompts: Token ids of each, at least one id in each.
-        mode: greedy (argmax) or sampled (temperature 1, whole vocabulary).
-        vocab_size: The tokenizer's true vocabulary; both models may pad theirs beyond it, each by its own number.
-        gamma: Tokens drafted per target call.
-        max_new_tokens: Most tokens generated per prompt, at least 2: a last token is never drafted.
-        seed: Of the sampling.
+        target: A causal LM. Its generation config is ignored except for the end-of-text tokens.
+        draft: A smaller causal LM with the same tokenizer.
+        prompts: Token ids of each prompt; at least one prompt, and at least one id in each.
+        mode: "greedy" (argmax) or "sampled" (temperature 1, whole vocabulary).
+        vocab_size: The tokenizer's true vocabulary size. Either model may pad its embeddings beyond it.
+        gamma: Maximum number of tokens drafted per target call; at least 1.
+        max_new_tokens: Maximum number of tokens generated per prompt; at least 2, because the last is never drafted.
+        seed: Seed of the sampling. Prompt i uses seed + i.
         progress: Called with 1 after each prompt.
 
     Raises:
@@ -126,24 +136,29 @@ def measure_acceptance(
     """
     check_settings(mode=mode, gamma=gamma, max_new_tokens=max_new_tokens)
     if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError(f"prompts must be at least one of at least one token, got prompts={len(prompts)}")
+        raise ValueError(
+            f"prompts must hold at least one prompt, and each at least one token, got prompts={len(prompts)}; leave "
+            "empty prompts out"
+        )
     for name, model in (("target", target), ("draft", draft)):
         if (size := model.config.get_text_config().vocab_size) < vocab_size:
             raise ValueError(
-                f"{name} must have a vocabulary of at least {vocab_size} as the tokenizer, got vocab_size={size}; "
+                f"{name} must have a vocabulary of at least the tokenizer's {vocab_size}, got vocab_size={size}; "
                 "give a model of the same family"
             )
     decoder = _Decoder(target, draft, mode=mode, gamma=gamma)
     texts: list[tuple[list[int], list[int]]] = []
     seconds = [0.0, 0.0]
+    # fork_rng always restores the random state of the CPU, but that of a GPU only if the GPU is named.
     devices = [target.device] if target.device.type == "cuda" else []
     with decoder.neutral(vocab_size), torch.random.fork_rng(devices=devices):
-        for assisted in (False, True):  # what a first call sets up is not timed
+        for assisted in (False, True):  # The first calls include set-up work and are not timed.
             decoder.generate(prompts[0], 2, assisted=assisted)
         decoder.counts = _Counts()
         for i, prompt in enumerate(prompts):
             pair = []
             for assisted in (False, True):
+                # Each prompt has a seed of its own, so its sampled text does not depend on the prompts before it.
                 torch.manual_seed(seed + i)
                 started = time.perf_counter()
                 pair.append(decoder.generate(prompt, max_new_tokens, assisted=assisted))
@@ -174,7 +189,7 @@ def check_settings(*, mode: str, gamma: int, max_new_tokens: int) -> None:
         raise ValueError(f"gamma must be at least 1, got gamma={gamma}; 5 is usual")
     if max_new_tokens < 2:
         raise ValueError(
-            f"max_new_tokens must be at least 2 because a last token is never drafted, got "
+            f"max_new_tokens must be at least 2 because the last token is never drafted, got "
             f"max_new_tokens={max_new_tokens}; 64 is usual"
         )
 
@@ -189,7 +204,7 @@ class _Counts:
 
 @dataclass(kw_only=True)
 class _CountingCandidates:
-    """Stands between the target's decoding loop and the generator of candidates, and counts each round."""
+    """Wraps transformers' generator of candidate tokens, and counts the tokens of every round of the decoding loop."""
 
     inner: Any
     counts: _Counts
@@ -204,13 +219,15 @@ class _CountingCandidates:
         return candidates, logits
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        """`input_ids` holds the round's tokens by now.
+        """Counts the drafted and accepted tokens of a round. `input_ids` already holds the tokens of this round.
 
-        `num_matches` is one short where the last accepted token ends the text: then there is no token of the target's
-        own after it. A token in place of a rejected one always differs from it, so that comparing gives the number.
+        `num_matches` is not used: it is one too low if the last accepted token ends the text, because no token of the
+        target follows then. Comparing the tokens is exact, because the target never replaces a rejected token by the
+        same token.
         """
         emitted = input_ids[0, self._length :].tolist()
         accepted = 0
+        # The accepted tokens are the longest common prefix of the drafted and the emitted tokens.
         while accepted < min(len(emitted), len(self._drafted)) and emitted[accepted] == self._drafted[accepted]:
             accepted += 1
         self.counts.target_calls += 1
@@ -221,23 +238,23 @@ class _CountingCandidates:
 
 
 class _Decoder:
-    """A target and a draft, set up for one mode."""
+    """A target and a draft, prepared for one decoding mode."""
 
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, *, mode: Mode, gamma: int) -> None:
-        self._target: Any = target  # with generate(), which PreTrainedModel's type does not have
+        self._target: Any = target  # The type PreTrainedModel does not declare generate().
         self._draft = draft
         self._gamma = gamma
         self.counts = _Counts()
         eos = target.generation_config.eos_token_id
         first = eos[0] if isinstance(eos, list) else eos
         self._ends = {"eos_token_id": eos, "pad_token_id": 0 if first is None else first}
-        # top_k is 50 where nothing else is said
+        # These settings must be explicit: transformers' default is top_k=50.
         self._sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if mode == "sampled" else {}
 
     @contextlib.contextmanager
     def neutral(self, vocab_size: int) -> Iterator[None]:
-        """Takes all but the weights out of the result, and puts it back afterwards."""
-        # The draft's own generation config is where its part in assisted generation is read from.
+        """Makes both models ignore the settings of their checkpoints until the context ends."""
+        # Assisted generation reads its settings for drafting from the draft's generation config.
         drafting = GenerationConfig(
             num_assistant_tokens=self._gamma,
             num_assistant_tokens_schedule="constant",
@@ -245,7 +262,7 @@ class _Decoder:
             **self._ends,
         )
         with contextlib.ExitStack() as stack:
-            # generate() warns of settings that its own assisted generation makes
+            # Assisted generation sets options that make generate() print warnings, so these warnings are hidden.
             stack.callback(logging.set_verbosity, logging.get_verbosity())
             logging.set_verbosity_error()
             stack.enter_context(_prepared(self._target, GenerationConfig(**self._ends), vocab_size))
@@ -253,7 +270,7 @@ class _Decoder:
             yield
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int, *, assisted: bool) -> list[int]:
-        """Returns the new tokens, an end-of-text token among them."""
+        """Returns the new tokens, including the end-of-text token if one was generated."""
         input_ids = torch.tensor([list(prompt)], device=self._target.device)
         config = GenerationConfig(max_new_tokens=max_new_tokens, **self._sampling, **self._ends)
         with self._counted():
@@ -267,6 +284,7 @@ class _Decoder:
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
+        """Wraps the generator of candidate tokens within the context, so that every round of `generate` is counted."""
         make = self._target._get_candidate_generator
 
         def make_counting(**arguments: Any) -> _CountingCandidates:  # noqa: ANN401
@@ -276,17 +294,18 @@ class _Decoder:
         try:
             yield
         finally:
+            # Without the attribute of the instance, the method of the class is used again.
             del self._target._get_candidate_generator
 
 
 @contextlib.contextmanager
 def _prepared(model: PreTrainedModel, generation_config: GenerationConfig, vocab_size: int) -> Iterator[None]:
-    """Gives a model another generation config and logits of the true vocabulary alone, for a while."""
+    """Gives a model another generation config and limits its logits to the true vocabulary, until the context ends."""
     config = model.config.get_text_config()
     before = model.generation_config, config.vocab_size, model.training
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda _module, _inputs, logits: logits[..., :vocab_size])
-    # generate() refuses two models whose configs state different sizes
+    # generate() refuses two models whose configs have different vocabulary sizes.
     model.generation_config, config.vocab_size = generation_config, vocab_size
     model.eval()
     try:

@@ -1,93 +1,94 @@
-"""Checkpoints: which are finished, and copies of them at an fsspec URL. Knows no model and no trainer.
+"""Functions that mark, check, list and delete finished checkpoints. They need neither a model nor a trainer.
 
-A checkpoint is a folder of files that several processes write. Last of all comes a record of them, in one step: their
-sizes, and digests of the small ones. Without it, or where a file does not fit it, it is what a killed run left.
+A checkpoint is a folder of files that several processes write. Its record, checkpoint.json, is written last and in one
+atomic step. The record lists the size of every file, and a digest of each small file. A checkpoint without a record, or
+with a file that does not match the record, is unfinished: its run was killed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 from torch import distributed
+
+from logitstore.storage import local_disk
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
 RECORD = "checkpoint.json"
+"""Name of the record in a checkpoint's folder."""
 PREFIX = "checkpoint-"
+"""Start of the name of a checkpoint's folder; the number of optimizer steps follows."""
 DIGESTED_BYTES = 2**20
-"""Files up to this size are told by their content: reading all of the weights again would stop the training."""
+"""Largest size, in bytes, of a file whose content is checked by a digest. For larger files only the size is checked,
+because reading the weights again would delay the training."""
 
 
 def write_record(folder: Path) -> None:
-    """Finishes a checkpoint: all its files are written."""
+    """Marks a checkpoint as finished by writing its record. All other files must be complete before this call."""
     files = {
-        path.relative_to(folder).as_posix(): _described(path) for path in sorted(folder.rglob("*")) if _counts(path)
+        path.relative_to(folder).as_posix(): _described(path) for path in sorted(folder.rglob("*")) if _listed(path)
     }
-    partial = folder / f"{RECORD}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / RECORD)
+    local_disk.put(folder / RECORD, json.dumps({"files": files}, indent=1).encode())
 
 
 def defect(folder: Path) -> str | None:
-    """Says why a folder is no finished checkpoint; None if it is one."""
+    """Returns None if a folder is a finished checkpoint, otherwise the reason, such as "config.json is missing"."""
     files = recorded(folder / RECORD)
     if files is None:
-        return f"there is no {RECORD} in it, which is written last"
+        return f"it has no {RECORD}, which is written last"
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if _described(path) != size:
-            return f"{name} is not as {RECORD} says"
+            return f"{name} does not match {RECORD}"
     return None
 
 
 def finished(folder: Path) -> list[Path]:
-    """Lists the finished checkpoints of a run's folder by their step."""
+    """Returns the folders of a run's finished checkpoints, in the order of their steps."""
     found = [path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) is not None and defect(path) is None]
     return sorted(found, key=lambda path: step_of(path.name) or 0)
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint, or what is there of one; from the first moment on it is no finished one."""
+    """Deletes a checkpoint, finished or not."""
+    # The record is deleted first, so that an interrupted deletion leaves an unfinished checkpoint.
     (folder / RECORD).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
-    """Deletes the oldest checkpoints of a run beyond a number, and what is left of unfinished ones.
+    """Deletes all unfinished checkpoints of a run. Of the finished ones, deletes the oldest until `limit` remain.
 
     Args:
-        folder: The run's.
-        limit: How many may stay; any number where it is None or not above 0.
-        keep: Those that stay in any case.
+        folder: Folder of the run.
+        limit: Maximum number of finished checkpoints that remain; None, or a number below 1, deletes nothing.
+        keep: Finished checkpoints that are never deleted. They count towards `limit`.
     """
     if limit is None or limit <= 0:
         return
-    there = [path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) is not None]
+    found = [path for path in folder.glob(f"{PREFIX}*") if step_of(path.name) is not None]
     good = [path.name for path in finished(folder)]
-    for path in there:
+    for path in found:
         if path.name not in good or path.name in beyond(good, limit, {path.name for path in keep}):
             remove(path)
 
 
 def gather(folder: Path, rank: int) -> None:
-    """Brings what each rank wrote for itself, in files `NAME_RANK.pth`, to the first rank's copy of a checkpoint.
+    """Copies the files `NAME_RANK.pth`, which each rank writes for itself, to the checkpoint's folder on rank 0.
 
-    For ranks on several machines, each with a folder of its own. All ranks call it.
+    The copy is needed if the ranks run on several machines that share no folder. All ranks must call this function.
 
     Args:
-        folder: The checkpoint's on this machine.
-        rank: Of this process.
+        folder: Folder of the checkpoint on this machine.
+        rank: Rank of this process.
     """
     if not distributed.is_initialized():
         return
@@ -96,38 +97,47 @@ def gather(folder: Path, rank: int) -> None:
     distributed.gather_object(own, found)
     for files in found or []:
         for name, content in files.items():
+            # Ranks on rank 0's machine have already written their files into this folder.
             if not (folder / name).exists():
                 (folder / name).write_bytes(content)
 
 
 def beyond(names: Sequence[str], limit: int, keep: Collection[str]) -> list[str]:
-    """Returns the first names, but for some, whose going leaves no more than a number; fewer where too few may go."""
+    """Returns the names of checkpoints to delete, oldest first, so that at most `limit` names remain.
+
+    Args:
+        names: Names of all checkpoints, oldest first.
+        limit: Maximum number of names that should remain.
+        keep: Names that are never returned. They count towards `limit`, so more names remain if `keep` holds more.
+    """
     return [name for name in names if name not in keep][: max(0, len(names) - limit)]
 
 
 def step_of(name: str) -> int | None:
-    """Returns the step that a checkpoint's name tells; None of another name."""
+    """Returns the number of optimizer steps in a checkpoint's name; None if the name is not that of a checkpoint."""
     number = name.removeprefix(PREFIX)
     return int(number) if name.startswith(PREFIX) and number.isdecimal() else None
 
 
-def _counts(path: Path) -> bool:
+def _listed(path: Path) -> bool:
+    """Returns whether a record lists a path: all files are listed, except the record and its temporary file."""
     return path.is_file() and not path.name.startswith(RECORD)
 
 
 def _described(path: Path) -> dict[str, Any]:
+    """Returns the entry of a file in a record: the size in bytes, and the SHA-256 digest (None for a large file)."""
     size = path.stat().st_size
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= DIGESTED_BYTES else None
     return {"bytes": size, "sha256": digest}
 
 
 def recorded(path: Path) -> Mapping[str, Any] | None:
-    """Returns the files that a checkpoint's record names; None if there is no record."""
+    """Reads a record and returns its entries by file name; None if the record is missing or invalid."""
     return parsed(path.read_bytes()) if path.is_file() else None
 
 
 def parsed(record: bytes) -> Mapping[str, Any] | None:
-    """Returns the files of a record; None if it is none."""
+    """Parses the content of a record and returns its entries by file name; None if the content is not a record."""
     try:
         files = json.loads(record)["files"]
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,8 @@
-"""DraftTrainer: transformers' Trainer on the documents of a store, without the target.
+"""DraftTrainer: transformers' Trainer, changed to train a draft on the documents of a store, without the target.
 
-Ranks, mixed precision, accumulation, schedules, checkpoints and logging are Trainer's own. Here are the loss, the order
-of the documents, what is logged beside the loss, what is evaluated, and that an ordinary Hugging Face model is saved.
+Trainer provides ranks, mixed precision, accumulation, schedules, checkpoints and logging. This module adds the loss,
+the order of the documents, more logged statistics and the evaluation. The draft is saved as an ordinary Hugging Face
+model.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast
-from transformers import GenerationConfig, SchedulerType, Trainer
+from transformers import SchedulerType, Trainer
 
 from trainer.data.loader import RankBatches, make_loader
 from trainer.data.sharding import Position, make_deal
 from trainer.drafts.lora import has_lora, load_lora, merge_lora
+from trainer.drafts.reshaping import neutral_generation_config
 from trainer.loop import checkpoints
 from trainer.loop.position import AtTheEnd, Progress, note_callbacks, read_position
 from trainer.loop.refused_arguments import check_training_arguments
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from trainer.data.dataset import DocumentDataset
     from trainer.data.sharding import Deal
@@ -38,9 +40,10 @@ if TYPE_CHECKING:
 
 
 class DraftTrainer(Trainer):
-    """Trains a draft on the target rows of a store."""
+    """Trainer of a draft on the target rows of a store."""
 
-    loss_is_scaled_for_ga = True  # of a whole step, by `trainer.steps`
+    # `Steps` divides the loss by the denominator of the whole step, so Trainer must not divide the loss again.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -57,17 +60,17 @@ class DraftTrainer(Trainer):
         """Prepares a run.
 
         Args:
-            module: The draft, and what is minimised.
-            args: Of transformers.
-            dataset: What is read, and in which order.
-            tokenizer: Saved with the draft.
-            held_out: What the draft is evaluated on as the arguments say, and at the end.
-            denominator: What a step's sum is divided by.
-            queue_rows: Recent rows whose scores the scope `queue` compares with.
-            remote: Where finished checkpoints are copied to.
+            module: The draft with its objective and its rule for the selection of rows.
+            args: Training arguments of transformers.
+            dataset: The documents to train on, in the order of the training.
+            tokenizer: The tokenizer that is saved with the draft.
+            held_out: Documents of the final evaluation and of those that `args` requests; None for no evaluations.
+            denominator: Name of the number by which the weighted loss sum of a step is divided; see `DENOMINATORS`.
+            queue_rows: Number of recent rows that each row competes with if the rule's scope is `queue`.
+            remote: Copies finished checkpoints to a URL; None keeps checkpoints on the local disk only.
 
         Raises:
-            ValueError: The arguments ask for something that is not done here.
+            ValueError: The arguments request something that DraftTrainer does not support.
         """
         check_training_arguments(args)
         make_deal(args, dataset.order)
@@ -79,6 +82,7 @@ class DraftTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[Progress()],
         )
+        # AtTheEnd comes first, so that the final evaluation is logged before other callbacks close their trackers.
         self.callback_handler.callbacks.insert(0, AtTheEnd(self._end))
         self._module = module
         self._tokenizer = tokenizer
@@ -86,7 +90,7 @@ class DraftTrainer(Trainer):
         self._remote = remote
         self._begin = Position()
         self._held_out = held_out
-        self._evaluated: int | None = None
+        self._evaluated: int | None = None  # Step at which the current weights were evaluated.
         self._steps = Steps(module.rule, denominator, self.accelerator, queue_rows)
 
     @property
@@ -94,7 +98,7 @@ class DraftTrainer(Trainer):
         return make_deal(self.args, self._dataset.order, self._train_batch_size)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Makes the loader of this rank, which begins where `_run_epoch` says; accelerate has nothing to share out."""
+        """Returns a loader of this rank's own batches. `_run_epoch` sets the pack at which the loader starts."""
         args = self.args
         self._batches = RankBatches(self._dataset.order, self._deal, args.process_index)
         return make_loader(
@@ -115,7 +119,7 @@ class DraftTrainer(Trainer):
         trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Reads where a checkpoint goes on, before anything is counted."""
+        """Checks that all ranks start at the same step, and trains from the checkpoint's position or from the start."""
         self._begin = Position()
         if resume_from_checkpoint is not None:
             self._begin = read_position(resume_from_checkpoint, self._dataset.order)
@@ -126,7 +130,7 @@ class DraftTrainer(Trainer):
             self._dataset.close()
 
     def _check_together(self) -> None:
-        """Raises ValueError if ranks begin at different steps: they would wait for each other without a word."""
+        """Raises ValueError if the ranks start at different steps, because they would wait for each other forever."""
         own = torch.tensor([self._begin.steps], device=self.args.device)
         steps = self.accelerator.gather(own).tolist()
         if len(set(steps)) > 1:
@@ -138,7 +142,7 @@ class DraftTrainer(Trainer):
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader[Any]
     ) -> tuple[int, int, int, int, int, int, int]:
-        """Counts epochs and steps from where the run goes on, whatever the size of a step was until there."""
+        """Returns the numbers of epochs, steps and batches of the run. Totals include the steps before a resume."""
         deal, packs = self._deal, self._dataset.order.packs_per_epoch
         max_steps = args.max_steps
         if max_steps <= 0:
@@ -161,11 +165,11 @@ class DraftTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: object,
     ) -> tuple[int, int]:
-        """Begins at the checkpoint's epoch; what of it is done, `_run_epoch` leaves out."""
+        """Returns the checkpoint's epoch, and 0 steps to skip: `_run_epoch` skips the packs already trained on."""
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        # how often is logged and saved may be another than the checkpoint's, and so may what calls back
+        # The run that saved the checkpoint may have had other callbacks, and other logging and saving intervals.
         self.state.compute_steps(self.args, max_steps)
         note_callbacks(self.state, self.callback_handler.callbacks)
         return self._begin.epoch, 0
@@ -184,7 +188,10 @@ class DraftTrainer(Trainer):
         epochs_trained: int,
         steps_trained_in_current_epoch: int,
     ) -> None:
-        """Runs an epoch from where it goes on, as if it began there: Trainer then restores random numbers at once."""
+        """Trains on the packs that are left of an epoch.
+
+        Trainer gets these packs as if they were a full epoch, because it restores the random state at an epoch's start.
+        """
         order, deal = self._dataset.order, self._deal
         packs = self._begin.packs if epoch == self._begin.epoch else 0
         self._batches.begin(epoch, packs)
@@ -192,10 +199,11 @@ class DraftTrainer(Trainer):
             if isinstance(callback, Progress):
                 callback.begin(order, deal, epoch, packs)
         if epoch == self._begin.epoch:
+            # Trainer assumes that the checkpoint's step was logged. The log history tells which step was logged last.
             logged = [int(entry["step"]) for entry in self.state.log_history if "loss" in entry]
             self._globalstep_last_logged = max(logged, default=0)
         if not len(self._batches) or self.state.global_step >= self.state.max_steps:
-            # the checkpoint was made at the last step: what is left is that callbacks hear of the end
+            # The checkpoint was saved at the last step, so only the callbacks at the end of the epoch are still due.
             self._load_rng_state(resume_from_checkpoint)
             self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
             self._maybe_log_save_evaluate(self._tr_loss, None, model, trial, epoch, ignore_keys_for_eval, start_time)
@@ -215,12 +223,13 @@ class DraftTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """Saves a checkpoint of all ranks, finishes it with a record, and only then deletes older ones."""
+        """Saves a checkpoint of all ranks, marks it as finished with a record, and then deletes older checkpoints."""
         run = Path(self._get_output_dir(trial))
         folder = run / f"{checkpoints.PREFIX}{self.state.global_step}"
         if self.args.should_save:
-            checkpoints.remove(folder)  # what a killed run may have left there
+            checkpoints.remove(folder)  # A killed run may have left an unfinished checkpoint of this step.
         self.accelerator.wait_for_everyone()
+        # Trainer gets no limit and so deletes nothing: older checkpoints must stay until this one is finished.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -228,7 +237,7 @@ class DraftTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self._remote is not None:
-            checkpoints.gather(folder, self.args.process_index)  # each machine has a folder of its own
+            checkpoints.gather(folder, self.args.process_index)  # Machines share no folder if there is a URL.
         if not self.args.should_save:
             return
         checkpoints.write_record(folder)
@@ -239,12 +248,12 @@ class DraftTrainer(Trainer):
             self._remote.rotate(limit, {folder.name, *([] if best is None else [Path(best).name])})
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Saves the state of this rank: random numbers, and what the steps add up."""
+        """Saves the state of this rank: the random state, and the state of the step accounting."""
         super()._save_rng_state(output_dir)
         torch.save(self._steps.state(), Path(output_dir, f"steps_{self.args.process_index}.pth"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restores the state of this rank; of another number of ranks' only what they share."""
+        """Restores the state of this rank. If the number of ranks changed, restores only what all ranks share."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
@@ -259,13 +268,20 @@ class DraftTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], None]:
-        """Reads the micro-batches of an optimizer step and begins it; scores all rows first where they all compete."""
+        """Reads the micro-batches of an optimizer step and starts the step.
+
+        If all rows of a step compete to be kept, they are all scored here, before any of them is trained on.
+
+        Returns:
+            The micro-batches, and None in place of the number of items, because `Steps` counts the rows itself.
+        """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if batches:
             self._steps.begin(num_rows(batches))
         if batches and self._steps.needs_all_scores:
             batches = [self._prepare_inputs(batch) for batch in batches]
-            self._module.train()  # as Trainer has it from the first step on
+            # The scores must be computed in training mode, to which Trainer switches only later, in `training_step`.
+            self._module.train()
             with self.accelerator.autocast():
                 scored = [self._module.scores(**batch) for batch in batches]
             for _, known in scored:
@@ -278,7 +294,7 @@ class DraftTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Runs a micro-batch forward and backward; after the last one of a step, its gradients are what they should."""
+        """Runs a micro-batch forward and backward. After the last micro-batch of a step, rescales the gradients."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._steps.finish(model)
@@ -291,17 +307,21 @@ class DraftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Runs the module and adds up what is logged. `num_items_in_batch` is not used."""
+        """Runs the module on a micro-batch, adds up its statistics, and returns the scaled loss.
+
+        `num_items_in_batch` is ignored, because `Steps` counts the rows itself.
+        """
         outputs = model(**inputs, **self._steps.compared())
         self._steps.add(outputs)
         loss = self._steps.scaled(outputs["loss"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to what Trainer logs what `Steps.statistics` says of the steps since the last time, over all ranks."""
+        """Logs Trainer's values, and statistics of the steps since the last log, over all ranks."""
         if "loss" in logs:
             logs.update(self._steps.statistics())
         elif "train_runtime" in logs:
+            # `statistics` adds unlogged steps to the totals. Trainer's mean loss is dropped: it ignores denominators.
             self._steps.statistics()
             logs.pop("train_loss", None)
             logs.update(self._steps.totals(logs["train_runtime"]))
@@ -313,22 +333,13 @@ class DraftTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluates the draft as it is now, on all ranks; logs the figures and has callbacks act on them.
+        """Evaluates the draft with its current weights on all ranks, logs the metrics and passes them to the callbacks.
 
-        Args:
-            eval_dataset: What the draft is evaluated on; by default what the trainer was given.
-            ignore_keys: Of no use here, where no outputs are gathered.
-            metric_key_prefix: Before the names of the figures.
-
-        Returns:
-            What `HeldOut.evaluate` says, under PREFIX_NAME.
-
-        Raises:
-            ValueError: There is nothing to evaluate on.
+        Returns the values of `HeldOut.evaluate`, with the prefix before each name. `ignore_keys` has no effect.
         """
         held_out = self._held_out if eval_dataset is None else eval_dataset
         if held_out is None:
-            raise ValueError("held_out must be given to evaluate, got none; make a HeldOut of trainer.evaluation")
+            raise ValueError("held_out must be given to evaluate, got None; pass a trainer.evaluation.held_out.HeldOut")
         with self.accelerator.autocast():
             found = held_out.evaluate(self._module.split, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -338,18 +349,19 @@ class DraftTrainer(Trainer):
         return metrics
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:  # noqa: ANN401
-        """Has a schedule that follows a metric follow it to the better side, whichever that is."""
+        """Creates the schedule. A schedule that follows a metric is told whether a greater metric is better."""
         args = self.args
         if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-            given: dict[str, Any] = args.lr_scheduler_kwargs or {}  # type: ignore[assignment]  # no string any more
+            # The type allows a dict or a string, but TrainingArguments has already parsed a string into a dict.
+            given: dict[str, Any] = args.lr_scheduler_kwargs or {}  # type: ignore[assignment]
             args.lr_scheduler_kwargs = {"mode": "max" if args.greater_is_better else "min"} | given
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _end(self) -> None:
-        """Ends the training before trackers are told so: the draft is an ordinary model again, and evaluated."""
+        """Completes the draft after training: sends the best weights to all processes, merges a LoRA, and evaluates."""
         note_callbacks(self.state, self.callback_handler.callbacks)
         if self.args.load_best_model_at_end:
-            # of all ranks, whether or not they see the checkpoint: it may be in a folder of another machine
+            # Only the main process loaded the best checkpoint, because the folders of other machines may lack it.
             broadcast(dict(self._module.draft.state_dict()))
             if self.state.best_global_step != self.state.global_step:
                 self._evaluated = None
@@ -360,7 +372,7 @@ class DraftTrainer(Trainer):
             self.evaluate()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Saves the draft, not the module around it; Trainer calls this for checkpoints and for the end."""
+        """Saves the draft without the module around it. Trainer calls this for checkpoints and at the end."""
         if not self.args.should_save:
             return
         folder = str(output_dir or self.args.output_dir)
@@ -370,28 +382,19 @@ class DraftTrainer(Trainer):
         self._tokenizer.save_pretrained(folder)
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
-        """Writes nothing over the card that the job wrote; Trainer calls this before it uploads a model."""
+        """Does nothing. Trainer's own method, called before an upload, would replace this project's model card."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Loads a checkpoint's draft into the module's; the optimiser and the rest are Trainer's."""
+        """Loads the draft of a checkpoint into the module. Trainer itself loads the optimizer and all other state."""
         draft = self._module.draft
         if has_lora(draft):
             load_lora(draft, resume_from_checkpoint)
             return
-        # through from_pretrained, which knows tied weights, shards of files and renamed parameters
+        # from_pretrained handles tied weights, weights in several files and renamed parameters.
         saved = type(draft).from_pretrained(resume_from_checkpoint, dtype=draft.dtype)
         draft.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        """Loads the best checkpoint's draft, on the process that saved it; `_end` gives it to the others."""
+        """Loads the best draft on the main process, which saved it. `_end` sends it to the other processes."""
         if self.is_world_process_zero():
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-def neutral_generation_config(draft: PreTrainedModel) -> GenerationConfig:
-    """Returns a generation config with the draft's special tokens and nothing else.
-
-    A leftover repetition_penalty or temperature would distort what the draft proposes in speculative decoding.
-    """
-    old = draft.generation_config or GenerationConfig()
-    return GenerationConfig(bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id)

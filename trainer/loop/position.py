@@ -1,4 +1,4 @@
-"""How far a training run is in the order of its documents: kept in trainer_state.json, read when a run goes on."""
+"""Counts a run's progress through its documents, saves it in trainer_state.json, and reads it to resume the run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ if TYPE_CHECKING:
     from trainer.data.sharding import Deal
 
 STATE = "trainer_state.json"
+"""Name of the file in which Trainer saves its state."""
 
 
 class Progress(TrainerCallback, ExportableState):
-    """Counts the packs of optimizer steps, so that a checkpoint says which comes next and `epoch` in logs is true.
+    """Callback that counts the packs that a run has trained on.
 
-    Trainer itself counts the steps of an epoch, which differ with the number of ranks and the size of a step.
+    Trainer saves the counts in each checkpoint, so that a resumed run knows which pack comes next. The counts also give
+    `epoch` in the logs. Trainer itself counts only steps, but the number of steps in an epoch depends on the number of
+    ranks and on the number of packs per step, which may change when a run is resumed.
     """
 
     def __init__(
         self, epoch: int = 0, packs: int = 0, is_open: bool = False, packs_per_epoch: int = 0, order: str = ""
     ) -> None:
-        """Takes what `state` returned.
+        """Creates the callback. When a run resumes, Trainer passes the values that `state` returned.
 
         Args:
-            epoch: The epoch of the last step, or of the next one after its end.
-            packs: Packs of it that are done.
-            is_open: Whether that end is still to come.
-            packs_per_epoch: Of the order.
-            order: Its fingerprint.
+            epoch: Number of the current epoch, from 0. When an epoch ends, the next one becomes the current epoch.
+            packs: Number of packs of the current epoch that were trained on.
+            is_open: Whether Trainer still has to call `on_epoch_end` after the last step.
+            packs_per_epoch: Number of packs in one epoch of the order.
+            order: Fingerprint of the order of the packs.
         """
         self._epoch = epoch
         self._packs = packs
@@ -47,7 +50,14 @@ class Progress(TrainerCallback, ExportableState):
         self._per_step = self._steps = 0
 
     def begin(self, order: PackOrder, deal: Deal, epoch: int, packs: int) -> None:
-        """Begins an epoch, some packs of which may be done."""
+        """Starts an epoch.
+
+        Args:
+            order: Order of the packs.
+            deal: Division of the packs into optimizer steps.
+            epoch: Number of the epoch, from 0.
+            packs: Number of packs of this epoch that were already trained on.
+        """
         self._epoch, self._packs, self._is_open = epoch, packs, False
         self._packs_per_epoch, self._order = order.packs_per_epoch, order.fingerprint
         self._per_step, self._steps = deal.packs_per_step, deal.num_steps(order.packs_per_epoch - packs)
@@ -55,25 +65,26 @@ class Progress(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Runs before the step is logged and saved."""
+        """Updates the counts. Trainer calls this before it logs or saves the step."""
         self._steps -= 1
-        # of what is left after the last step, if anything, nothing is trained on
+        # After an epoch's last step all its packs count as done, even those that dataloader_drop_last leaves out.
         self._packs = self._packs + self._per_step if self._steps else self._packs_per_epoch
         self._is_open = True
         state.epoch = self._epoch + self._packs / self._packs_per_epoch
         if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
-            control.should_log = True  # the last steps too, whatever their number
+            # Otherwise the last steps are not logged if max_steps is not a multiple of logging_steps.
+            control.should_log = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Runs before what is logged, evaluated and saved for each epoch."""
+        """Moves to the next epoch if the current one is complete. Trainer calls this before it logs and evaluates."""
         self._is_open = False
         if self._packs == self._packs_per_epoch:
             self._epoch, self._packs = self._epoch + 1, 0
 
     def state(self) -> dict[str, Any]:
-        """Returns what goes into trainer_state.json."""
+        """Returns the callback's entry in trainer_state.json; its "args" are the arguments of `__init__`."""
         return {
             "args": {
                 "epoch": self._epoch,
@@ -87,7 +98,7 @@ class Progress(TrainerCallback, ExportableState):
 
 
 class AtTheEnd(TrainerCallback):
-    """Does something when a training ends."""
+    """Callback that calls a function when the training ends."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
@@ -95,19 +106,25 @@ class AtTheEnd(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Runs after the summary is logged and the best model loaded."""
+        """Calls the function. Trainer has already logged the training's summary and loaded the best model."""
         self._action()
 
 
 def note_callbacks(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> None:
-    """Has a state hold what callbacks know when a training ends; Trainer notes it in checkpoints alone."""
+    """Writes the states of callbacks into the trainer state. Trainer itself does this only for a checkpoint.
+
+    Args:
+        state: The state that is changed.
+        callbacks: All callbacks of the trainer; those without a state are skipped.
+    """
     for callback in callbacks:
         if isinstance(callback, ExportableState):
             state.stateful_callbacks[type(callback).__name__] = callback.state()  # type: ignore[call-overload, index]
 
 
 def is_stopped_early(state: TrainerState) -> bool:
-    """Tells whether a training ended because evaluations became no better."""
+    """Returns whether early stopping has ended a training because the evaluations no longer improved."""
+    # EarlyStoppingCallback saves its counter, and ends a training when the counter reaches the patience.
     found = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)  # type: ignore[union-attr]
     if found is None:
         return False
@@ -115,18 +132,22 @@ def is_stopped_early(state: TrainerState) -> bool:
 
 
 def read_position(checkpoint: str | Path, order: PackOrder) -> Position:
-    """Reads where the run of a checkpoint goes on.
+    """Reads the position in the order of packs from which a run continues after a checkpoint.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        order: Order of the packs of the run that resumes.
 
     Raises:
-        ValueError: It was trained on other documents, or in another order.
+        ValueError: The run of the checkpoint read other documents, or the same documents in another order.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
     found = state.stateful_callbacks.get(Progress.__name__, {}).get("args", {})
     if found.get("order") != order.fingerprint:
         raise ValueError(
-            f"order of documents must be as in the run to go on with, got {order.packs_per_epoch} packs in an epoch, "
-            f"and {found.get('packs_per_epoch')} of other documents, or in another order, in {checkpoint}; read the "
-            "same stores as they were, with the same --seed, --data_seed, --shuffle_window, --store_weights, "
-            "--packing, --pack_length and --eval_fraction, or begin a run in another --output_dir"
+            f"order of documents must be the same as in the run to resume, got {order.packs_per_epoch} packs per epoch "
+            f"and {found.get('packs_per_epoch')} in {checkpoint}, which has other documents or another order; "
+            "read the same unchanged stores with the same --seed, --data_seed, --shuffle_window, --store_weights, "
+            "--packing, --pack_length and --eval_fraction, or start a new run in another --output_dir"
         )
     return Position(epoch=found["epoch"], packs=found["packs"], is_open=found["is_open"], steps=state.global_step)

@@ -1,4 +1,4 @@
-"""Training arguments of transformers that DraftTrainer refuses, and why."""
+"""Training arguments of transformers that DraftTrainer refuses, with the reasons."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ if TYPE_CHECKING:
 
     from transformers import TrainingArguments
 
-_OWN_LOSS = "the loss here is the distance to a stored distribution"
-_OWN_ORDER = "the order here is that of the store's shards, and goes on exactly"
-_WHOLE = "the loss and the figures of an evaluation run outside of what it shards; drafts fit on one GPU"
+_OWN_LOSS = "the loss is a distance to a stored distribution"
+_OWN_ORDER = "documents are read shard by shard, and a resumed run continues that order exactly"
+_WHOLE = "the loss and the evaluation run outside the module that it shards; a draft fits on one GPU"
 
 UNSUPPORTED: dict[str, tuple[object, str]] = {
     "label_smoothing_factor": (0.0, _OWN_LOSS),
-    "use_liger_kernel": (False, "the head is fused with the loss already"),
-    "neftune_noise_alpha": (None, "the target saw no noise"),
+    "use_liger_kernel": (False, "the head is already fused with the loss"),
+    "neftune_noise_alpha": (None, "the target's distributions were computed without noise"),
     "train_sampling_strategy": ("random", _OWN_ORDER),
     "dataloader_in_order": (True, _OWN_ORDER),
     "ignore_data_skip": (False, _OWN_ORDER),
-    "bf16_full_eval": (False, "evaluations compute as the training does"),
-    "fp16_full_eval": (False, "evaluations compute as the training does"),
-    "save_only_model": (False, "no run could go on from such a checkpoint"),
-    "fp16": (False, "the head's gradient is made before the loss is scaled, and would overflow; give bf16"),
-    "auto_find_batch_size": (False, "after the memory ran out the steps before it would be trained on again"),
+    "bf16_full_eval": (False, "evaluations use the precision of the training"),
+    "fp16_full_eval": (False, "evaluations use the precision of the training"),
+    "save_only_model": (False, "a run cannot be resumed from such a checkpoint"),
+    "fp16": (False, "the head's gradient is computed before the loss is scaled, so it would overflow; give bf16"),
+    "auto_find_batch_size": (False, "after an out-of-memory error it would repeat the steps already trained on"),
     "enable_jit_checkpoint": (False, "it would save in the middle of a step; give save_steps"),
-    "prediction_loss_only": (False, "an evaluation gathers no predictions"),
-    "do_predict": (False, "there is nothing to predict"),
-    "label_names": (None, "batches are of the store, and have no other names"),
-    "eval_accumulation_steps": (None, "an evaluation gathers no predictions"),
+    "prediction_loss_only": (False, "evaluations never gather predictions"),
+    "do_predict": (False, "this trainer makes no predictions"),
+    "label_names": (None, "batches come from the store and have fixed names"),
+    "eval_accumulation_steps": (None, "evaluations never gather predictions"),
     "fsdp": (None, _WHOLE),
     "deepspeed": (None, _WHOLE),
 }
-"""Arguments that would go unheeded or fail late, the value that they must have, and the reason."""
+"""Training arguments that support one value only. Any other value would be ignored, or would fail late in a run. Each
+argument's name maps to the allowed value, and to the reason why other values are refused."""
 
 RANGES: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": (1, math.inf),
@@ -61,28 +62,38 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32),
     "data_seed": (0, 2**32),
 }
-"""The least that an argument may be, and below what it must be; where transformers says nothing, or only later."""
+"""Ranges of training arguments that transformers checks late or never. Each argument's name maps to the smallest
+allowed value, and to a limit that all allowed values are below."""
 
 AWAITING: dict[str, tuple[tuple[object, ...], str]] = {
     "early_stopping": ((), "stop early"),
-    "load_best_model_at_end": ((), "load the best"),
-    "save_strategy": (("best",), "save the best"),
+    "load_best_model_at_end": ((), "load the best checkpoint"),
+    "save_strategy": (("best",), "save the best checkpoint"),
     "lr_scheduler_type": (("reduce_lr_on_plateau", "greedy"), "follow a metric"),
 }
-"""Arguments that wait for evaluations: the values with which they do, any true one where none are named; and why."""
+"""Arguments that only work in a run with evaluations. Each argument's name maps to the values that need evaluations
+(an empty tuple stands for every true value), and to the purpose of the evaluations, for the error message."""
 
 OF_LAYERS = ("galore", "apollo")
-"""Optimizers that are made for the layers of a model, once it is there."""
+"""Prefixes of the names of optimizers that are created for a model's layers. `check_optimizer` has no model, so it
+skips these optimizers."""
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
-"""How `accelerate launch` asks for some of them."""
+"""Environment variables by which `accelerate launch` requests a method that DraftTrainer refuses. Each variable's name
+maps to the name of the method."""
 
 
 def check_supported(values: Mapping[str, object]) -> None:
-    """Raises ValueError if an argument, by its name, or the environment asks for what is not done here."""
+    """Raises ValueError if the arguments or the environment request something that DraftTrainer does not support.
+
+    Args:
+        values: Values of the training arguments by name.
+    """
     for name, (value, reason) in UNSUPPORTED.items():
-        if values.get(name, value) != value:  # not every release of transformers has each of them
+        if values.get(name, value) != value:  # Some releases of transformers lack some of these arguments.
             raise ValueError(f"{name} must be {value}, got {name}={values[name]}; leave it out: {reason}")
+    # Schedule-free optimizers train other weights than those that are evaluated. LOMO and layerwise optimizers update
+    # the weights during the backward pass, before the denominator of the step is known.
     optimizer = str(getattr(values["optim"], "value", values["optim"]))
     if optimizer.startswith("schedule_free"):
         raise ValueError(
@@ -91,8 +102,8 @@ def check_supported(values: Mapping[str, object]) -> None:
         )
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         raise ValueError(
-            f"optim must be one that waits for the whole gradient, got optim={optimizer}; what a step is divided by is "
-            "known at its end: give adamw_torch_fused"
+            f"optim must be one that waits for the whole gradient, got optim={optimizer}; the denominator of a step is "
+            "only known at its end: give adamw_torch_fused"
         )
     for name, (least, below) in RANGES.items():
         if values[name] is not None and not least <= values[name] < below:  # type: ignore[operator]
@@ -113,7 +124,11 @@ def check_supported(values: Mapping[str, object]) -> None:
 
 
 def check_awaited(values: Mapping[str, object]) -> None:
-    """Raises ValueError if an argument, by its name, waits for evaluations and there are none; early_stopping too."""
+    """Raises ValueError if an argument needs evaluations but none are requested.
+
+    Args:
+        values: Values of the training arguments by name, and `early_stopping`.
+    """
     words = {name: getattr(value, "value", value) for name, value in values.items()}
     for name, (waiting, purpose) in AWAITING.items():
         if words["eval_strategy"] == "no" and (words[name] in waiting if waiting else words[name]):
@@ -124,7 +139,7 @@ def check_awaited(values: Mapping[str, object]) -> None:
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
-    """Raises ValueError if the arguments ask for something that DraftTrainer does not do."""
+    """Raises ValueError if the arguments request something that DraftTrainer does not support."""
     check_supported(vars(args))
     metric = args.metric_for_best_model
     if metric is not None and args.greater_is_better != (wanted := greater_is_better(metric)):
@@ -135,17 +150,20 @@ def check_training_arguments(args: TrainingArguments) -> None:
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name):
             raise ValueError(
-                f"accelerator_config must leave {name} alone, got {name}=True; each rank reads its own batches here"
+                f"accelerator_config must leave out {name}, got {name}=True; each rank already reads its own batches"
             )
     if args.n_gpu > 1:
         raise ValueError(
-            f"processes must be one for each GPU, got one for {args.n_gpu}; start the job with "
+            f"processes must be as many as GPUs, got one process for {args.n_gpu} GPUs; start the job with "
             f"torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
         )
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Raises ValueError if the optimizer or the schedule cannot be made here: Trainer would find out late."""
+    """Raises ValueError if the optimizer or the schedule cannot be created. Trainer would raise the error much later.
+
+    The check creates an optimizer and a schedule for a single parameter, and discards both.
+    """
     name = str(getattr(args.optim, "value", args.optim))
     if name.startswith(OF_LAYERS):
         return
@@ -154,8 +172,8 @@ def check_optimizer(args: TrainingArguments) -> None:
         optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"optim must be one that can be made here, got optim={name} with optim_args={args.optim_args} "
-            f"({_one_line(error)}); pip install it, or leave it out"
+            f"optim must be one that this installation can create, got optim={name} with optim_args={args.optim_args} "
+            f"({_one_line(error)}); install its package, or leave it out"
         ) from error
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     try:
@@ -168,7 +186,7 @@ def check_optimizer(args: TrainingArguments) -> None:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_kwargs must be what the schedule takes, got lr_scheduler_type={schedule} with "
+            f"lr_scheduler_kwargs must fit the schedule, got lr_scheduler_type={schedule} with "
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} ({_one_line(error)}); change one of them"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Checkpoints at a URL."""
+"""Copies of checkpoints at a URL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 from logitstore.errors import LogitStoreError, StorageError, StorageRefusedError
 from logitstore.storage.failures import is_refusal
 from logitstore.storage.filesystems import open_fs
-from logitstore.storage.options import without_credentials
+from logitstore.storage.options import Url
 from trainer.loop.checkpoints import RECORD, beyond, defect, parsed, recorded, remove, step_of
 
 if TYPE_CHECKING:
@@ -19,63 +19,72 @@ if TYPE_CHECKING:
 
 
 class DamagedCheckpointError(StorageError):
-    """What came of a checkpoint is not what its record says."""
+    """The files of a fetched checkpoint do not match its record."""
 
 
 class Remote:
-    """Copies of a run's finished checkpoints, and of other files of it, at an fsspec URL.
+    """Copies of a run's finished checkpoints and other files at an fsspec URL.
 
-    All methods raise StorageError where the URL cannot be reached, StorageRefusedError where it says no.
+    All methods raise StorageError if the URL cannot be reached, and StorageRefusedError if the storage refuses access.
     """
 
     def __init__(self, url: str, storage_options: dict[str, Any] | None = None) -> None:
-        """Opens the URL, and asks nothing of it.
+        """Opens the URL. No request is sent yet.
 
         Args:
-            url: Folder of a run.
-            storage_options: What its file system needs, such as credentials.
+            url: URL of the run's folder.
+            storage_options: Options of the URL's file system, such as credentials.
 
         Raises:
-            MissingDriverError: No installed package opens such a URL.
+            MissingDriverError: No installed package can open URLs of this protocol.
         """
-        self.url = without_credentials(url)
-        self._fs, root = open_fs(url, storage_options)
+        self.url = str(Url(url))
+        self._fs, root = open_fs(Url(url), storage_options)
         self._root = root.rstrip("/")
 
     def upload(self, folder: Path) -> None:
-        """Copies a finished checkpoint, its record last."""
+        """Copies a finished checkpoint to the URL. The record is copied last: a copy without it is unfinished."""
+        # An earlier copy is deleted first, so that the earlier record never stands beside files of the new copy.
         self.remove(folder.name)
         self.put({f"{folder.name}/{name}": folder / name for name in recorded(folder / RECORD) or {}})
         self.put({f"{folder.name}/{RECORD}": folder / RECORD})
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Copies files to names below the URL, in no order, in the place of what is there."""
+        """Copies local files to the URL, in any order, and overwrites existing files.
+
+        Args:
+            files: Local paths by their names below the URL.
+        """
         targets = {f"{self._root}/{name}": str(path) for name, path in files.items()}
         with self._reached():
-            if isinstance(self._fs, LocalFileSystem):  # others make folders themselves; S3 would make a new bucket
+            # Other file systems create folders themselves, and makedirs on S3 would create a bucket.
+            if isinstance(self._fs, LocalFileSystem):
                 for parent in {target.rpartition("/")[0] for target in targets}:
                     self._fs.makedirs(parent, exist_ok=True)
             self._fs.put(list(targets.values()), list(targets))
 
     def finished(self) -> list[str]:
-        """Lists the names of the finished checkpoints by their step."""
+        """Returns the names of the finished checkpoints, in the order of their steps."""
         with self._reached():
-            return [name for name in self._there() if self._is_finished(name)]
+            return [name for name in self._names() if self._is_finished(name)]
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
+        """Turns the exceptions of file system drivers into StorageError or StorageRefusedError."""
         try:
             yield
         except LogitStoreError:
             raise
-        except Exception as error:  # drivers raise whatever their services' libraries do
+        except Exception as error:  # Each driver raises the exceptions of its own service library.
             kind = StorageRefusedError if is_refusal(error) else StorageError
             raise kind(
                 f"url must be one that can be read and written, got url={self.url} ({type(error).__name__}: "
                 f"{' '.join(str(error).split()):.300}); check the bucket, the credentials and --storage_options"
             ) from error
 
-    def _there(self) -> list[str]:
+    def _names(self) -> list[str]:
+        """Returns the names of all checkpoints, finished or not, in the order of their steps."""
+        # fsspec caches listings, and a cached listing may miss recent changes.
         self._fs.invalidate_cache()
         if not self._fs.exists(self._root):
             return []
@@ -83,6 +92,7 @@ class Remote:
         return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
     def _is_finished(self, name: str) -> bool:
+        # Digests are not compared here, because that would download every file; `fetch` compares them.
         folder = f"{self._root}/{name}"
         sizes = {path: info["size"] for path, info in self._fs.find(folder, detail=True).items()}
         sizes = {path.rpartition(f"/{name}/")[2]: size for path, size in sizes.items()}
@@ -92,12 +102,20 @@ class Remote:
         return files is not None and all(sizes.get(path) == info.get("bytes") for path, info in files.items())
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """Copies a finished checkpoint into a run's local folder, and returns it there.
+        """Copies a finished checkpoint from the URL into the run's local folder.
+
+        Args:
+            name: Name of the checkpoint.
+            folder: Local folder of the run.
+
+        Returns:
+            The local folder of the checkpoint.
 
         Raises:
-            DamagedCheckpointError: What came is not what its record says.
+            DamagedCheckpointError: The fetched files do not match the record.
         """
         local, partial = folder / name, folder / f"{name}.partial"
+        # Files are copied into a folder that is not named like a checkpoint: an interrupted copy must not count.
         for stale in (local, partial):
             remove(stale)
         source = f"{self._root}/{name}"
@@ -110,30 +128,36 @@ class Remote:
             self._fs.get_file(f"{source}/{RECORD}", str(partial / RECORD))
         if reason := defect(partial):
             raise DamagedCheckpointError(
-                f"checkpoint must be as it was finished, got {self.url}/{name}: {reason}; go on from another one"
+                f"checkpoint {self.url}/{name} is damaged: {reason}; resume from another checkpoint"
             )
         partial.replace(local)
         return local
 
     def remove(self, name: str) -> None:
-        """Deletes a checkpoint, its record first, or a file; does nothing where there is none."""
+        """Deletes a file or a checkpoint at the URL. Does nothing if the URL holds no such file or checkpoint."""
         folder = f"{self._root}/{name}"
+        # A checkpoint's record is deleted first, so that an interrupted deletion leaves an unfinished checkpoint.
         with self._reached():
             self._fs.invalidate_cache()
             if not self._fs.exists(folder):
                 return
             if self._fs.exists(f"{folder}/{RECORD}"):
                 self._fs.rm_file(f"{folder}/{RECORD}")
-            if self._fs.exists(folder):  # a bucket has no folders: none is left without files
+            if self._fs.exists(folder):  # A bucket has no folders: if the record was the only file, nothing is left.
                 self._fs.rm(folder, recursive=True)
 
     def rotate(self, limit: int | None, keep: Collection[str]) -> None:
-        """Deletes the oldest checkpoints beyond a number, and what is left of unfinished ones; as `rotate` does."""
+        """Deletes all unfinished checkpoints. Of the finished ones, deletes the oldest until `limit` remain.
+
+        Args:
+            limit: Maximum number of finished checkpoints that remain; None, or a number below 1, deletes nothing.
+            keep: Names of finished checkpoints that are never deleted. They count towards `limit`.
+        """
         if limit is None or limit <= 0:
             return
         good = self.finished()
         with self._reached():
-            there = self._there()
-        for name in there:
+            found = self._names()
+        for name in found:
             if name not in good or name in beyond(good, limit, keep):
                 self.remove(name)

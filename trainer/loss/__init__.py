@@ -1,1 +1,1 @@
-"""Objectives, selections, and the fused head that computes both without the logits of a batch."""
+"""Objectives, selections, and a fused LM head that computes both without the logits of a whole batch in memory."""

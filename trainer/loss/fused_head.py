@@ -1,10 +1,12 @@
-"""The LM head and the objective, fused in chunks of rows: neither logits nor their gradient exist whole.
+"""Computes the LM head and the objective together, chunk by chunk, so that only the logits of a chunk are in memory.
 
-The gradient of a chunk is computed in its forward pass, while its logits are there: an objective sees the kept entries
-alone, so that the gradient by the logits is a few numbers a row and a multiple of the softmax. Heads that are no plain
-linear layer (LoRA on the head, say) compute each chunk's logits again in the backward pass instead.
+The gradient of a chunk is computed in the forward pass, while the chunk's logits are in memory. This is cheap because
+an objective depends only on the logprobs of the label, the kept entries and the tail. Its gradient with respect to the
+logits is therefore a multiple of the softmax, plus a few numbers per row. A head that is not a plain linear layer (LoRA
+on the head, for example) computes the logits of each chunk again in the backward pass instead.
 
-N rows, M of them trained on, K entries per row at most, V vocabulary, H hidden size.
+In shapes: N rows, M rows that are trained on, n rows in a chunk, at most K entries in a row, vocabulary size V, hidden
+size H. `grad_x` is the gradient of the weighted sum of the losses with respect to x.
 """
 
 from __future__ import annotations
@@ -37,47 +39,49 @@ if TYPE_CHECKING:
 
 
 LEAST_MASS = 1e-30
-"""What is divided by instead, where all tokens but the entries underflow: their gradients are 0 then."""
+"""If the draft's mass outside the entries is below this value, this value is used in divisions and logarithms instead.
+A mass that underflows to 0 then gives the tokens outside the entries the gradient 0."""
 
 
 def rows_at_once(split: SplitLM, hidden: Tensor) -> int:
-    """Returns how many rows' logits are made at once.
+    """Returns the number of rows in a chunk, for hidden states [N, H].
 
-    Each chunk reads the head and adds to its gradient: of fewer rows than half the hidden size that is what takes the
-    time, on a CPU, and the logits of so many are half of the head's own memory.
+    Each chunk reads the head's weight, and adds to the weight's gradient. On a CPU, these two passes over memory take
+    most of the time if a chunk has fewer than H / 2 rows. With H / 2 rows, the logits take half the weight's memory.
     """
     return max(split.rows_per_chunk, hidden.shape[-1] // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowLosses:
-    """What the draft loses on M rows: float32 [M] each, without gradient, nats but for alpha."""
+    """Losses of the draft on M rows: float32 [M] each, without gradient; in nats, except alpha."""
 
     objective: Tensor
-    """What is minimised."""
+    """Loss that is minimised."""
     label_nll: Tensor
-    """Minus the draft's logprob of the token that follows."""
+    """Minus the draft's logprob of the label, the token that follows."""
     kl: Tensor | None
-    """KL(p‖draft); None without a target."""
+    """KL(p‖draft) on the stored support; None without a target."""
     alpha: Tensor | None
-    """Acceptance as estimated from what is stored; None without a target."""
+    """Acceptance rate in speculative sampling, estimated from the stored entries; None without a target."""
 
 
 def train_rows(
     split: SplitLM, hidden: Tensor, support: Support | None, labels: Tensor, weights: Tensor, objective: Objective
 ) -> tuple[Tensor, RowLosses]:
-    """Computes the weighted sum of the losses of rows.
+    """Computes the weighted sum of the losses of M rows.
 
     Args:
         split: The draft.
-        hidden: [M, H], what its backbone says; M may be 0.
-        support: M rows of the target; None where the objective is of the label alone.
-        labels: Int64 [M], the tokens that follow.
-        weights: Float32 [M].
-        objective: What to minimise.
+        hidden: [M, H], output of the draft's backbone at the rows; M may be 0.
+        support: M rows of the target; None if the objective uses the label alone and no target is read.
+        labels: Int64 [M], token that follows each row.
+        weights: Float32 [M], weight of each row.
+        objective: Loss to minimise.
 
     Returns:
-        Float32 scalar with gradient for `hidden` and the head, which hangs on both also without rows; and its parts.
+        The weighted sum, a float32 scalar in nats; and the losses of the rows. The sum has a gradient for `hidden` and
+        the head's parameters even if M is 0, because data-parallel training expects a gradient for every parameter.
     """
     size = rows_at_once(split, hidden)
     task = _Task(split=split, support=support, labels=labels, weights=weights, objective=objective, size=size)
@@ -87,7 +91,7 @@ def train_rows(
         parts: list[RowLosses] = []
         total: Tensor = _Fused.apply(hidden, head.weight, head.bias, linear, task, parts)  # type: ignore[no-untyped-call]
     else:
-        total, parts = _again(hidden, task)
+        total, parts = _recomputed(hidden, task)
     return total, _joined(parts)
 
 
@@ -95,17 +99,17 @@ def train_rows(
 def look_at_rows(
     split: SplitLM, hidden: Tensor, support: Support | None, labels: Tensor, wanted: Sequence[str]
 ) -> tuple[dict[str, Tensor], RowLosses]:
-    """Says what a selection asks of the draft, in one pass of the head.
+    """Computes the values that a selection needs from the draft, in one pass of the head without a gradient.
 
     Args:
         split: The draft.
-        hidden: [N, H], what its backbone says.
-        support: N rows of the target, or None.
-        labels: Int64 [N], the tokens that follow.
-        wanted: Names of `trainer.loss.selection.LOOKS`.
+        hidden: [N, H], output of the draft's backbone at the rows.
+        support: N rows of the target; None without a target.
+        labels: Int64 [N], token that follows each row.
+        wanted: Names of the values to compute, from `trainer.loss.selection.LOOKS`.
 
     Returns:
-        [N] by name; and the losses of the rows, whose `objective` is the label's.
+        The values, [N] each, keyed by name; and the losses of the rows, with `objective` equal to `label_nll`.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     parts = []
@@ -114,6 +118,7 @@ def look_at_rows(
         part, values = None if support is None else support[rows], logits_of(hidden[rows])
         if "draft_likeliest" in found:
             found["draft_likeliest"].append(values.argmax(-1))
+        # Logits are shifted so that exp cannot overflow. Logits needed later are copied before exp_ overwrites them.
         values -= values.amax(-1, keepdim=True)
         kept = None if part is None else values.gather(1, part.token_ids)
         label = values.gather(1, labels[rows, None])
@@ -138,39 +143,41 @@ def look_at_rows(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LinearHead:
-    """A head that is a plain linear layer: makes the logits of chunks, one after another in the same memory."""
+    """Plain linear head. To save memory, the logits of each chunk overwrite the logits of the chunk before it."""
 
     split: SplitLM
     weight: Tensor
-    """[V, H], in what matrix products are made in."""
+    """[V, H], weight of the head, in the dtype of the matrix products."""
     bias: Tensor | None
-    """Float32 [V]"""
-    room: Tensor
-    """[n, V]"""
+    """Float32 [V], bias of the head; None if the head has no bias."""
+    buffer: Tensor
+    """[n, V], memory for the logits of the largest chunk."""
 
     @staticmethod
     def of(split: SplitLM, hidden: Tensor) -> _LinearHead | None:
-        """Prepares for hidden states [N, H]; None where the head is another."""
+        """Returns the draft's head for hidden states [N, H]; None if the head is not a plain linear layer."""
         head, vocab_size = split.model.get_output_embeddings(), split.vocab_size
+        # A subclass of nn.Linear may compute something else.
         if type(head) is not nn.Linear:
             return None
         device = hidden.device.type
+        # The matrix products run with autocast turned off, so autocast's dtype is applied here.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         return _LinearHead(
             split=split,
             weight=head.weight[:vocab_size].detach().to(dtype),
             bias=None if head.bias is None else head.bias[:vocab_size].detach().float(),
-            room=hidden.new_empty(min(len(hidden), rows_at_once(split, hidden)), vocab_size, dtype=dtype),
+            buffer=hidden.new_empty(min(len(hidden), rows_at_once(split, hidden)), vocab_size, dtype=dtype),
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Returns logits, float32 [n, V], of hidden states [n, H]; good until the next call."""
+        """Returns the logits, float32 [n, V], of hidden states [n, H]. The next call may overwrite these logits."""
         return self.with_slope(hidden)[0]
 
     def with_slope(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns logits, and under soft-capping their derivative by what went in, [n, V]."""
+        """Returns the logits [n, V], and the derivative of the soft cap at each logit (None without a soft cap)."""
         with torch.autocast(hidden.device.type, enabled=False):
-            values = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=self.room[: len(hidden)]).float()
+            values = torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=self.buffer[: len(hidden)]).float()
         slope = None
         if self.bias is not None:
             values += self.bias
@@ -185,7 +192,7 @@ class _LinearHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """What is to be done with M rows."""
+    """Arguments of one call of `train_rows`: the rows and the objective."""
 
     split: SplitLM
     support: Support | None
@@ -193,7 +200,7 @@ class _Task:
     weights: Tensor
     objective: Objective
     size: int
-    """Rows of a chunk."""
+    """Number of rows in a chunk."""
 
     def chunks(self) -> Iterator[slice]:
         return _chunks(len(self.labels), self.size)
@@ -202,7 +209,7 @@ class _Task:
         return None if self.support is None else self.support[rows]
 
     def losses(self, part: Support | None, kept: Tensor | None, tail: Tensor | None, label: Tensor) -> Tensor:
-        """Returns what is minimised at n rows, from logprobs of their entries [n, K], tails [n] and labels [n]."""
+        """Returns the objective [n] of a chunk, from the draft's logprobs: entries [n, K], tail [n] and label [n]."""
         share, divergence = self.objective.label_weight, self.objective.divergence
         if divergence is None or part is None or kept is None or tail is None:
             return -label
@@ -211,7 +218,7 @@ class _Task:
 
 
 class _Fused(torch.autograd.Function):
-    """hidden [M, H], a linear head -> the weighted sum of M losses. Appends their parts to a list."""
+    """Weighted sum of M losses, from hidden states [M, H] and a linear head. Appends the chunks' losses to `parts`."""
 
     @staticmethod
     def forward(
@@ -223,81 +230,83 @@ class _Fused(torch.autograd.Function):
         task: _Task,
         parts: list[RowLosses],
     ) -> Tensor:
-        # of many chunks a sum in bfloat16 would lose what each adds
-        of_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
-        of_bias = None if bias is None else torch.zeros(bias.shape, device=bias.device)
-        of_hidden = torch.empty_like(hidden)
+        # Float32, because a sum over many chunks in bfloat16 would lose the small contribution of each chunk.
+        grad_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else torch.zeros(bias.shape, device=bias.device)
+        grad_hidden = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         vocab_size, dtype = len(head.weight), head.weight.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in task.chunks():
-                loss, part, of_product = _chunk(head, hidden[rows], task, rows)
+                loss, part, grad_product = _chunk(head, hidden[rows], task, rows)
                 total += loss
                 parts.append(part)
-                of_product = of_product.to(dtype)
-                of_hidden[rows] = of_product @ head.weight
-                if of_weight is not None:
-                    _add_product(of_weight[:vocab_size], of_product, hidden[rows].to(dtype))
-                if of_bias is not None:
-                    of_bias[:vocab_size] += of_product.sum(0, dtype=torch.float32)
+                grad_product = grad_product.to(dtype)
+                grad_hidden[rows] = grad_product @ head.weight
+                if grad_weight is not None:
+                    _add_product(grad_weight[:vocab_size], grad_product, hidden[rows].to(dtype))
+                if grad_bias is not None:
+                    grad_bias[:vocab_size] += grad_product.sum(0, dtype=torch.float32)
         ctx.gradients = (
-            of_hidden,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
         )
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        gradients, ctx.gradients = ctx.gradients, None  # given away, not kept
-        scaled = (None if gradient is None else gradient.mul_(of_total) for gradient in gradients)
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        # The gradients are scaled in place and handed to autograd. The context drops them, so that memory can be freed.
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = (None if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
         return (*scaled, None, None, None)
 
 
 def _chunk(head: _LinearHead, hidden: Tensor, task: _Task, rows: slice) -> tuple[Tensor, RowLosses, Tensor]:
-    """Computes the losses of n rows and their gradient, in the memory of the logits where that is float32.
+    """Computes the losses of a chunk and their gradient. The gradient overwrites the logits if these are float32.
 
     Args:
-        head: Makes their logits.
-        hidden: [n, H].
-        task: Of which this is a part.
-        rows: Which.
+        head: The linear head.
+        hidden: [n, H], hidden states of the chunk.
+        task: Rows of all chunks, and the objective.
+        rows: Slice of the task's rows that is this chunk.
 
     Returns:
-        The weighted sum of the losses, the losses, and the sum's gradient by what the linear layer says, float32
-        [n, V].
+        The weighted sum of the losses; the losses; the gradient of that sum with respect to the head's linear output,
+        float32 [n, V].
     """
     part, weights, labels = task.part(rows), task.weights[rows], task.labels[rows, None]
     values, slope = head.with_slope(hidden)
     values -= values.amax(-1, keepdim=True)
-    # what the objective needs of the logits, before their memory becomes the softmax's, and then its gradient's
+    # The logits that the objective needs are copied now, because the softmax and then the gradient overwrite them.
     label = values.gather(1, labels)
     kept, places = None, None
     if part is None:
         mass = rest = values.exp_().sum(-1, keepdim=True)
     else:
-        # places beyond a row's entries repeat its first
+        # Unused places get the token id of their row's first entry, so that scatter_ below changes no other token.
         places = part.token_ids.where(part.used, part.token_ids[:, :1])
         kept = values.gather(1, places)
-        # summed without the entries: 1 minus theirs would be nothing but rounding where the tail is small
+        # The tail is summed directly. 1 minus the mass of the entries would be pure rounding error for a small tail.
         rest = values.exp_().scatter_(1, places, 0.0).sum(-1, keepdim=True)
         mass = rest + kept.exp().where(part.used, 0.0).sum(-1, keepdim=True)
         kept = (kept - mass.log()).where(part.used, 0.0)
     label = (label - mass.log())[:, 0]
     tail = (rest / mass).clamp_min(TAIL_FLOOR).log()[:, 0]
-    losses, of_kept, of_tail, of_label = _by_entries(task, part, kept, tail, label, weights)
+    losses, grad_kept, grad_tail, grad_label = _losses_and_gradients(task, part, kept, tail, label, weights)
 
-    # Of logprobs: log q_k = z_k - log sum exp z, by z_v 1[k = v] - q_v. Of the tail's: log q_t = log sum_T exp z - log
-    # sum exp z, by z_v 1[v in T] q_v / q_t - q_v, also where q_t is too small to count.
-    if part is None or kept is None or places is None or of_kept is None:
-        gradient = values.mul_(-of_label / mass)
+    # log q_k = z_k - log sum exp z has the derivative 1[v = k] - q_v with respect to z_v. For the tail T, log q_t =
+    # log sum_T exp z - log sum exp z has 1[v in T] q_v / q_t - q_v, which is used even where q_t is below TAIL_FLOOR.
+    if part is None or kept is None or places is None or grad_kept is None:
+        gradient = values.mul_(-grad_label / mass)
     else:
-        of_all = of_label + of_tail + of_kept.sum(-1, keepdim=True)
-        gradient = values.mul_(of_tail / rest.clamp_min(LEAST_MASS) - of_all / mass)
-        own = of_kept - of_all * kept.exp()
-        gradient.scatter_(1, places, own.where(part.used, own[:, :1]))
-    gradient.scatter_add_(1, labels, of_label)
+        grad_sum = grad_label + grad_tail + grad_kept.sum(-1, keepdim=True)
+        gradient = values.mul_(grad_tail / rest.clamp_min(LEAST_MASS) - grad_sum / mass)
+        grad_entries = grad_kept - grad_sum * kept.exp()
+        # Unused places have the token id of their row's first entry, so they must write that entry's value.
+        gradient.scatter_(1, places, grad_entries.where(part.used, grad_entries[:, :1]))
+    gradient.scatter_add_(1, labels, grad_label)
     if slope is not None:
         gradient *= slope
     if task.split.scale != 1.0:
@@ -305,34 +314,37 @@ def _chunk(head: _LinearHead, hidden: Tensor, task: _Task, rows: slice) -> tuple
     return (losses * weights).sum(), _losses(losses, -label, part, kept, tail), gradient
 
 
-def _by_entries(
+def _losses_and_gradients(
     task: _Task, part: Support | None, kept: Tensor | None, tail: Tensor, label: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Returns losses [n], and the gradient of their weighted sum by logprobs: of entries, of the tail, of labels.
+    """Computes the objective [n] of a chunk, and the gradients of its weighted sum with respect to logprobs.
 
-    [n, K] or None without entries; [n, 1]; [n, 1].
+    Returns:
+        The objective; the gradients with respect to `kept` [n, K] (None without a target), `tail` [n, 1] and
+        `label` [n, 1].
     """
-    of_label = -(task.objective.label_weight * weights)[:, None]
+    grad_label = -(task.objective.label_weight * weights)[:, None]
     if task.objective.divergence is None or part is None or kept is None:
-        return -label, None if kept is None else torch.zeros_like(kept), torch.zeros_like(of_label), of_label
+        return -label, None if kept is None else torch.zeros_like(kept), torch.zeros_like(grad_label), grad_label
     with torch.enable_grad():
         entries, others = kept.detach().requires_grad_(), tail.detach().requires_grad_()
         losses = task.losses(part, entries, others, label)
-        of_kept, of_tail = torch.autograd.grad(losses, (entries, others), weights, allow_unused=True)
-    of_tail = torch.zeros_like(of_label) if of_tail is None else of_tail[:, None]
-    return losses.detach(), of_kept, of_tail, of_label
+        grad_kept, grad_tail = torch.autograd.grad(losses, (entries, others), weights, allow_unused=True)
+    grad_tail = torch.zeros_like(grad_label) if grad_tail is None else grad_tail[:, None]
+    return losses.detach(), grad_kept, grad_tail, grad_label
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """Adds gradient.T @ hidden to the head's gradient, [V, H]."""
+    """Adds gradient.T @ hidden to the gradient of the head's weight, [V, H]."""
+    # addmm_ needs no temporary tensor [V, H], but all of its arguments must have the same dtype.
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.T, hidden)
     else:
         total += gradient.T @ hidden
 
 
-def _again(hidden: Tensor, task: _Task) -> tuple[Tensor, list[RowLosses]]:
-    """Does as `_Fused` for any head: the logits of a chunk are computed again in the backward pass."""
+def _recomputed(hidden: Tensor, task: _Task) -> tuple[Tensor, list[RowLosses]]:
+    """Computes the same as `_Fused`, for any head: the backward pass computes the logits of each chunk again."""
 
     def losses(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         logprobs = task.split.logits(hidden).log_softmax(-1)
@@ -350,12 +362,12 @@ def _again(hidden: Tensor, task: _Task) -> tuple[Tensor, list[RowLosses]]:
 
 
 def _entries(logprobs: Tensor, part: Support) -> Tensor:
-    """Returns logprobs of the entries, [n, K], 0 beyond a row's."""
+    """Returns the draft's logprobs of the entries, [n, K]; 0 beyond the entries of a row."""
     return logprobs.gather(1, part.token_ids).where(part.used, 0.0)
 
 
 def _tail(logprobs: Tensor, part: Support) -> Tensor:
-    """Returns the log of what all other tokens have, [n], of TAIL_FLOOR at least; its gradient is that of the sum."""
+    """Returns the log of the draft's tail mass, [n], at least log TAIL_FLOOR. The gradient ignores this floor."""
     places = part.token_ids.where(part.used, part.token_ids[:, :1])
     mass = logprobs.exp().scatter(1, places, 0.0).sum(-1)
     tail = mass.clamp_min(LEAST_MASS).log()
@@ -363,7 +375,7 @@ def _tail(logprobs: Tensor, part: Support) -> Tensor:
 
 
 def _chunks(num_rows: int, size: int) -> Iterator[slice]:
-    """Yields at least one chunk: what is computed of no rows hangs on every parameter too."""
+    """Yields chunks that cover all rows. 0 rows give one empty chunk, so that every parameter still gets a gradient."""
     for start in range(0, max(1, num_rows), size):
         yield slice(start, start + size)
 
@@ -371,6 +383,7 @@ def _chunks(num_rows: int, size: int) -> Iterator[slice]:
 def _losses(
     objective: Tensor, label_nll: Tensor, part: Support | None, kept: Tensor | None, tail: Tensor | None
 ) -> RowLosses:
+    """Returns the losses of rows. If there is a target, also computes the losses that need one: kl and alpha."""
     if part is None or kept is None or tail is None:
         return RowLosses(objective=objective, label_nll=label_nll, kl=None, alpha=None)
     kl = estimated_cross_entropy(part, kept, tail) - part.entropy()
@@ -378,6 +391,8 @@ def _losses(
 
 
 def _joined(parts: list[RowLosses]) -> RowLosses:
+    """Concatenates the losses of all chunks."""
+
     def join(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)

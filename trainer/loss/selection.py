@@ -1,7 +1,10 @@
-"""Which rows count: a score of each row, and the rule that turns scores into weights. torch only; holds no state.
+"""Selection of the rows to train on: a score of each row, and a rule that turns scores into weights.
 
-A selection is a function from N candidate rows to N scores, the largest first to be kept, and a line of what it needs
-(docs/selections.md shows how to add one). Among which rows the scores compete is the scope.
+A selection is a function from N candidate rows to N scores, with a list of the values that it needs. The scope is
+the set of rows whose scores are compared with each other: the rows with the highest scores are kept.
+docs/selections.md shows how to add a selection.
+
+This module uses torch only and holds no state.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 
+from logitstore.errors import nearest
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,31 +25,35 @@ if TYPE_CHECKING:
 
 Scope = Literal["document", "micro_batch", "step", "queue"]
 SCOPES: tuple[str, ...] = get_args(Scope)
-"""Among which rows the fraction to keep is kept: those of a document (SE-KD); of a micro-batch on one rank (as AdaSPEC
-was published); of all micro-batches and ranks of an optimizer step; or the recent ones (selective KD for NMT)."""
-
+"""Names of the sets of rows within which the highest scores are kept. `document`: the rows of one document (SE-KD).
+`micro_batch`: the rows of a micro-batch on one rank (AdaSPEC). `step`: the rows of an optimizer step on all ranks.
+`queue`: the rows of a micro-batch and recent rows before them (selective KD for NMT)."""
 
 ACCEPTED_TOP = 5
-"""How many of the target's likeliest tokens the gate of SpecKD lets pass."""
+"""A row passes the gate of SpecKD if the draft's likeliest token is among this many of the target's likeliest
+tokens."""
 
 COLUMNS = ("random", "reference_ce", "initial_ce", "target_entropy")
-"""What can be read of the store for each row, float32, nats: soft cross entropies of the reference and of the draft as
-it was, the entropy of the target; or a number in [0, 1) that depends on the seed, the epoch and the row alone."""
+"""Values of each row that the dataset provides, float32. `reference_ce` is the soft cross entropy of the reference
+model, and `initial_ce` is that of the draft before training, both in nats. `target_entropy` is the entropy of the
+target, in nats. `random` is a number in [0, 1) that depends only on the seed, the epoch and the row."""
 TARGET = "target"
-"""What a selection needs that looks at the target's rows."""
+"""Name that stands for the target's rows in `Selection.needs`."""
 LOOKS = ("draft_ce", "draft_label_nll", "draft_entropy", "draft_likeliest")
-"""What the draft can say of each row now, without gradient: its soft cross entropy, minus the logprob of the token that
-follows, its entropy (float32, nats); its likeliest token (int64). Any of them costs a pass of the head."""
+"""Values of each row that are computed from the draft during training, without a gradient. `draft_ce` is the draft's
+soft cross entropy, `draft_label_nll` is minus the draft's logprob of the label (the token that follows), and
+`draft_entropy` is the draft's entropy: float32, in nats. `draft_likeliest` is the id of the draft's likeliest token,
+int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """What a selection may look at: N rows whose loss mask is 1."""
+    """N rows whose loss mask is 1, with the values from which a selection computes their scores."""
 
     support: Support | None
-    """The target's rows; None where the store has none."""
+    """The target's rows; None if the target is not read."""
     values: Mapping[str, Tensor]
-    """[N] each: those of COLUMNS and LOOKS that the selection needs."""
+    """Values that the selection needs, [N] each, keyed by their names in COLUMNS and LOOKS."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
@@ -55,108 +64,121 @@ Score = Callable[[Candidates], "Tensor"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """A selection and what it needs."""
+    """A function that scores rows, bundled with the values that it reads."""
 
     score: Score | None
-    """From N candidates to float32 [N]; None keeps every row."""
+    """Function from N candidates to scores, float32 [N]; None keeps every row."""
     needs: tuple[str, ...] = ()
-    """Of COLUMNS and LOOKS, or TARGET."""
+    """Names from COLUMNS and LOOKS of the values that `score` uses, and TARGET if `score` uses the target's rows."""
     least: float | None = None
-    """Rows that score as much are kept, whatever the fraction and the scope."""
+    """Lowest score that a gate keeps; None if the selection is not a gate. A gate is a selection that compares each
+    score with this fixed value and ignores `Rule.keep` and the scope."""
     scope: Scope = "micro_batch"
-    """Where nothing else is asked for."""
+    """Scope that is used if the caller of `make_rule` gives none."""
 
     @property
     def selects(self) -> bool:
-        """Whether rows are left out."""
+        """Whether the selection scores rows, and so may leave some out."""
         return self.score is not None
 
     @property
     def competes(self) -> bool:
-        """Whether rows compete for the fraction of a scope that is kept: no gate."""
+        """Whether a fixed fraction of the rows is kept. False if every row is kept, or if the selection is a gate."""
         return self.selects and self.least is None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is read of the store."""
+        """Columns that the selection needs from the dataset."""
         return tuple(name for name in self.needs if name in COLUMNS)
 
     @property
     def looks(self) -> tuple[str, ...]:
-        """What the draft is asked for."""
+        """Values that the selection needs from the draft."""
         return tuple(name for name in self.needs if name in LOOKS)
 
     @property
     def reads_target(self) -> bool:
-        """Whether scores need the target's distributions."""
+        """Whether the scores need the target's rows."""
+        # The draft's soft cross entropy and the gate on its likeliest token are computed against the target's entries.
         return not {TARGET, "draft_ce", "draft_likeliest"}.isdisjoint(self.needs)
 
     def check(self, target: TargetSpec | None, name: str) -> None:
-        """Raises ValueError if rows of such a target cannot be selected from so; None is a store without one."""
+        """Raises ValueError if this selection cannot score the rows of a store.
+
+        Args:
+            target: Spec of the store's target; None for a store without target rows.
+            name: Name of this selection, for the message.
+        """
         if target is None and not {*self.needs} <= {"random", "draft_label_nll", "draft_entropy"}:
             raise ValueError(
-                f"selection must be one that needs no target where the store has no target rows, got selection={name}; "
-                "dump the target first, or give all, random, label_nll or draft_entropy"
+                f"selection {name} needs target rows, got selection={name} with a store that has none; dump the target "
+                "first, or give all, random, label_nll or draft_entropy"
             )
         if "draft_likeliest" in self.needs and target is not None and target.scheme.name == "sample":
             raise ValueError(
-                f"selection must be another where all entries were drawn, got selection={name} with "
-                "scheme=sample: the target's likeliest tokens may be missing; dump with --scheme hybrid or topk"
+                f"selection {name} needs the target's likeliest tokens, got selection={name} with scheme=sample, whose "
+                "rows may lack these tokens; dump with --scheme hybrid or topk"
             )
 
 
 def score_random(candidates: Candidates) -> Tensor:
-    """Scores at random: the control of every other selection. A row's number depends on seed and epoch alone."""
+    """Returns random scores, a baseline for other selections. They depend only on the seed, the epoch and the row."""
     return candidates["random"]
 
 
 def score_gap(candidates: Candidates) -> Tensor:
-    """Scores by the loss gap CE(p, draft) - CE(p, reference): what the reference shows the draft can still learn.
+    """Returns the loss gap CE(p, draft) - CE(p, reference) (AdaSPEC, arXiv 2510.19779, eqs. 7-9).
 
-    AdaSPEC, arXiv 2510.19779, eqs. 7-9.
+    CE(p, q) is the cross entropy between the target p and a model q. A large gap marks a row that the reference model
+    predicts much better than the draft does, so the draft can still learn this row.
     """
     return candidates["draft_ce"] - candidates["reference_ce"]
 
 
 def score_gap_bottom(candidates: Candidates) -> Tensor:
-    """Scores by minus the loss gap: AdaSPEC's ablation."""
+    """Returns minus the loss gap, so that the rows with the smallest gaps are kept (an ablation in AdaSPEC)."""
     return -score_gap(candidates)
 
 
 def score_gap_static(candidates: Candidates) -> Tensor:
-    """Scores by the loss gap of the draft as it was, from the store: no pass of the head, the same rows every epoch."""
+    """Returns the loss gap that the draft had before training: its stored loss minus the reference model's stored loss.
+
+    This score needs no pass of the head, and it is the same in every epoch.
+    """
     return candidates["initial_ce"] - candidates["reference_ce"]
 
 
 def score_draft_entropy(candidates: Candidates) -> Tensor:
-    """Scores by the draft's entropy (SE-KD, arXiv 2602.01395); published with a fraction of 0.2 of each document."""
+    """Returns the draft's entropy (SE-KD, arXiv 2602.01395, which keeps 0.2 of each document's rows)."""
     return candidates["draft_entropy"]
 
 
 def score_target_entropy(candidates: Candidates) -> Tensor:
-    """Scores by the target's entropy, from the store."""
+    """Returns the target's entropy, read from the store."""
     return candidates["target_entropy"]
 
 
 def score_label_nll(candidates: Candidates) -> Tensor:
-    """Scores by minus the draft's logprob of the label (selective KD for NMT, arXiv 2105.12967).
+    """Returns minus the draft's logprob of the label (selective KD for NMT, arXiv 2105.12967).
 
-    Published with a fraction of 0.5 of the micro-batch, or with the scope queue, of 30,000 rows.
+    The paper keeps half of the rows, either of the micro-batch or of a queue of 30,000 rows.
     """
     return candidates["draft_label_nll"]
 
 
 def score_accepted(candidates: Candidates) -> Tensor:
-    """Scores 1 where the draft's likeliest token is among the target's five likeliest, else 0: the gate of SpecKD.
+    """Returns 1 where the draft's likeliest token is among the target's five likeliest, else 0: the gate of SpecKD.
 
-    SpecKD / SelecTKD, arXiv 2510.24021, greedy top-k. A token that is not stored is not among them: rows of a nucleus
-    may hold fewer than five, and of `hybrid` those below 1 / num_draws only if drawn.
+    Implements the greedy top-k gate of SpecKD / SelecTKD (arXiv 2510.24021). A token that is not stored gets the
+    score 0. Rows of scheme `nucleus` may hold fewer than five entries. Rows of scheme `hybrid` hold a token with a
+    probability below 1 / num_draws only if it was drawn.
     """
     support = candidates.support
     if support is None:
         raise ValueError("store must have target rows for selection=accepted, got none; dump the target first")
     hit = support.used & (support.token_ids == candidates["draft_likeliest"][:, None])
     p = (support.probs * hit).sum(-1, keepdim=True)
+    # The rank is the number of stored entries that are likelier than the draft's token.
     rank = (support.probs > p).sum(-1)
     return (hit.any(-1) & (rank < ACCEPTED_TOP)).float()
 
@@ -172,22 +194,24 @@ SELECTIONS = {
     "label_nll": Selection(score=score_label_nll, needs=("draft_label_nll",)),
     "accepted": Selection(score=score_accepted, needs=(TARGET, "draft_likeliest"), least=1.0),
 }
-"""By the name that --selection takes."""
+"""Selections, keyed by the names that --selection accepts."""
 
 
 def quantile(scores: Tensor, keep: float) -> Tensor:
-    """Returns the (1 - keep) quantile of scores, linearly interpolated: the threshold of AdaSPEC's released code.
+    """Returns the (1 - keep) quantile of scores, linearly interpolated.
+
+    AdaSPEC's released code uses this quantile as the threshold that scores must reach.
 
     Args:
-        scores: Float32 [N], on one device; N may be 0.
-        keep: In (0, 1].
+        scores: Float32 [N]; N may be 0.
+        keep: Fraction of the scores to keep, in (0, 1].
 
     Returns:
-        Float32 scalar, NaN where there are no scores.
+        Float32 scalar; NaN if N is 0.
     """
     if not len(scores):
         return scores.new_tensor(torch.nan)
-    # torch.quantile, but for any number of scores
+    # torch.quantile would return the same, but it accepts only a limited number of values.
     position = (1.0 - keep) * (len(scores) - 1)
     below = int(position)
     ordered = scores.sort().values
@@ -196,22 +220,23 @@ def quantile(scores: Tensor, keep: float) -> Tensor:
 
 
 def kept_of_documents(scores: Tensor, documents: Tensor, keep: float) -> Tensor:
-    """Keeps the ceil(keep n) highest scores of each document of n rows; of equal ones the first.
+    """Marks the ceil(keep * n) rows with the highest scores in each document of n rows. Ties go to the first row.
 
     Args:
         scores: Float32 [N].
-        documents: Int64 [N]: the number of each row's document, from 0 and rising.
-        keep: In (0, 1].
+        documents: Int64 [N], number of each row's document, ascending from 0.
+        keep: Fraction of the rows to keep, in (0, 1].
 
     Returns:
-        Bool [N].
+        Bool [N], true for the rows that are kept.
     """
+    # Both sorts are stable, so that rows with equal scores stay in their order.
     order = scores.argsort(descending=True, stable=True)
-    order = order[documents[order].argsort(stable=True)]  # each document's rows together, best first
+    order = order[documents[order].argsort(stable=True)]  # document by document, highest score first
     sizes = torch.bincount(documents)
     starts = sizes.cumsum(0) - sizes
     rank = torch.arange(len(scores), device=scores.device) - starts[documents[order]]
-    # a fraction that is not quite a float's must not keep one row more: 0.2 of 10 rows are 2
+    # The margin absorbs rounding: no float is exactly 0.2, but 0.2 of 10 rows must be 2 rows, not 3.
     kept = torch.empty(len(scores), dtype=torch.bool, device=scores.device)
     kept[order] = rank < (keep * sizes.double() - 1e-6).ceil()[documents[order]]
     return kept
@@ -219,45 +244,52 @@ def kept_of_documents(scores: Tensor, documents: Tensor, keep: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How scores become weights."""
+    """Rule that turns the scores of rows into their weights."""
 
     selection: Selection
+    """Selection that scores the rows."""
     scope: Scope
+    """Name of the set of rows within which the highest scores are kept, one of SCOPES."""
     keep: float
-    """Fraction of the rows of the scope, in (0, 1]."""
+    """Fraction of the scope's rows that is kept, in (0, 1]."""
     outside_weight: float
-    """Of rows that are not kept; 0 leaves them out."""
+    """Weight of the rows that are not kept, in [0, 1]; 0 leaves them out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """Which of N rows count, and what is logged of it."""
+    """Result of applying a rule to N rows."""
 
     weights: Tensor
-    """Float32 [N]: 1 where kept, `outside_weight` elsewhere."""
+    """Float32 [N]: 1 for kept rows, `outside_weight` for the others."""
     kept: Tensor
-    """Bool [N]"""
+    """Bool [N]: true for the rows that are kept."""
     threshold: Tensor
-    """Float32 scalar: the score that was to be reached; NaN where there is no such one."""
+    """Float32 scalar for the log: rows whose score is at least this value are kept. NaN under the scope `document`, and
+    if rows are kept without scores."""
 
 
 def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None) -> Chosen:
-    """Chooses among N rows by their scores.
+    """Applies a rule to N rows: decides by their scores which rows are kept.
 
     Args:
-        rule: How.
+        rule: Rule to apply.
         scores: Float32 [N].
-        documents: Int64 [N]: the number of each row's document, from 0 and rising.
-        others: Float32: all scores of the optimizer step under the scope step, those of recent rows under queue.
+        documents: Int64 [N], number of each row's document, ascending from 0.
+        others: Float32, 1-dimensional. Under the scope `step`: the scores of all rows of the optimizer step, these N
+            included. Under the scope `queue`: the scores of recent rows. None under the other scopes.
 
     Returns:
-        Rows whose score reaches the threshold, ties and all, as AdaSPEC's released code has it; of a document those
-        with the ceil(keep n) highest scores.
+        The weights of the rows, with the mask of kept rows and the threshold. Under the scope `document`, the
+        ceil(keep * n) rows with the highest scores are kept in each document of n rows. Under every other scope, and
+        for a gate, all rows whose score is at least the threshold are kept. Rows that tie with the threshold are
+        therefore kept too, which is what AdaSPEC's released code does.
     """
     nothing = scores.new_tensor(torch.nan)
     if rule.selection.least is not None:
         threshold = torch.full_like(nothing, rule.selection.least)
-        kept = ~(scores < threshold)  # a score that is no number is kept, so that the loss shows it
+        # `~ <` instead of `>=` keeps rows whose score is NaN, here and below, so that NaN becomes visible in the loss.
+        kept = ~(scores < threshold)
     elif rule.scope == "document":
         threshold, kept = nothing, kept_of_documents(scores, documents, rule.keep)
     else:
@@ -273,19 +305,21 @@ def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None)
 
 
 def make_rule(name: str, *, keep: float, scope: str | None = None, outside_weight: float = 0.0) -> Rule:
-    """Makes the rule of a selection.
+    """Makes the rule for a selection.
 
     Args:
-        name: Of SELECTIONS.
-        keep: Fraction of the rows to keep, in (0, 1].
-        scope: Of SCOPES; None is the selection's own.
-        outside_weight: Of rows that are not kept, in [0, 1].
+        name: Name of the selection, one of SELECTIONS.
+        keep: Fraction of the scope's rows to keep, in (0, 1].
+        scope: Name of the scope, one of SCOPES; None stands for the selection's default scope.
+        outside_weight: Weight of the rows that are not kept, in [0, 1].
 
     Raises:
-        ValueError: One of them is out of its range.
+        ValueError: A name is unknown, or a number is out of its range.
     """
     if name not in SELECTIONS:
-        raise ValueError(f"selection must be one of {list(SELECTIONS)}, got selection={name}")
+        raise ValueError(
+            f"selection must be one of {list(SELECTIONS)}, got selection={name}{nearest(name, SELECTIONS)}"
+        )
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep must be above 0 and at most 1, got keep={keep}; 0.4 is usual")
     if not 0.0 <= outside_weight <= 1.0:

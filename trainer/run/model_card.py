@@ -1,4 +1,4 @@
-"""The model card of a draft: what it was distilled from and how, the numbers, and commands that serve it."""
+"""Model card of a draft: how it was distilled, its figures, and commands that serve it."""
 
 from __future__ import annotations
 
@@ -12,78 +12,85 @@ from typing import TYPE_CHECKING
 
 from logitstore.format.schemes import describe
 from logitstore.storage.options import without_credentials
+from trainer.run.run_folder import RUN, SETTINGS, figures
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from transformers import TrainerState, TrainingArguments
 
     from logitstore.format.spec import StoreSpec
+    from trainer.run.options import RunArguments
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""Pattern of a model's id on the Hugging Face hub."""
 PACKAGES = ("logitstore", "torch", "transformers")
-"""Whose versions the card states."""
+"""Packages whose versions the card states."""
 TAGS = ("speculative-decoding", "draft-model", "distillation", "logitstore")
+"""Tags of the card on the hub."""
 WORDS = {
     "steps": "optimizer steps",
-    "train_runtime": "seconds of training since it last began or went on",
+    "train_runtime": "seconds of training since the run was last started or resumed",
     "loss": "mean loss of a step",
     "rows_per_second": "rows per second in that time, kept or not",
-    "alpha": "sampling acceptance of a drafted token in the last steps logged, estimate (1)",
-    "kl": "KL(target‖draft) of the last steps logged, nats per row (1)",
-    "label_nll": "negative logprob of the text itself in the last steps logged, nats per row (1)",
+    "alpha": "sampling acceptance of a drafted token in the last logged steps, estimate (1)",
+    "kl": "KL(target‖draft) in the last logged steps, nats per row (1)",
+    "label_nll": "negative logprob of the text itself in the last logged steps, nats per row (1)",
     "eval_alpha_lower": "sampling acceptance of a drafted token on held-out text, lower bound",
     "eval_alpha_upper": "the same, upper bound",
     "eval_alpha_estimate": "the same, estimate",
     "eval_argmax_agreement": "greedy acceptance on held-out text: the likeliest tokens agree",
-    "eval_argmax_known": "share of rows whose likeliest token is sure to be stored",
+    "eval_argmax_known": "share of held-out rows whose likeliest token is certainly stored",
     "eval_forward_kl": "KL(target‖draft) on held-out text, nats per row",
     "eval_label_nll": "negative logprob of held-out text itself, nats per row",
-    "eval_documents": "documents held out and evaluated on",
-    "eval_rows": "rows of them",
+    "eval_documents": "held-out documents of the evaluation",
+    "eval_rows": "rows with loss mask 1 in these documents",
 }
-"""What figures are called; those without a word go by their own name."""
+"""Descriptions of the figures in the card, by name. A figure that is not listed here is shown under its own name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How a draft was trained, for the card."""
+    """Facts about a draft's training, as the card shows them."""
 
     draft: str
-    """What it began as: a Hugging Face id, a folder, or a few words where it was made anew."""
+    """Origin of the draft: a Hugging Face id, a folder, or a few words if the draft was created with random weights."""
     objective: str
+    """Loss of a row with its settings, such as "jsd, beta 0.5"."""
     selection: str
-    """With its settings, such as "adaspec, keep 0.4"."""
+    """Rule that selects the rows, with its settings, such as "adaspec, keep 0.4"."""
     figures: Mapping[str, float]
-    """Numbers by name, in the order to be shown."""
+    """Figures by name, in the order in which they are shown."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """Training arguments by name."""
     weights: str | None = None
-    """Which they are, if not those of the last step."""
+    """Text that names the step that the draft's weights were taken from; None for the weights of the last step."""
     vocab_sizes: tuple[int, int] | None = None
-    """Rows of the embeddings of draft and target, if they differ."""
+    """Numbers of embedding rows of the draft and of the target; None if they are equal."""
     command: str | None = None
-    """What repeats it."""
+    """Command that repeats the training."""
     gamma: int = 5
-    """Tokens that the commands draft per target call."""
+    """Number of tokens drafted per target call, in the serving commands of the card."""
 
 
 def model_card(name: str, stores: Mapping[str, StoreSpec], training: Training) -> str:
-    """Writes README.md of a draft.
+    """Returns the text of a draft's README.md.
 
     Args:
-        name: What it is called where it will be served from: a folder or Hugging Face id.
-        stores: What it was trained on, by how it is called: URLs, whose credentials are left out.
-        training: How.
+        name: Folder or Hugging Face id of the draft, as the serving commands name it.
+        stores: Specifications of the stores that the draft was trained on, by URL. The card omits credentials in URLs.
+        training: Facts about the training.
 
     Returns:
-        Markdown with a YAML header, as the hub reads it.
+        Markdown with a YAML header in the form that the Hugging Face hub reads.
     """
     spec = next(iter(stores.values()))
     target = spec.target.model if spec.target is not None else None
     served = "TARGET" if target is None else without_credentials(target.name)
     parts = [
         _header(training.draft, served),
-        f"# A draft for {served}\n\nProposes tokens that {served} then checks, in speculative decoding: the text is "
-        "the target's own, sooner. It is of no use on its own.",
+        f"# A draft for {served}\n\nThis model drafts tokens for speculative decoding. {served} verifies them, so the "
+        "text is the target's own, but appears sooner. The draft is not meant to be used alone.",
         _origin(stores, served, training),
         _numbers(training.figures),
         _commands(name, served, training),
@@ -93,10 +100,10 @@ def model_card(name: str, stores: Mapping[str, StoreSpec], training: Training) -
 
 
 def _header(draft: str, target: str) -> str:
-    # JSON strings are YAML strings, whatever is in them
+    # Every JSON string is also a valid YAML string, whatever characters it holds.
     tags = "\n".join(f"- {tag}" for tag in TAGS)
     models = f"target_model: {json.dumps(target)}"
-    if HUB_ID.fullmatch(draft) and not Path(draft).exists():  # the hub refuses a card that names another
+    if HUB_ID.fullmatch(draft) and not Path(draft).exists():  # The hub refuses a base_model that is not an id.
         models = f"base_model: {draft}\n{models}"
     return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{models}\ntags:\n{tags}\n---"
 
@@ -104,7 +111,7 @@ def _header(draft: str, target: str) -> str:
 def _version(package: str) -> str:
     try:
         return f"{package} {version(package)}"
-    except PackageNotFoundError:  # run from a checkout that is not installed
+    except PackageNotFoundError:  # The program may run from a source checkout without being installed.
         return ""
 
 
@@ -144,9 +151,9 @@ def _numbers(figures: Mapping[str, float]) -> str:
     rows = "\n".join(f"| {_cell(WORDS.get(name, name))} | {_number(value)} |" for name, value in figures.items())
     return (
         f"## Numbers\n\n| | |\n|---|---|\n{rows}\n\n"
-        "(1) Of all rows where the selection looks at the draft, else of the rows that are kept.\n\n"
-        "Acceptance here is after the documents' own text; after text that the target writes it is another: measure it "
-        "with `jobs/evaluate_draft.py`."
+        "(1) Over all rows if the selection evaluates the draft on them, otherwise over the kept rows.\n\n"
+        "These acceptance rates were measured on the text of documents. They differ on text that the target writes; "
+        "`logitstore evaluate` measures them there."
     )
 
 
@@ -155,6 +162,7 @@ def _number(value: float) -> str:
 
 
 def _cell(text: str) -> str:
+    # A bar or a line break would end the cell of the table.
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -195,3 +203,99 @@ draft.generation_config.assistant_confidence_threshold = 0.0
 inputs = tokenizer("def fibonacci(n):", return_tensors="pt").to(target.device)
 print(tokenizer.decode(target.generate(**inputs, assistant_model=draft, max_new_tokens=64)[0]))
 ```"""
+
+
+CARD = "README.md"
+"""Name of the card's file."""
+LOGGED = ("kl", "alpha", "label_nll")
+"""Names of the training statistics whose last logged values the card shows."""
+
+
+def write_card(
+    run: RunArguments,
+    training: TrainingArguments,
+    specs: Sequence[StoreSpec],
+    state: TrainerState,
+    where: str,
+    num_embeddings: int,
+) -> None:
+    """Writes the model card into the output folder.
+
+    Args:
+        run: Options of this project.
+        training: Training arguments of transformers.
+        specs: Specifications of the stores, in the order of `run.store.store`.
+        state: State at the end of the training.
+        where: Folder or URL of the draft.
+        num_embeddings: Number of embedding rows of the draft.
+    """
+    folder = Path(str(training.output_dir))
+    ended = figures(state)
+    last = {name: entry[name] for entry in state.log_history for name in LOGGED if name in entry}
+    weights = None
+    if training.load_best_model_at_end and state.best_global_step is not None:
+        weights = f"of step {state.best_global_step} of {state.global_step}, best by {training.metric_for_best_model}"
+        if state.best_global_step != state.global_step:
+            last = {}  # These statistics belong to the weights of the last step, not to the best weights.
+    # The card shows the figures in this order: the run, the last logged steps, the evaluation.
+    numbers = {name: ended.pop(name) for name in ("steps", "loss", "train_runtime", "rows_per_second")} | last | ended
+    began = run.draft.draft or "random weights"
+    if run.draft.draft_config:
+        began = f"random weights, {' '.join(run.draft.draft_config)}"
+    elif run.draft.draft_layers is not None:
+        began += f", layers {run.draft.draft_layers}"
+    target = specs[0].target
+    sizes = (num_embeddings, num_embeddings if target is None else target.model.padded_vocab_size)
+    made = Training(
+        draft=began,
+        objective=_objective(run),
+        selection=_selection(run, specs[0]),
+        figures=numbers,
+        settings=_settings(run, training),
+        weights=weights,
+        vocab_sizes=None if sizes[0] == sizes[1] else sizes,
+        command=f"logitstore train {RUN} --output_dir OTHER",
+    )
+    counts = [""] * len(specs)
+    if run.store.store_weights is not None:
+        counts = [f", {weight:g} times an epoch" for weight in run.store.store_weights]
+    stores = {url + count: spec for url, count, spec in zip(run.store.store, counts, specs, strict=True)}
+    text = model_card(training.hub_model_id or where, stores, made)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _settings(run: RunArguments, training: TrainingArguments) -> dict[str, object]:
+    found = {name: getattr(training, name) for name in SETTINGS}
+    # max_steps takes precedence over num_train_epochs, so only one of these two arguments had an effect.
+    del found["num_train_epochs" if training.max_steps > 0 else "max_steps"]
+    found |= {"ranks": training.world_size, "packing": run.batches.packing}
+    if run.store.eval_fraction:
+        found["eval_fraction"] = run.store.eval_fraction
+    return {name: getattr(value, "value", value) for name, value in found.items()}
+
+
+def _objective(run: RunArguments) -> str:
+    loss = run.loss
+    parts = [loss.objective]
+    if loss.objective == "jsd":
+        parts.append(f"beta {loss.beta:g}")
+    if loss.label_weight:
+        parts.append(f"label_weight {loss.label_weight:g}")
+    if run.draft.lora_rank is not None:
+        parts.append(f"LoRA of rank {run.draft.lora_rank}, merged")
+    return ", ".join(parts)
+
+
+def _selection(run: RunArguments, spec: StoreSpec) -> str:
+    loss, selection = run.loss, run.rule().selection
+    parts = [loss.selection]
+    if selection.competes:
+        parts += [f"keep {loss.keep:g}", f"scope {run.rule().scope}"]
+    if selection.selects:
+        parts.append(f"denominator {loss.denominator}")
+    if loss.outside_weight:
+        parts.append(f"outside_weight {loss.outside_weight:g}")
+    for column, name in run.losses().items():
+        model = spec.losses[name].model
+        parts.append(f"{column} {name} of {without_credentials(model.name)}, revision {model.revision}")
+    return ", ".join(parts)

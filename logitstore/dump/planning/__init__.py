@@ -1,1 +1,1 @@
-"""What a dump would take, before it runs: documents, bytes, hours and price."""
+"""Estimates the cost of a dump before it runs: documents, bytes, hours and price."""

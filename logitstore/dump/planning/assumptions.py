@@ -1,10 +1,15 @@
-"""What rows are assumed to cost where nothing was measured: entries a row and bits an entry, by scheme. NumPy only.
+"""Assumed cost of a row, for plans without a measurement. Uses only NumPy.
 
-Measured in November 2026 by the dump's own code on 2,048 to 20,000 rows each of three Llama-shaped models of a few
-million weights (vocabularies of 2,048, 8,192 and 32,768), trained for minutes on Python's documentation and code. The
-counts of entries are those of the largest vocabulary, cooled by temperature to the two entropies below, between which
-most targets are expected on ordinary text; the bits span all three. Of a real target they are a guess: a weak one, such
-as the demo's of 3.9 nats, keeps half as many entries again. `logitstore plan --calibrate` replaces them.
+The cost consists of the entries per row and the bits per entry, which depend on the scheme.
+
+The figures were measured in November 2026 with the code of the dump, on 2,048 to 20,000 rows of each of three models.
+The models have the architecture of Llama, a few million weights and vocabularies of 2,048, 8,192 and 32,768 tokens.
+They were trained for minutes on Python's documentation and code. The numbers of entries come from the model with the
+largest vocabulary, at two temperatures, which give the two entropies in `ENTROPY`. On ordinary text, the entropy of
+most targets is expected to lie between these two. The ranges of bits cover all three models.
+
+For a real target the figures are a guess. A weak target keeps more entries: the target of the demo (entropy 3.9 nats)
+keeps 50 % more. `logitstore plan --calibrate` replaces the figures with measured ones.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from logitstore.format.schemes import Scheme
 
 ENTROPY = (1.2, 3.0)
-"""Mean entropy of a row, nats, of the two targets that the tables are of: one sure of itself, one that is not."""
+"""Mean entropy of a row, in nats, for the two targets in the tables below: a confident one and an uncertain one."""
 
 NUCLEUS_SIZES = {
     0.9: (
@@ -41,34 +46,42 @@ NUCLEUS_SIZES = {
         (6, 19, 42, 80, 162, 280, 459, 826, 1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024),
     ),
 }
-"""Tokens that reach a mass, by mass: at sixteen equally likely rows of each of the two targets; 1024: or more."""
+"""By probability mass, the number of tokens that a row must keep to reach this mass. The first tuple is for the
+confident target of `ENTROPY`, the second for the uncertain one. A tuple holds sixteen values, ascending, each of which
+stands for a sixteenth of the rows; 1024 means 1024 or more."""
 
 DRAWS = (10, 20, 50, 100, 200)
+"""Numbers of draws for which `DISTINCT` has figures."""
 DISTINCT = {
     "sample": ((3.3, 4.4, 6.6, 8.8, 11.6), (5.9, 9.6, 18.1, 29.1, 46.6)),
     "hybrid": ((3.7, 5.1, 7.5, 9.9, 13.1), (6.6, 10.9, 20.8, 33.1, 53.3)),
 }
-"""Entries a row of so many draws, of each of the two targets."""
+"""Mean number of entries in a row, by scheme. The first tuple is for the confident target of `ENTROPY`, the second for
+the uncertain one. A tuple holds a figure for each number in `DRAWS`."""
 
 ID_SHARE = {"topk": (0.3, 0.8), "nucleus": (0.3, 0.8), "sample": (0.5, 1.0), "hybrid": (0.5, 1.0)}
-"""Bits of an id, over log2(e V / entries), which ids without any pattern would take."""
+"""Compressed bits of a token id, divided by log2(e V / n), where V is the vocabulary size and n the number of entries
+in the row. An id would take log2(e V / n) bits if ids were random. Low and high estimate, by scheme."""
 CODE_BITS = (5.9, 8.0)
+"""Compressed bits of the code of a logprob; low and high estimate."""
 DRAW_BITS = (1.0, 4.7)
-"""Of `sample` alone: how often an id was drawn."""
+"""Compressed bits of the number of draws of an id, for `sample` only; low and high estimate."""
 COUNT_BYTES = {"topk": (0.0, 0.1), "nucleus": (0.3, 0.7), "sample": (0.4, 1.0), "hybrid": (0.4, 1.0)}
+"""Compressed bytes of one value of the array `counts` (the number of entries of a row); low and high estimate, by
+scheme."""
 FLOAT_BYTES = (3.5, 4.2)
-"""Tail, label logprob and entropy of a row."""
+"""Compressed bytes of the tail, the label logprob and the entropy of a row together; low and high estimate."""
 LOSS_BYTES = (3.0, 4.0)
-"""Two floats of a row, of each model whose losses are kept."""
+"""Compressed bytes of the two floats of a row in a losses layer; low and high estimate."""
 
 
 STANDARD_ERRORS = 2.0
-"""How far a range of what was estimated from a sample goes to either side."""
+"""Distance from an estimate to either end of its range, in standard errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What a number lies between, as far as is known."""
+    """Estimated range of a number. Sums and products combine low with low, and high with high."""
 
     low: float
     high: float
@@ -82,43 +95,51 @@ class Range:
 
     @staticmethod
     def exactly(value: float) -> Range:
-        """A number that is known."""
+        """Returns the range of a number that is known exactly."""
         return Range(value, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a row that counts takes of a store, by some scheme; and what computing rows takes."""
+    """Cost of a row for one truncation scheme: the stored size of a row that counts, and the computing time."""
 
     entries: Range
-    """Entries a row."""
+    """Number of entries in a row that counts."""
     target_bytes: Range
-    """Of all arrays of `target`, compressed."""
+    """Compressed bytes of a row that counts, summed over the arrays of `target`."""
     loss_bytes: Range
-    """Of each losses layer."""
+    """Compressed bytes of a row that counts, in each losses layer."""
     rows_per_s: float | None = None
-    """Rows of any kind through all models, each scored once; None where that is not known."""
+    """Number of rows that all models, one after the other, process in a second. Includes rows that do not count. None
+    if unknown."""
 
 
 def assumed(scheme: Scheme, vocab_size: int) -> Cost:
-    """Returns what rows are assumed to cost."""
+    """Returns the assumed cost of a row, without a computing time.
+
+    Args:
+        scheme: Truncation scheme.
+        vocab_size: Size V of the vocabulary.
+    """
     entries = Range(*(min(_entries(scheme, which), vocab_size) for which in (0, 1)))
     drawn = DRAW_BITS if scheme.name == "sample" else (0.0, 0.0)
     target_bytes = []
     for which, num in enumerate((entries.low, entries.high)):
-        # The more entries lie in a vocabulary, the fewer bits the gap to the next one takes.
+        # Ids are stored as gaps between them. With more entries, the gaps are smaller and take fewer bits.
         bits = ID_SHARE[scheme.name][which] * math.log2(math.e * vocab_size / num) + CODE_BITS[which] + drawn[which]
         target_bytes.append(num * bits / 8 + COUNT_BYTES[scheme.name][which] + FLOAT_BYTES[which])
     return Cost(entries=entries, target_bytes=Range(*target_bytes), loss_bytes=Range(*LOSS_BYTES))
 
 
 def _entries(scheme: Scheme, which: int) -> float:
-    """Returns entries a row of one of the two targets."""
+    """Returns the mean number of entries in a row. `which` is the target in the tables: 0 confident, 1 uncertain."""
     if scheme.name == "topk":
         return float(scheme.k)
     if scheme.name == "nucleus":
+        # Sizes are interpolated between the masses in the table. log(size) is taken as a function of -log(1 - mass).
         masses = -np.log1p(-np.array(list(NUCLEUS_SIZES)))
         logs = np.log([sizes[which] for sizes in NUCLEUS_SIZES.values()])
+        # With a mass of 1, the logarithm would be infinite.
         wanted = -np.log1p(-min(scheme.mass, 1 - 1e-6))
         sizes = [np.exp(_line(wanted, masses, column)) for column in logs.T]
         return float(np.clip(sizes, scheme.k_min, scheme.k).mean())
@@ -127,6 +148,6 @@ def _entries(scheme: Scheme, which: int) -> float:
 
 
 def _line(x: float, xs: Sequence[float] | np.ndarray, ys: np.ndarray) -> float:
-    """Interpolates between points, and goes on beyond them as between the last two."""
+    """Interpolates linearly between points, and extrapolates with the slope of the nearest two points."""
     i = int(np.clip(np.searchsorted(xs, x), 1, len(xs) - 1))
     return float(ys[i - 1] + (x - xs[i - 1]) * (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1]))

@@ -1,6 +1,6 @@
-"""What a store will take before it is made: rows, bytes, objects, hours, price. Arithmetic; no tokenizer, no model.
+"""Computes the cost of a store before it is made: rows, bytes, objects, hours, price. Arithmetic only.
 
-The documents are looked at, and a target is tried, by dump/planning.py.
+The inputs come from other modules: survey.py tokenises the documents, and trial_run.py runs the models.
 """
 
 from __future__ import annotations
@@ -10,69 +10,48 @@ from typing import TYPE_CHECKING, Any
 
 from logitstore.dump.planning.assumptions import Range
 from logitstore.format import layout, zarr_objects
-from logitstore.format.schemes import OPTIONS, describe, make_scheme
+from logitstore.format.schemes import describe
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
     from logitstore.dump.planning.assumptions import Cost
-    from logitstore.format.schemes import Scheme
     from logitstore.format.spec import TargetSpec
 
 RECORD_BYTES = {"tokens": 800, "target": 1600, "losses": 1000}
-"""Of a commit record, about; by layer."""
+"""Approximate size of a commit record in bytes, by layer."""
 GROUP_BYTES = 600
-"""Of the zarr.json of a group, about."""
+"""Approximate size in bytes of the zarr.json of a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What documents come to, from all of them or from a sample."""
+    """Number and size of the documents, counted on all records or estimated from a sample."""
 
     name: str
+    """Value of --data, without credentials."""
     columns: str
+    """Columns that the documents are made from, joined by commas."""
     records: int
-    """Records in the data."""
+    """Number of records in the data."""
     sampled: int
-    """How many of them were tokenised."""
+    """Number of these records that were tokenised."""
     documents: Range
+    """Number of documents."""
     rows: Range
+    """Number of rows."""
     counted: Range
-    """Rows whose loss mask is 1."""
+    """Number of rows whose loss mask is 1."""
     shards: Range
+    """Number of shards."""
     shard_rows: int
+    """Largest number of rows in a shard."""
     max_length: int
+    """Largest number of tokens in a document."""
     vocab_size: int
+    """Size of the tokenizer's vocabulary."""
     token_bytes: float
-    """Of all arrays of `tokens`, compressed, a row."""
-
-
-def check_arguments(args: argparse.Namespace) -> list[Scheme]:
-    """Checks what can be checked before anything is opened, and returns the schemes to plan.
-
-    Raises:
-        ValueError: A value is out of range, or an option of another scheme.
-    """
-    for name in ("sample_documents", "calibrate", "num_actors", "batch_tokens", "shard_rows", "rows_per_s"):
-        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be above 0, got {name}={value}")
-    if not 0 <= args.price_per_gb_month < float("inf"):
-        raise ValueError(f"price_per_gb_month must be at least 0, got price_per_gb_month={args.price_per_gb_month}")
-    if args.target is None and args.tokenizer is None:
-        raise ValueError("target must be given, got none; give --target, or --tokenizer where no model is needed yet")
-    if args.target is None and args.calibrate is not None:
-        raise ValueError(f"target must be given with --calibrate, got none, calibrate={args.calibrate}; give --target")
-    if args.calibrate is not None and args.rows_per_s is not None:
-        raise ValueError(f"rows_per_s must be left out with --calibrate, which measures it, got rows_per_s="
-                         f"{args.rows_per_s}")  # fmt: skip
-    given = {name: getattr(args, name, None) for options in OPTIONS.values() for name in options}
-    if args.scheme is not None:
-        return [make_scheme(args.scheme, given)]
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name} must be left out without --scheme, got {name}={value}; say --scheme of which")
-    return [make_scheme(name, {}) for name in OPTIONS]
+    """Compressed bytes of a row, summed over the arrays of the layer `tokens`."""
 
 
 def plan(
@@ -84,15 +63,19 @@ def plan(
     price_per_gb_month: float = 0.023,
     calibrated: str | None = None,
 ) -> dict[str, Any]:
-    """Adds up, as JSON values; ranges are pairs.
+    """Computes the cost of a store for each scheme.
 
     Args:
-        corpus: What the documents come to.
-        costs: The schemes, and what a row costs with each.
+        corpus: Number and size of the documents.
+        costs: For each scheme, the spec of the target layer and the cost of a row.
         references: Names of the losses layers.
-        num_actors: Actors of the dump, each as fast as `rows_per_s` says.
-        price_per_gb_month: Of 10^9 bytes.
-        calibrated: What the costs were measured with; None where they are assumed.
+        num_actors: Number of actors of the dump. Each of them computes `Cost.rows_per_s` rows per second.
+        price_per_gb_month: Price of storing 10^9 bytes for a month.
+        calibrated: Description of the measurement that the costs come from; None if the costs are assumed.
+
+    Returns:
+        The figures as JSON values. A range is a pair [low, high]. "schemes" is a list with the figures of each scheme,
+        in the order of `costs`.
     """
     return {
         "data": {name: _pair(getattr(corpus, name)) for name in Corpus.__dataclass_fields__},
@@ -112,14 +95,18 @@ def _scheme(
     corpus: Corpus, spec: TargetSpec, cost: Cost, references: Sequence[str], num_actors: int, price: float
 ) -> dict[str, Any]:
     layers = {"tokens": 1, "target": spec.room} | {layout.losses_layer(name): 1 for name in references}
+    # For the target and losses layers, only rows that count are included: masked rows take almost no space there.
     num_bytes = corpus.rows * corpus.token_bytes
     num_bytes += corpus.counted * (cost.target_bytes + cost.loss_bytes * len(references))
+    # Each array, each layer and the root have a zarr.json. If there are references, so does the group of the losses
+    # layers.
     num_objects = Range.exactly(sum(len(layout.layer_arrays(layer)) + 1 for layer in layers) + 1 + bool(references))
     num_bytes += Range.exactly(GROUP_BYTES * (len(layers) + 1 + bool(references)))
     for layer, k in layers.items():
         sizes = {"shard_rows": corpus.shard_rows, "k": k}
         for array in layout.layer_arrays(layer):
             num_bytes += Range.exactly(len(zarr_objects.array_metadata(array, num_shards=1, **sizes)))
+        # Each shard has an object for each array, and a commit record. Only the scheme `sample` fills `draws`.
         arrays = [a for a in layout.layer_arrays(layer) if a.name != "draws" or spec.scheme.name == "sample"]
         fixed = sum(zarr_objects.index_bytes(array, **sizes) for array in arrays)
         num_bytes += corpus.shards * (fixed + RECORD_BYTES[layer.partition("/")[0]])

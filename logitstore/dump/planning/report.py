@@ -1,4 +1,4 @@
-"""Shows an estimate as text."""
+"""Formats the figures that `cost.plan` returns as text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ if TYPE_CHECKING:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Returns a number with its noun, in the plural but for 1."""
+    """Returns a number with thousands separators and its noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def render(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Writes what `plan` returned as lines for people."""
+    """Yields the lines of the report.
+
+    Args:
+        facts: Figures that `cost.plan` returned.
+    """
     data = facts["data"]
     seen = "all of them " if data["sampled"] == data["records"] else f"{data['sampled']:,} of them "
     seen = "" if data["records"] == 1 else seen
@@ -52,27 +56,27 @@ def render(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
     data, low_high = facts["data"], assumptions.ENTROPY
-    yield "entries and target B/row: of a row that counts; the others take next to nothing"
+    yield "entries and target B/row: for each row that counts; other rows take almost no space"
     if facts["calibrated"] is None:
         yield (
             f"entries and target B/row: assumed, for targets of {low_high[0]} to {low_high[1]} nats a row "
-            "(logitstore/assumptions.py); --calibrate N measures them"
+            "(planning/assumptions.py); --calibrate N measures them"
         )
     else:
         yield f"entries, bytes and rows/s: measured with {facts['calibrated']}"
     if data["sampled"] == 1 < data["records"]:
         yield (
-            "documents, rows and shards: guessed from one record; from what it has to twice as many as if all were "
-            "like it"
+            "documents, rows and shards: guessed from one record; low: only this record, high: twice the total if all "
+            "were like it"
         )
     elif data["sampled"] < data["records"]:
-        yield "documents, rows and shards: estimated from a sample, two standard errors to either side"
-    yield f"price/month: {facts['price_per_gb_month']:g} for 10^9 bytes, storage alone"
+        yield "documents, rows and shards: estimated from a sample; ranges are two standard errors to either side"
+    yield f"price/month: {facts['price_per_gb_month']:g} for each 10^9 bytes, for storage only"
     actors = "1 actor" if facts["num_actors"] == 1 else f"{facts['num_actors']:,} actors"
     if all(one["hours"] is None for one in facts["schemes"]):
         yield "hours: unknown without rows/s; give --rows_per_s, or measure them with --calibrate N"
     else:
-        yield f"hours: of all rows, masked ones too, on {actors} of so many rows/s"
+        yield f"hours: for all rows, including masked ones, on {actors} with these rows/s each"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

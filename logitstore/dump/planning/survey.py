@@ -1,7 +1,4 @@
-"""The part of `logitstore plan` that tokenises documents and, where it is to measure, runs models. Knows no Ray.
-
-R rows of a shard.
-"""
+"""Runs `logitstore plan`: tokenises documents. With --calibrate, also runs the models on some of them. Uses no Ray."""
 
 from __future__ import annotations
 
@@ -20,10 +17,9 @@ import torch
 from logitstore.documents.sources import find_source
 from logitstore.documents.table import assign_shards, open_encoder, progress_bars
 from logitstore.dump.planning.assumptions import STANDARD_ERRORS, Cost, Range, assumed
-from logitstore.dump.planning.cost import Corpus, check_arguments, plan
+from logitstore.dump.planning.cost import Corpus, plan
 from logitstore.dump.planning.report import count_of
 from logitstore.dump.planning.trial_run import calibrate, encoded_bytes, rounded
-from logitstore.format import layout
 from logitstore.format.spec import DataSpec, ModelSpec, StoreSpec, TargetSpec, check_room
 from logitstore.models.identity import check_model, tokenizer_spec
 from logitstore.models.loading import ModelSource, load_config, load_model, load_tokenizer, loading_bars
@@ -40,33 +36,49 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from logitstore.format.schemes import Scheme
+
 
 class Tokens(NamedTuple):
-    """A document."""
+    """A document of T tokens."""
 
     ids: NDArray[np.int32]
+    """[T]: token ids."""
     mask: NDArray[np.uint8]
+    """[T]: loss mask."""
     record: int
-    """Place of its record among those drawn."""
+    """Number of the record that the document comes from, in the order in which records were drawn."""
 
 
 class Drawn(NamedTuple):
-    """Records to calibrate with."""
+    """The records used for a calibration."""
 
     documents: list[Tokens]
+    """Documents of these records."""
     share: float
-    """How many of all records with documents they are; an estimate where a sample was tokenised."""
+    """Number of these records, divided by the number of all records that have documents. An estimate if only a sample
+    of the data was tokenised."""
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Plans what `logitstore plan` was asked for.
+def run(
+    args: argparse.Namespace, schemes: Sequence[Scheme], references: Mapping[str, str], max_length: int
+) -> dict[str, Any]:
+    """Plans a dump for `logitstore plan`.
+
+    Args:
+        args: Parsed options of the command.
+        schemes: Schemes to compare.
+        references: Hugging Face id or folder of each reference whose losses are planned too, by name of the reference.
+        max_length: Largest number of tokens in a document.
+
+    Returns:
+        The figures that `cost.plan` returns.
 
     Raises:
-        ValueError: An argument, the data or a model is no good; before any weights are read, but for what only they
-            show.
+        ValueError: An argument, the data or a model is invalid. Problems that can be found without the weights are
+            raised before any weights are loaded.
         LogitStoreError: The data cannot be reached.
     """
-    schemes = check_arguments(args)
     source_of = partial(
         ModelSource,
         dtype=args.dtype,
@@ -74,27 +86,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         trust_remote_code=args.trust_remote_code,
     )
     name = args.tokenizer or args.target
-    revision = args.revision if name == args.target else None
-    context = None
-    if args.target is not None:
-        config = load_config(source_of(name=args.target, revision=args.revision), what="target")
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    revision = args.target_revision if name == args.target else None
     what = "tokenizer" if args.tokenizer else "target"
+    if args.target is not None:
+        # The configuration is read first. If the name is wrong, its error message is clearer than the tokenizer's.
+        load_config(source_of(name=args.target, revision=args.target_revision), what="target")
     tokenizer = load_tokenizer(source_of(name=name, revision=revision), what=what)
     made = tokenizer_spec(tokenizer, uses_chat_template=False)
-    max_length = min(2048, context or 2048) if args.max_length is None else args.max_length
     shard_rows = rounded(args.shard_rows)
     nothing = DataSpec(source="", digest=None, columns="text", mask_policy="all")
+    # This spec is made only for the checks of its fields: max_length and shard_rows may be invalid.
     StoreSpec(tokenizer=made, data=nothing, max_length=max_length, shard_rows=shard_rows, num_shards=0)
 
     def describe_model(model: str, what: str, its_revision: str | None) -> ModelSpec:
         source, weights = source_of(name=model, revision=its_revision), args.calibrate is not None
         return check_model(source, what=what, made=made, max_length=max_length, weights=weights)[0]
 
-    references = _references(args.reference)
+    # Without --target, a model without a name takes the place of the target.
     target = ModelSpec(name="", revision="", dtype="", padded_vocab_size=made.vocab_size)
     if args.target is not None:
-        target = describe_model(args.target, "target", args.revision)
+        target = describe_model(args.target, "target", args.target_revision)
     described = {name: describe_model(model, f"reference {name}", None) for name, model in references.items()}
     specs = [TargetSpec(model=target, scheme=scheme) for scheme in schemes]
     for spec in specs:
@@ -133,10 +144,10 @@ def _measured(
     """Loads the models and runs documents through them.
 
     Returns:
-        What a row costs with each of `specs`, and what that was measured with.
+        Cost of a row for each scheme in `specs`, and a description of the measurement.
 
     Raises:
-        ValueError: A model cannot be loaded, or they score no document.
+        ValueError: A model cannot be loaded, or no document was scored by all models.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -153,7 +164,7 @@ def _measured(
         return lm
 
     with loading_bars(False):
-        lm = load(args.target, "target", target, args.revision)
+        lm = load(args.target, "target", target, args.target_revision)
         others = {name: load(references[name], f"reference {name}", spec, None) for name, spec in described.items()}
     shards = in_shards(drawn.documents, shard_rows)
     records = [tokens.record for tokens in drawn.documents]
@@ -161,7 +172,8 @@ def _measured(
         calibrate(lm, others, shards, spec, shard_rows, args.batch_tokens, records=records, share=drawn.share)
         for spec in specs
     ]
-    # Losses are of a scheme's entries, so that a reference may fail with one and not with another.
+    # Losses are computed on the entries that a scheme keeps, so a reference may fail with one scheme but not with
+    # another. The scheme with the fewest documents is described.
     fewest = min(found, key=lambda one: one.documents)
     text = (
         f"{args.target} on this machine's {device}: {count_of(fewest.documents, 'document')}, "
@@ -170,21 +182,10 @@ def _measured(
     if failed := len(drawn.documents) - fewest.documents:
         text += f"; documents left out because a model fails with them: {failed:,}"
     if drawn.share < 1 and fewest.records == 1:
-        text += "; of one record alone: how much others differ is not known"
+        text += "; only one record was measured: how much others differ is not known"
     elif drawn.share < 1:
-        text += f"; ranges of entries and bytes: two standard errors over {fewest.records:,} records to either side"
+        text += f"; ranges of entries and bytes: two standard errors to either side, from {fewest.records:,} records"
     return [one.cost for one in found], text
-
-
-def _references(given: Sequence[str]) -> dict[str, str]:
-    models: dict[str, str] = {}
-    for value in given:
-        name, separator, model = value.partition("=")
-        if not separator or not model or name in models:
-            raise ValueError(f"reference must be NAME=MODEL, each NAME once, got reference={value}")
-        layout.losses_layer(name)
-        models[name] = model
-    return models
 
 
 def look_at(
@@ -198,20 +199,25 @@ def look_at(
     calibrate: int | None,
     options: dict[str, Any] | None,
 ) -> tuple[Corpus, Drawn]:
-    """Tokenises records of the data, all or some drawn at random, as the dump would.
+    """Tokenises records of the data as the dump would: all of them, or a sample that is drawn at random.
 
     Args:
-        data: As for the dump.
-        tokenizer: As for the dump.
-        vocab_size: The tokenizer's.
-        max_length: Most tokens of a document.
-        shard_rows: Most rows of a shard.
-        sample_documents: How many records to tokenise at most.
-        calibrate: How many records with documents to return, the first drawn; None for none.
-        options: What the data's file system needs.
+        data: Path, URL or hf: name of the data, as `logitstore dump --data` takes it.
+        tokenizer: Tokenizer of the documents.
+        vocab_size: Size of the tokenizer's vocabulary.
+        max_length: Largest number of tokens in a document.
+        shard_rows: Largest number of rows in a shard.
+        sample_documents: Largest number of records to tokenise.
+        calibrate: Maximum number of records to return for a calibration; None for no records. Only records that have
+            documents are returned, in the order in which they were drawn.
+        options: Options for the data's fsspec file system, such as credentials.
+
+    Returns:
+        Number and size of the documents, and the records for a calibration.
 
     Raises:
-        ValueError: The data are no good, or none of the records gives a document.
+        ValueError: The data are missing or malformed, or no record gives a document.
+        LogitStoreError: The data cannot be reached.
     """
     source = find_source(data, options)
     cache = Path(datasets.config.HF_DATASETS_CACHE)
@@ -228,18 +234,19 @@ def look_at(
     if not any(found):
         some = len(found) < num_records
         raise ValueError(
-            f"data must hold documents of 2 tokens of which one counts, got data={source.name} with none in "
-            f"{f'{len(found):,} of ' if some else ''}{count_of(num_records, 'record')}; check the columns and the loss "
-            f"mask{', or give a larger --sample_documents' if some else ''}"
+            f"data must hold documents of at least 2 tokens in which a prediction counts, got data={source.name} with "
+            f"none in {f'{len(found):,} of ' if some else ''}{count_of(num_records, 'record')}; check the columns and "
+            f"the loss mask{', or give a larger --sample_documents' if some else ''}"
         )
-    # In the data's order, as shards are filled.
+    # Shards are filled in the order of the data, not in the order in which records were drawn.
     in_order = [tokens for i in np.argsort(chosen) for tokens in found[i]]
     lengths = np.array([len(tokens.ids) for tokens in in_order], dtype=np.int64)
     per_record = np.array([_figures(documents) for documents in found], dtype=np.float64)
     documents, rows, counted = (_estimate(column, num_records) for column in per_record.T)
     shards = Range.exactly(len(assign_shards(lengths, shard_rows)) - 1)
     if len(found) < num_records:
-        # A shard ends where the next document does not fit: half of one, seen from a random place, is left unused.
+        # A shard ends where the next document does not fit. On average, the unused rest of the shard is half as long as
+        # that document. A long document is more likely to be the one that does not fit, hence the sum of squares.
         room = shard_rows - float((lengths.astype(float) ** 2).sum() / lengths.sum()) / 2
         shards = Range(math.ceil(rows.low / room), math.ceil(rows.high / room))
     corpus = Corpus(
@@ -254,23 +261,33 @@ def look_at(
 
 
 def _figures(documents: Sequence[Tokens]) -> tuple[int, int, int]:
-    """Returns documents, rows and rows that count of one record."""
+    """Returns the number of documents, rows and counted rows of one record."""
     return len(documents), sum(len(d.ids) for d in documents), sum(int(d.mask.sum()) for d in documents)
 
 
 def _estimate(values: NDArray[np.float64], total: int) -> Range:
-    """Estimates the sum over all records from those of a sample drawn without replacement."""
+    """Estimates a sum over all records from a sample that was drawn without replacement.
+
+    Args:
+        values: Values of the records in the sample.
+        total: Number of all records.
+
+    Returns:
+        The exact sum if the sample holds all records. Otherwise, the range of two standard errors to either side of the
+        estimate, but at least the sum of the sample. For a sample of one record, the range is from the value of this
+        record to twice the estimate.
+    """
     n = len(values)
     if n == total:
         return Range.exactly(float(values.sum()))
     error = float(values.std(ddof=1)) * math.sqrt((1 - n / total) / n) if n > 1 else math.inf
     middle, margin = float(values.mean()) * total, STANDARD_ERRORS * error * total
-    # What was seen is there, whatever the others are.
+    # The values are not negative, so the sum over all records is at least the sum of the sample.
     return Range(max(middle - margin, float(values.sum())), middle + margin if margin < math.inf else 2 * middle)
 
 
 def in_shards(documents: Sequence[Tokens], shard_rows: int) -> list[Shard]:
-    """Puts documents into shards as the dump does, in memory alone."""
+    """Divides documents into shards as the dump would, but keeps the shards in memory only."""
     lengths = np.array([len(tokens.ids) for tokens in documents], dtype=np.int64)
     bounds = assign_shards(lengths, shard_rows).tolist()
     return [
@@ -289,6 +306,7 @@ def in_shards(documents: Sequence[Tokens], shard_rows: int) -> list[Shard]:
 
 
 def _token_bytes(shards: Sequence[Shard], shard_rows: int) -> float:
+    """Returns the mean compressed bytes of a row, summed over the arrays of the layer `tokens`."""
     num_bytes = sum(
         encoded_bytes("tokens", encode_tokens(shard.ids, shard.loss_mask, shard.lengths), shard_rows, 1)
         for shard in shards

@@ -1,6 +1,6 @@
-"""What `logitstore plan --calibrate` measures: documents through the models, as the dump does. Knows no Ray.
+"""Measures costs for `logitstore plan --calibrate`: runs documents through the models as the dump does. Uses no Ray.
 
-R rows, D documents, G groups of records.
+R: number of rows. D: number of documents. G: number of groups of records.
 """
 
 from __future__ import annotations
@@ -30,32 +30,40 @@ if TYPE_CHECKING:
     from logitstore.rows.shard import Shard
 
 WARM_UP_DOCUMENTS = 4
-"""How many documents the models take at once before they are timed."""
+"""Maximum number of documents in a shard of the warm-up. The warm-up runs before the measurement and is not timed."""
 
 
 GROUPS = 32
-"""Records are put into at most so many groups to see how much they differ: enough, and few to encode."""
+"""Maximum number of groups into which the records are divided. The standard errors are computed from the differences
+between groups. More groups take more time, because each group is encoded separately."""
 
 
 class Calibration(NamedTuple):
-    """What rows cost, and what that was measured with: documents that all models scored."""
+    """Measured cost of a row, and the number of documents and rows that were measured."""
 
     cost: Cost
+    """Cost of a row."""
     records: int
-    """Those of which the target scored rows that count."""
+    """Number of records in which the target scored rows that count."""
     documents: int
+    """Number of documents that all models scored."""
     rows: int
+    """Number of rows in the documents that all models scored."""
     counted: int
+    """Number of rows that count in the documents that all models scored."""
 
 
 def encoded_bytes(layer: str, arrays: Mapping[str, NDArray[Any]], shard_rows: int, k: int) -> int:
-    """Encodes the arrays of a shard as they would be written; bytes without the objects' indexes, whose size is known.
+    """Encodes the arrays of a shard as a dump would, and returns their size.
 
     Args:
-        layer: Which.
-        arrays: By name, without padding.
-        shard_rows: Rows that a shard has room for.
-        k: Entries that a row has room for.
+        layer: Name of the layer.
+        arrays: Arrays by name, without padding.
+        shard_rows: Largest number of rows in a shard.
+        k: Largest number of entries in a row.
+
+    Returns:
+        Size of all objects in bytes, without their indexes. The indexes have a fixed size, which `cost.plan` adds.
     """
     total = 0
     for array in layout.layer_arrays(layer):
@@ -68,11 +76,19 @@ def encoded_bytes(layer: str, arrays: Mapping[str, NDArray[Any]], shard_rows: in
 def score_all(
     target: SplitLM, references: Mapping[str, SplitLM], shard: Shard, spec: TargetSpec, batch_tokens: int
 ) -> dict[str, Scored] | str:
-    """Scores a shard with all models as the dump does: what the target fails with, references do not see.
+    """Scores a shard with all models as the dump does. References skip the documents on which the target fails.
+
+    Args:
+        target: The target.
+        references: Models whose losses are computed, by name.
+        shard: The shard.
+        spec: Spec of the target layer.
+        batch_tokens: Largest number of tokens in a forward pass, including padding.
 
     Returns:
-        The target's rows, then the references' losses, by what the model is called; or, if one fails with every
-        document, which and why.
+        A dictionary with the target's rows under the key "target", followed by the losses of each reference under the
+        key "reference NAME". If a model fails on every document, a string instead, with the key of this model and the
+        reason.
     """
     what = "target"
     try:
@@ -87,7 +103,7 @@ def score_all(
 
 
 def _parts(shards: Sequence[Shard]) -> Iterator[Shard]:
-    """Yields all documents, a few at a time."""
+    """Divides all documents into small shards of at most WARM_UP_DOCUMENTS documents, and yields these shards."""
     for shard in shards:
         for first in range(0, len(shard), WARM_UP_DOCUMENTS):
             lengths = shard.lengths[first : first + WARM_UP_DOCUMENTS]
@@ -106,29 +122,35 @@ def calibrate(
     records: Sequence[int],
     share: float,
 ) -> Calibration:
-    """Scores and encodes documents as the dump does, writes nothing, and measures.
+    """Scores and encodes documents as the dump does, without writing them, and measures bytes and time.
 
-    What a dump would set aside is left out: documents that a model fails with, and shards of nothing else.
+    Documents on which a model fails are left out, because a dump would set them aside. Shards that contain only such
+    documents are left out too.
 
     Args:
         target: The target.
-        references: Models whose losses are to be kept, by name.
-        shards: The documents.
-        spec: Of the target, with the scheme.
-        shard_rows: Rows that a shard has room for.
-        batch_tokens: Most tokens of a forward.
-        records: The record that each document is of, [D].
-        share: How many of all records with documents these are; 1: what they cost is known, and no range.
+        references: Models whose losses are planned, by name.
+        shards: Shards with the documents to score.
+        spec: Spec of the target layer, with the scheme.
+        shard_rows: Largest number of rows in a shard.
+        batch_tokens: Largest number of tokens in a forward pass, including padding.
+        records: [D]: number of the record that each document comes from.
+        share: Number of different records in `records`, divided by the number of all records that have documents. If it
+            is 1, the costs are exact; otherwise, they are ranges.
+
+    Returns:
+        The measured cost, and the number of documents and rows that were measured.
 
     Raises:
-        ValueError: There is no document that all models score.
+        ValueError: No document was scored by all models.
     """
     entries = target_counted = target_bytes = loss_counted = loss_bytes = 0
     documents = rows = counted = seen = 0
     seconds = 0.0
     kept: list[_Rows] = []
     failures: list[str] = []
-    for part in _parts(shards):  # what is slow once, of any model, is not timed
+    # The warm-up ends as soon as all models have scored one small shard. It keeps slow first steps out of the timing.
+    for part in _parts(shards):
         if not isinstance(score_all(target, references, part, spec, batch_tokens), str):
             break
     for shard in shards:
@@ -137,6 +159,8 @@ def calibrate(
         started = time.perf_counter()
         found = score_all(target, references, shard, spec, batch_tokens)
         taken = time.perf_counter() - started
+        # A shard that fails as a whole is left out of the time too. Encoding is not timed, because in a dump it runs
+        # while the next shard is on the device.
         if isinstance(found, str):
             failures.append(found)
             continue
@@ -147,6 +171,7 @@ def calibrate(
         entries += int(scored.arrays["counts"].sum(dtype=np.int64))
         target_counted += int(left.loss_mask.sum())
         target_bytes += encoded_bytes("target", scored.arrays, shard_rows, spec.room)
+        # A reference may set aside further documents, so losses layers have a count of their own.
         for loss in losses:
             loss_counted += int(without(left, loss.set_aside).loss_mask.sum())
             loss_bytes += encoded_bytes("losses/reference", loss.arrays, shard_rows, 1)
@@ -158,14 +183,15 @@ def calibrate(
     if not documents:
         raise ValueError(
             f"calibrate must have a document that all models score, got none in {sum(map(len, shards))} "
-            f"({failures[0]}); see that the models run, or take more records with --calibrate"
+            f"({failures[0]}); check that the models run, or take more records with --calibrate"
         )
     num_records = len(np.unique(np.concatenate([rows.records[rows.counted] for rows in kept])))
     groups = _groups(kept, spec) if share < 1 else np.ones((1, 3))
     cost = Cost(
         entries=around(entries / target_counted, groups[:, 1], groups[:, 0], share),
         target_bytes=around(target_bytes / target_counted, groups[:, 2], groups[:, 0], share),
-        loss_bytes=Range.exactly(loss_bytes / max(loss_counted, 1)),  # two floats, whatever the row
+        # A row of a losses layer is two floats, whose size hardly depends on the row. No range is needed.
+        loss_bytes=Range.exactly(loss_bytes / max(loss_counted, 1)),
         rows_per_s=rows / seconds,
     )
     return Calibration(cost=cost, records=num_records, documents=documents, rows=rows, counted=counted)
@@ -175,23 +201,26 @@ class _Rows(NamedTuple):
     """The target's rows of a shard."""
 
     arrays: Mapping[str, NDArray[Any]]
-    """As stored."""
+    """Arrays by name, in the form in which they are stored."""
     records: NDArray[np.intp]
-    """The record that each is of, [R]."""
+    """[R]: record of each row."""
     counted: NDArray[np.bool_]
-    """Which of them have entries, [R]."""
+    """[R]: whether the row has entries."""
 
 
 def _groups(kept: Sequence[_Rows], spec: TargetSpec) -> NDArray[np.float64]:
-    """Counts rows that count, their entries and bytes by group of the records that have any; float64 [G, 3].
+    """Divides records into groups, and measures the number of counted rows, entries and bytes of each group.
 
-    A group's bytes are those of its rows encoded alone: some more than its part of a shard's.
+    The rows of each group are encoded alone, which takes somewhat more bytes than the same rows take in a shard.
+
+    Returns:
+        Float64 [G, 3]: counted rows, entries, bytes. Records without counted rows are left out.
     """
     records = np.concatenate([rows.records for rows in kept])
     counted = np.concatenate([rows.counted for rows in kept])
     arrays = {name: np.concatenate([rows.arrays[name] for rows in kept]) for name in kept[0].arrays}
     some = np.unique(records[counted])
-    # The records were drawn at random, so that every GROUPS-th is a random group too.
+    # Records were drawn at random, so a group of every GROUPS-th record is random too. Group -1 is for other records.
     group = np.where(np.isin(records, some), np.searchsorted(some, records) % GROUPS, -1)
     figures = []
     for number in range(min(len(some), GROUPS)):
@@ -204,17 +233,22 @@ def _groups(kept: Sequence[_Rows], spec: TargetSpec) -> NDArray[np.float64]:
 
 
 def around(ratio: float, values: NDArray[np.float64], counted: NDArray[np.float64], share: float) -> Range:
-    """Returns what a ratio of sums over all records lies between, as far as a random sample of them tells.
+    """Estimates the range of a ratio of two sums over all records, from a random sample of the records.
 
     Args:
-        ratio: As measured.
-        values: Its numerator in each of G groups of the sample, up to a factor that they share, [G].
-        counted: Its denominator there, above 0, [G].
-        share: The sample's share of all records. 1: the ratio is known. Nor is there a range for a single group.
+        ratio: Ratio measured on the sample.
+        values: [G]: numerator of the ratio in each group of the sample. The result stays the same if all numerators are
+            multiplied by the same number.
+        counted: [G]: denominator of the ratio in each group, above 0.
+        share: Fraction of all records that are in the sample.
+
+    Returns:
+        The range from two standard errors below the ratio, but at least 0, to two standard errors above it. If the
+        sample holds all records, or has a single group and thus no standard error, the range is only the ratio itself.
     """
     if share >= 1 or len(values) < 2:
         return Range.exactly(ratio)
-    # The standard error of a ratio estimator, relative to it (Cochran, Sampling Techniques, chapter 6).
+    # Relative standard error of a ratio estimator (Cochran, Sampling Techniques, chapter 6).
     left = values - counted * (values.sum() / counted.sum())
     error = math.sqrt(len(left) / (len(left) - 1) * float((left**2).sum()) * (1 - share)) / float(values.sum())
     margin = STANDARD_ERRORS * error * ratio
@@ -222,5 +256,5 @@ def around(ratio: float, values: NDArray[np.float64], counted: NDArray[np.float6
 
 
 def rounded(shard_rows: int) -> int:
-    """Returns the room in rows of a shard that is to have at least so many, as the dump rounds it."""
+    """Rounds a number of rows per shard as the dump does: above ROW_CHUNK, up to a multiple of ROW_CHUNK."""
     return shard_rows if shard_rows <= ROW_CHUNK else -(-shard_rows // ROW_CHUNK) * ROW_CHUNK

@@ -1,1 +1,1 @@
-"""A model runs over the documents of a shard: rows, losses, and how faithful they are."""
+"""Runs models over the documents of a shard. Computes the target's rows, other models' losses, and their fidelity."""

@@ -1,6 +1,6 @@
-"""Runs the batches of a shard on a device, and finds the documents that a model raises with. Knows no Ray.
+"""Runs the batches of a shard on a device, and finds the documents on which a model fails. Uses no Ray.
 
-R rows.
+R: number of rows in the shard. N: number of rows in a batch that count.
 """
 
 from __future__ import annotations
@@ -26,37 +26,53 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_ERRORS = (AssertionError, LookupError, RuntimeError, ValueError)
-"""What a model raises because of a document: an id or a position beyond a table (IndexError), a check of its own code
-(ValueError; AssertionError in much code from the hub), anything within torch (RuntimeError), torch.OutOfMemoryError
-among it. Everything else goes up: MemoryError is the host's, which scoring fewer documents does not help; TypeError
-and the like are no document's fault."""
+"""Errors that a document may cause in a model.
+
+LookupError (such as IndexError): an id or a position lies beyond a table. ValueError and AssertionError: a check in the
+model's code failed; much code from the hub uses assertions. RuntimeError: any error within torch, including
+torch.OutOfMemoryError.
+
+All other errors are raised to the caller. MemoryError means that the host is short of memory, and fewer documents in a
+batch do not help. TypeError and similar errors are not caused by a document."""
 
 REASON_LENGTH = 200
-"""Characters of a reason: it becomes part of a commit record, and torch's can be long."""
+"""Maximum length of a reason, in characters. Reasons are stored in commit records, and torch's messages can be long."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _InFlight:
-    """A batch whose numbers are on their way to the host."""
+    """A batch whose results are being copied to the host."""
 
     batch: Batch
     on_host: list[Tensor]
+    """Results on the host. Results from a GPU are complete only after the event `copied`."""
     copied: torch.cuda.Event | None
+    """Event after the copies; None on a CPU, where the results are complete at once."""
 
     def wait(self) -> list[NDArray[Any]]:
+        """Waits for the copies and returns the results.
+
+        Raises:
+            torch.AcceleratorError: The device failed while it computed the batch, and is no longer usable.
+        """
         if self.copied is not None:
-            # What a device reports only now, it does not recover from: an AcceleratorError, as below.
             self.copied.synchronize()
         return [part.numpy() for part in self.on_host]
 
 
 def _start(batch: Batch, launch: Callable[[Batch], list[tuple[Tensor, ...]]]) -> _InFlight | str:
-    """Launches a batch; why the model raised if it did."""
+    """Launches a batch without waiting for its results.
+
+    Returns:
+        The batch in flight. If the model raises one of MODEL_ERRORS, the reason for the failure instead.
+    """
     try:
         on_device = [torch.cat(parts) for parts in zip(*launch(batch), strict=True)]
+        # The copies do not block, so that the next batch can be launched while they run.
         on_host = [part.to("cpu", non_blocking=True) for part in on_device]
     except torch.AcceleratorError:
-        # A RuntimeError too, but of the device, and from then on everything there fails: no document is to blame.
+        # This error is a RuntimeError too, but it is not the fault of a document: from now on, every operation on the
+        # device fails.
         raise
     except MODEL_ERRORS as error:
         first_line = str(error).strip().partition("\n")[0].strip()
@@ -74,25 +90,27 @@ def run_batches(
     launch: Callable[[Batch], list[tuple[Tensor, ...]]],
     collect: Callable[[Batch, list[NDArray[Any]]], None],
 ) -> dict[int, str]:
-    """Runs a shard's batches, and those that fail again, in the end one document at a time.
+    """Runs the batches of a shard. A failed batch runs again at the end, first as a whole, then document by document.
 
     Args:
-        shard: Its documents.
-        batch_tokens: Most tokens of a forward, padding included.
-        launch: Runs the model on a batch; tensors of N rows each, in parts, on the device.
-        collect: Takes the same on the host, parts joined. Called once for each batch that the model took, in any order.
+        shard: Tokens and loss mask of the documents.
+        batch_tokens: Largest number of tokens in a forward pass, including padding.
+        launch: Runs the model on a batch. Returns a list of chunks of the batch's rows; each chunk is a tuple of
+            tensors on the device.
+        collect: Receives a batch and its results on the host: for each tensor in the tuples of `launch`, one array of N
+            rows, joined from all chunks. Called once for each batch that was computed, in any order.
 
     Returns:
-        The documents that the model raises one of MODEL_ERRORS with when each is alone, by their place in the shard,
-        and which error.
+        The reason for each document that fails, by the number of the document in the shard. A document fails if the
+        model raises one of MODEL_ERRORS even when it runs on this document alone.
 
     Raises:
-        torch.AcceleratorError: The device cannot be used any more; a new process is needed.
+        torch.AcceleratorError: The device is no longer usable; a new process is needed.
     """
     waiting: _InFlight | None = None
     failed: list[Batch] = []
     for batch in batches(shard, batch_tokens):
-        # Launched before the one before is collected, so that a GPU never waits for the host's copying.
+        # The batch is launched before the previous one is collected, so that a GPU never waits for the host.
         started = _start(batch, launch)
         if waiting is not None:
             collect(waiting.batch, waiting.wait())
@@ -115,10 +133,17 @@ def _run_again(
     launch: Callable[[Batch], list[tuple[Tensor, ...]]],
     collect: Callable[[Batch, list[NDArray[Any]]], None],
 ) -> dict[int, str]:
-    """Runs a batch that failed as it was, then one document at a time; returns as `run_batches`.
+    """Runs a failed batch once more as a whole and, if it fails again, one document at a time.
 
-    Nothing else is on the device by now: memory that was short for a moment decides about no document, and changes no
-    number by the shape that it was computed in. A device that was lost says so here at the latest.
+    No other batch is on the device now. If memory was short only because of another batch, this batch succeeds as a
+    whole. No document is then set aside, and the values are the same as without the failure, because the batch has the
+    same shape.
+
+    Returns:
+        The reason for each document that fails, as `run_batches` returns it.
+
+    Raises:
+        torch.AcceleratorError: The device is no longer usable.
     """
 
     def attempt(batch: Batch) -> str | None:
@@ -134,23 +159,24 @@ def _run_again(
     if len(documents) == 1:
         return {int(documents[0]): reason}
     logger.warning("%d documents of shard %d are run one by one: %s", len(documents), shard.index, reason)
+    # With a limit of one token, each document is a batch of its own.
     alone = replace(shard, loss_mask=shard.loss_mask & rows_of(shard, documents))
     reasons = {int(documents_of(shard, single.rows)[0]): attempt(single) for single in batches(alone, batch_tokens=1)}
     return {document: reason for document, reason in reasons.items() if reason is not None}
 
 
 def documents_of(shard: Shard, rows: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Returns the document of each row."""
+    """Returns the number, within the shard, of the document that each row belongs to."""
     return np.searchsorted(shard.starts, rows, side="right") - 1
 
 
 def without(shard: Shard, documents: Collection[int]) -> Shard:
-    """Returns a shard in which no row of some documents counts."""
+    """Returns a copy of a shard with loss mask 0 in the given documents. Documents are numbered within the shard."""
     return replace(shard, loss_mask=shard.loss_mask & ~rows_of(shard, documents))
 
 
 def rows_of(shard: Shard, documents: Collection[int] | NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Bool [R]: which rows are of some documents."""
+    """Returns a bool mask [R] that is True for the rows of the given documents."""
     chosen = np.zeros(len(shard), dtype=bool)
     chosen[list(documents)] = True
     return np.repeat(chosen, shard.lengths)

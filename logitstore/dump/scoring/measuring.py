@@ -1,9 +1,11 @@
-"""How true what is stored is, measured while the exact distributions are at hand. torch only; knows no Ray.
+"""Measures fidelity: how much stored rows differ from the exact distributions of the target. Uses torch, but no Ray.
 
-A few rows of each shard are compared: the target's exact distribution with its stored row, with itself computed a
-second time, and with a draft's. All sums are in float64. What they mean: docs/fidelity.md.
+Fidelity is measured during the dump, while the exact distributions are in memory. For a few rows of each shard, the
+target's exact distribution is compared with three others: the stored row; the same distribution, computed a second time
+(the control); and the distribution of another model. All sums are in float64. docs/fidelity.md explains the meaning of
+the sums.
 
-n rows measured, V vocabulary, K entries per row at most.
+n: number of rows measured. N: number of rows in a batch. V: vocabulary size. K: largest number of entries in a row.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ if TYPE_CHECKING:
     from logitstore.rows.shard import Shard
 
 DOCUMENTS = 4
-"""Measured in each shard."""
+"""Maximum number of documents measured in a shard."""
 ROWS = 16
-"""Most rows measured of a document."""
+"""Maximum number of rows measured in a document."""
 CONTROL_SHARE = 128
-"""The control runs no more than one in so many tokens of a shard, but a document at least: that is what it costs."""
+"""Limits the cost of the control, a second run of the target. The control runs on at most 1 / CONTROL_SHARE of the
+tokens of a shard, but on at least one document."""
 VALUES_PER_CHUNK = 2**20
-"""Float64 values of rows that are compared at once: some ten arrays of 8 MiB."""
+"""Number of float64 values that are compared at once. A comparison needs about ten arrays of 8 MiB each."""
 SMALLEST = 1e-45
-"""A stored tail of less counts as this: float32 ends there."""
+"""Stored tail masses below this value are raised to it before their logarithm is taken. About the smallest positive
+float32."""
 
 NO_ROWS: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
+"""Selection of no rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,59 +52,74 @@ class Exact:
     """The exact distributions of some rows of a shard, on the device that computed them."""
 
     rows: NDArray[np.intp]
-    """[n]: places in the shard, ascending."""
+    """[n]: places of the rows in the shard, ascending."""
     logprobs: Tensor
-    """Float32 [n, V], normalised; NaN where nothing was computed."""
+    """Float32 [n, V], nats, normalised; NaN for rows that were not computed."""
 
     @staticmethod
     def of(rows: NDArray[np.intp], vocab_size: int, device: torch.device) -> Exact:
-        """Makes room for some rows: 64 of 2**18 tokens are 64 MiB."""
+        """Allocates memory for the distributions of some rows, and fills it with NaN.
+
+        64 rows with a vocabulary of 2**18 tokens take 64 MiB.
+
+        Args:
+            rows: [n]: places of the rows in the shard, ascending.
+            vocab_size: Size V of the vocabulary.
+            device: Device of the model.
+        """
         return Exact(rows=rows, logprobs=torch.full((len(rows), vocab_size), torch.nan, device=device))
 
     def keep(self, rows: NDArray[np.intp], logits: Tensor) -> None:
-        """Keeps what is wanted of a chunk of rows.
+        """Stores the distributions of those rows of a chunk that are in `self.rows`. Ignores the other rows.
 
         Args:
-            rows: [N]: places in the shard.
+            rows: [N]: places of the chunk's rows in the shard.
             logits: Float32 [N, V].
         """
         if not len(self.rows):
             return
-        places = np.searchsorted(self.rows[:-1], rows)  # np.isin would take longer than all the rest
+        # The last row is left out of the search, so that every result is a valid place. np.isin would be slower.
+        places = np.searchsorted(self.rows[:-1], rows)
         here = np.flatnonzero(self.rows[places] == rows)
         if len(here):
             found = logits[torch.from_numpy(here).to(logits.device)].log_softmax(-1)
             self.logprobs[torch.from_numpy(places[here]).to(logits.device)] = found
 
     def only(self, kept: NDArray[np.bool_]) -> Exact:
-        """Returns the rows that a mask over the shard's rows keeps."""
+        """Returns the distributions of the rows for which `kept`, a mask over all rows of the shard, is True."""
         places = np.flatnonzero(kept[self.rows])
+        # If all rows are kept, no copy is made, because the distributions may be large.
         if len(places) == len(self.rows):
             return self
         return Exact(rows=self.rows[places], logprobs=self.logprobs[torch.from_numpy(places).to(self.logprobs.device)])
 
     def chunks(self) -> Iterator[slice]:
-        """Cuts the rows so that what is computed of them stays small."""
+        """Returns slices that together cover the rows. Small slices keep the memory for a comparison small."""
         size = max(1, VALUES_PER_CHUNK // self.logprobs.shape[1])
         return (slice(start, start + size) for start in range(0, len(self.rows), size))
 
     def probs(self, chunk: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logprobs and probabilities of some rows; float64, normalised as such."""
+        """Returns the logprobs and probabilities of the rows in `chunk`, normalised again in float64."""
         logprobs = self.logprobs[chunk].double().log_softmax(-1)
         return logprobs, logprobs.exp()
 
 
 NOTHING = Exact(rows=NO_ROWS, logprobs=torch.zeros(0, 0))
+"""Exact distributions of no rows. Put in place of distributions that are no longer needed, to free their memory."""
 
 
 def choose(shard: Shard) -> NDArray[np.intp]:
-    """Chooses the rows that are measured: the same ones whoever computes the shard, and how often.
+    """Chooses the rows to measure. The choice depends only on the shard, so that every job measures the same rows.
 
-    Documents are met by their rows, and equally many rows of each are taken: about every row that counts has the same
-    chance, whatever the length of its document.
+    The rows that count are put in random order. The first DOCUMENTS documents that appear in this order are measured,
+    with up to ROWS rows of each. Every row that counts thus has about the same chance, whatever the length of its
+    document.
+
+    Args:
+        shard: The shard. Its number is the seed of the random order.
 
     Returns:
-        Places of at most ROWS rows that count of each of at most DOCUMENTS documents, ascending.
+        Places in the shard of at most ROWS counted rows from each of at most DOCUMENTS documents, ascending.
     """
     key = np.array([int.from_bytes(b"fidelity"), shard.index], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key))
@@ -111,7 +131,15 @@ def choose(shard: Shard) -> NDArray[np.intp]:
 
 
 def control_of(shard: Shard, rows: NDArray[np.intp]) -> Shard:
-    """Returns a shard in which only rows of the control count: of those measured, in as many documents as are cheap."""
+    """Returns the shard with a loss mask that selects the rows of the control, the second run of the target.
+
+    The control runs on the measured rows of the first measured documents. Documents are added as long as they together
+    have at most 1 / CONTROL_SHARE of the shard's tokens. The first document is always taken.
+
+    Args:
+        shard: The shard.
+        rows: Places of the measured rows, ascending.
+    """
     documents = np.unique(documents_of(shard, rows))
     is_cheap = np.cumsum(shard.lengths[documents]) <= len(shard.ids) // CONTROL_SHARE
     is_cheap[:1] = True
@@ -122,16 +150,16 @@ def control_of(shard: Shard, rows: NDArray[np.intp]) -> Shard:
 
 @torch.no_grad()
 def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> dict[str, float]:
-    """Compares exact distributions with what is stored of them.
+    """Compares exact distributions of the target with its stored rows, and with a second computation.
 
     Args:
-        exact: Of n rows of the shard that have entries.
-        again: Of some of them, computed a second time.
-        rows: The n rows, decoded.
-        spec: How they were kept.
+        exact: Exact distributions of n rows of the shard. Each of these rows has at least one entry.
+        again: Exact distributions of some of these rows, computed a second time.
+        rows: The n stored rows, decoded.
+        spec: Truncation scheme and codebook of the rows.
 
     Returns:
-        Sums over the n rows by name; nothing if there are none.
+        Sums over the n rows by name (docs/fidelity.md); empty if n is 0.
     """
     if not len(exact.rows):
         return {}
@@ -141,7 +169,8 @@ def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> 
         places = np.arange(chunk.start, min(chunk.stop, len(exact.rows)))
         logprobs, probs = exact.probs(chunk)
         stored = _support(rows, places, device)
-        token_ids = stored.token_ids.where(stored.used, stored.token_ids[:, :1])  # every row keeps something
+        # Padding points at the first entry, so that `scatter` changes only kept entries. Every row has an entry.
+        token_ids = stored.token_ids.where(stored.used, stored.token_ids[:, :1])
         kept = probs.gather(1, stored.token_ids).where(stored.used, 0.0)
         left = probs.scatter(1, token_ids, 0.0)
         tail, num_left = left.sum(-1), vocab_size - stored.used.sum(-1)
@@ -159,7 +188,8 @@ def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> 
     for chunk in again.chunks():
         (logprobs, probs), (other, others) = exact.probs(places_of_again[chunk]), again.probs(chunk)
         divergence = torch.where(probs > 0, probs * (logprobs - other), 0.0).sum(-1)
-        fine = divergence.isfinite()  # not where only one of the two runs gave a token no chance at all
+        # The divergence is infinite if the second run gives probability 0 to a token that has some in the first run.
+        fine = divergence.isfinite()
         sums.add(
             control_rows=fine.double(),
             control_kl=divergence.where(fine, 0.0),
@@ -170,15 +200,15 @@ def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> 
 
 @torch.no_grad()
 def measure_losses(exact: Exact, draft: Exact, rows: Rows) -> dict[str, float]:
-    """Compares what a draft would learn and score on stored rows with what it would on the exact distributions.
+    """Compares a draft's gradient and acceptance rate on stored rows with the same figures on exact distributions.
 
     Args:
-        exact: The target's, of some rows of the shard.
-        draft: The other model's, of n of them.
-        rows: All of the shard, decoded.
+        exact: Exact distributions of the target, for some rows of the shard.
+        draft: Exact distributions of the draft, or of a reference in its place, for n of the rows in `exact`.
+        rows: All rows of the shard, decoded.
 
     Returns:
-        Sums over the n rows by name, angles in degrees; nothing if there are none.
+        Sums over the n rows by name (docs/fidelity.md), angles in degrees; empty if n is 0.
     """
     if not len(draft.rows):
         return {}
@@ -192,6 +222,7 @@ def measure_losses(exact: Exact, draft: Exact, rows: Rows) -> dict[str, float]:
         stored = _support(rows, places, device)
         kept, log_tail = on_support(logprobs, stored)
         alpha, estimate = torch.minimum(p, q).sum(-1), acceptance_estimate(stored, kept, log_tail)
+        # q - p is the gradient of the cross entropy over the whole vocabulary with respect to the logits.
         wanted, found = q - p, _gradient(logprobs, stored)
         total += torch.stack([wanted.sum(0), found.sum(0)])
         sums.add(
@@ -206,51 +237,55 @@ def measure_losses(exact: Exact, draft: Exact, rows: Rows) -> dict[str, float]:
 
 
 def check_budget(fidelity: Mapping[str, float], spec: TargetSpec, max_kl: float | None, shard: int) -> None:
-    """Compares what storing loses with what it may.
+    """Checks that storing the target's rows of a shard loses no more than the budget.
+
+    The loss is the mean of kl_codes + kl_tail over the measured rows. Only truncated rows have a budget: if entries are
+    drawn, nothing except rounding is lost on average.
 
     Args:
-        fidelity: As measured of a shard's target.
-        spec: How its rows were truncated. Draws lose nothing but what rounding does: they have no budget.
-        max_kl: Most nats of a row, on average; None for any.
-        shard: Which, for the message.
+        fidelity: Sums that `measure_target` returned for the shard; if empty, nothing is checked.
+        spec: Truncation scheme of the rows. The error message recommends options of this scheme.
+        max_kl: Largest mean loss of a row, in nats; None for no limit.
+        shard: Number of the shard. It appears in the error message.
 
     Raises:
-        FidelityError: It loses more.
+        FidelityError: The loss is larger than `max_kl`.
     """
     if max_kl is None or not fidelity:
         return
     if (found := (fidelity["kl_codes"] + fidelity["kl_tail"]) / fidelity["rows"]) > max_kl:
         larger = "--mass or --k" if spec.scheme.name == "nucleus" else "--k"
         raise FidelityError(
-            f"max_kl must be at least what storing loses, got max_kl={max_kl:g} where the {fidelity['rows']:.0f} rows "
-            f"measured of shard {shard} lose {found:.3g} nats each (kl_codes + kl_tail); give a larger {larger} and "
-            "another --store, or a larger --max_kl"
+            f"max_kl must be at least the loss from storing, got max_kl={max_kl:g} where the {fidelity['rows']:.0f} "
+            f"rows measured of shard {shard} lose {found:.3g} nats each (kl_codes + kl_tail); give a larger {larger} "
+            "and another --store, or a larger --max_kl"
         )
 
 
 def without(exact: Exact, shard: Shard, documents: Collection[int]) -> Exact:
-    """Returns the rows of a shard that are not of some documents."""
+    """Returns the exact distributions without the rows of the given documents, which are numbered within the shard."""
     return exact.only(~rows_of(shard, documents))
 
 
 def _at(exact: Exact, part: Exact) -> Tensor:
-    """Returns where in `exact` the rows of `part` are."""
+    """Returns the place in `exact` of each row of `part`; int64 [n], on the device of `exact`."""
     return torch.from_numpy(np.searchsorted(exact.rows, part.rows)).to(exact.logprobs.device)
 
 
 def _support(rows: Rows, places: NDArray[np.intp], device: torch.device) -> Support:
+    """Copies some rows to a device. Converts them to float64, because all sums are in float64."""
     support = Support.of(rows.padded(places), device)
     weights = None if support.weights is None else support.weights.double()
     return replace(support, probs=support.probs.double(), tail=support.tail.double(), weights=weights)
 
 
 def _weights(support: Support) -> Tensor:
-    """Returns what entries stand for."""
+    """Returns the weights of the entries. For truncated rows, these are the probabilities."""
     return support.probs if support.weights is None else support.weights
 
 
 def _gradient(logprobs: Tensor, support: Support) -> Tensor:
-    """Returns what training on stored rows does: the gradient of its loss by the logits; float64 [n, V]."""
+    """Returns the gradient of the training loss on stored rows with respect to the logits; float64 [n, V]."""
     with torch.enable_grad():
         logits = logprobs.detach().requires_grad_()
         loss = estimated_cross_entropy(support, *on_support(logits.log_softmax(-1), support)).sum()
@@ -259,13 +294,14 @@ def _gradient(logprobs: Tensor, support: Support) -> Tensor:
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the angle between vectors, degrees; true for small ones too, where a cosine is rounded to 1."""
+    """Returns the angles between the rows of two matrices, in degrees."""
+    # For small angles, this formula is more accurate than the arc cosine, because the cosine would round to 1.
     a, b = torch.nn.functional.normalize(a, dim=-1), torch.nn.functional.normalize(b, dim=-1)
     return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))
 
 
 class _Sums:
-    """Adds up numbers of rows by name, on the device until the end."""
+    """Sums of figures by name. A figure is a tensor with one value per row. Sums stay on the device until the end."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -276,7 +312,7 @@ class _Sums:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def rounded(self) -> dict[str, float]:
-        """Returns the sums with as many digits as mean anything."""
+        """Returns the sums, rounded to 7 significant digits."""
         if not self._sums:
             return {}
         values = torch.stack(list(self._sums.values())).tolist()

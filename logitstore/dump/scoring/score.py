@@ -1,12 +1,13 @@
-"""A model and the documents of a shard -> the target's rows, or a model's losses on them. GPU work; knows no Ray.
+"""Scores a shard: computes the target's rows, or the losses of another model on these rows. Uses a GPU, but no Ray.
 
-The full [batch, tokens, vocabulary] tensor never exists: the head runs on rows that count, a chunk at a time, and what
-crosses to the host is a few numbers and at most K entries per row.
+The full [batch, tokens, vocabulary] tensor never exists: the head runs only on rows that count, one chunk at a time.
+The host receives only a few numbers and at most K entries per row.
 
-A document that cannot be computed is set aside: its rows hold nothing, as if its loss mask were 0, and the others of
-its shard keep their numbers. A shard scored again by the same models on the same device gives the same bytes.
+A document that cannot be computed is set aside: its rows are empty, as if its loss mask were 0. The other documents of
+the shard keep their numbers. If the same models score a shard again on the same device, they compute the same bytes.
 
-N rows that count, R rows of the shard, K entries per row at most, V vocabulary, B batch, T tokens.
+N: number of rows that count. R: number of rows in the shard. K: largest number of entries in a row. V: vocabulary size.
+H: hidden size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from logitstore.dump.scoring.measuring import NO_ROWS, Exact, control_of, withou
 from logitstore.dump.scoring.truncation import truncate, uniforms
 from logitstore.models.support import Support, normalised, on_support, soft_cross_entropy
 from logitstore.rows import codec
-from logitstore.rows.codec import MANTISSA_BITS, round_mantissa
+from logitstore.rows.codec import round_mantissa
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from logitstore.rows.shard import Shard
 
 LOGS_OF_MASS = frozenset({"tail", "label_logprob"})
-"""Numbers that may be minus infinity: the log of a probability of 0."""
+"""Arrays that hold the logarithm of a probability. The values may be minus infinity, because the probability may be
+0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +47,14 @@ class Scored:
     """The values of one layer of a shard."""
 
     arrays: dict[str, NDArray[Any]]
-    """As stored (docs/format.md). Rows of documents that were set aside are as those whose loss mask is 0."""
+    """Arrays by name, in the form in which they are stored (docs/format.md). Rows of documents that were set aside are
+    stored like rows whose loss mask is 0."""
     set_aside: dict[int, str]
-    """Documents that could not be computed, by their place in the shard, ascending, and why."""
+    """Reason for each document that could not be computed, by the number of the document in the shard, ascending."""
     exact: Exact
-    """Whole distributions of the rows that were to be kept, without those of documents set aside."""
+    """Exact distributions of the rows that the caller asked for, without rows of documents that were set aside."""
     fidelity: dict[str, float] = field(default_factory=dict)
-    """What was measured with them, by name."""
+    """Fidelity measured on the rows in `exact`: sums by name (docs/fidelity.md)."""
 
 
 @torch.no_grad()
@@ -68,24 +71,27 @@ def score_target(
 
     Args:
         lm: The target.
-        shard: Tokens of the documents.
+        shard: Tokens and loss mask of the documents.
         spec: Truncation scheme and codebook.
-        batch_tokens: Most tokens of a forward, padding included.
-        keep: A few rows that count, whose exact distributions are wanted too.
-        progress: Called with the number of rows of each batch that the model took.
+        batch_tokens: Largest number of tokens in a forward pass, including padding.
+        keep: Places in the shard of the rows whose exact distributions are returned too, ascending. These rows must
+            count. There should be few of them, because each distribution takes 4 * V bytes on the device.
+        progress: Called after each batch that was computed, with its number of rows.
 
     Returns:
-        The arrays of the shard's `target` layer: counts 0, no entries and NaN where masked or set aside. A document is
-        set aside if the model raises one of MODEL_ERRORS with it alone, or if a row of it that counts has an entropy
-        that is not finite, or a tail or label logprob that is NaN or plus infinity.
+        The arrays of the shard's `target` layer. Rows that are masked, or whose document is set aside, have count 0, no
+        entries, and NaN for their other numbers. A document is set aside if the model raises one of MODEL_ERRORS on
+        this document alone, or if one of its counted rows has an entropy that is not finite, or a tail or label logprob
+        that is NaN or plus infinity.
 
     Raises:
-        ValueError: Not one of the documents with rows that count could be computed.
-        torch.AcceleratorError: The device cannot be used any more; a new process is needed.
+        ValueError: No document with rows that count could be computed.
+        torch.AcceleratorError: The device is no longer usable; a new process is needed.
     """
     room = spec.room
     counted = np.flatnonzero(shard.loss_mask)
-    rank = np.zeros(len(shard.ids), dtype=np.intp)  # place of a row among those that count
+    # `rank` is the place of each row among the rows that count. Only these rows get memory for entries.
+    rank = np.zeros(len(shard.ids), dtype=np.intp)
     rank[counted] = np.arange(len(counted))
     token_ids = np.zeros((len(counted), room), dtype=np.uint32)
     codes = np.zeros((len(counted), room), dtype=np.uint8)
@@ -116,29 +122,24 @@ def score_target(
 
     raised = run_batches(shard, batch_tokens, launch, collect)
     set_aside = _blank(floats, shard, raised)
+    # `_blank` has cleared the floats of these documents. Without entries, their rows are stored like masked ones.
     counts[rows_of(shard, set_aside)] = 0
     used = np.arange(room) < counts[counted][:, None]
-    arrays: dict[str, NDArray[Any]] = {
-        "counts": counts,
-        "gaps": codec.gaps(token_ids[used], counts),
-        "logprobs": codes[used],
-        "draws": draws[used],
-        **{name: round_mantissa(values, MANTISSA_BITS) for name, values in floats.items()},
-    }
+    arrays = codec.pack(counts=counts, token_ids=token_ids[used], codes=codes[used], draws=draws[used], **floats)
     return Scored(arrays=arrays, set_aside=set_aside, exact=without(exact, shard, set_aside))
 
 
 @torch.no_grad()
 def score_again(lm: SplitLM, shard: Shard, rows: NDArray[np.intp]) -> Exact:
-    """Runs the target over documents of some rows once more, each alone: how far it is from itself.
+    """Runs the target a second time, on each document alone, to measure the target's numerical noise (the control).
 
     Args:
         lm: The target.
-        shard: Tokens of the documents.
-        rows: Places of a few rows that count.
+        shard: Tokens and loss mask of the documents.
+        rows: Rows that were measured in the first run, ascending.
 
     Returns:
-        The distributions of those rows that are cheap to compute (`control_of`), without documents that fail now.
+        Exact distributions of the rows that `control_of` selects, without rows that fail or give NaN in the second run.
     """
     control = control_of(shard, rows)
     exact = Exact.of(np.flatnonzero(control.loss_mask), lm.vocab_size, lm.device)
@@ -152,6 +153,7 @@ def score_again(lm: SplitLM, shard: Shard, rows: NDArray[np.intp]) -> Exact:
     def collect(batch: Batch, parts: list[NDArray[Any]]) -> None:
         is_there[batch.rows] = ~parts[0]
 
+    # With a limit of one token, each document is a batch of its own, unlike in the first run.
     run_batches(control, 1, launch, collect)
     return exact.only(is_there)
 
@@ -166,24 +168,26 @@ def score_losses(
     keep: NDArray[np.intp] = NO_ROWS,
     progress: Callable[[int], object] | None = None,
 ) -> Scored:
-    """Runs a model over a shard and computes its soft cross entropy on the stored support.
+    """Runs a model over a shard and computes its soft cross entropy with the target's stored rows.
 
     Args:
         lm: A reference, or an untrained draft.
-        shard: Tokens of the documents; the loss mask is 0 where the target's rows hold nothing (`without`).
-        rows: The target's rows as stored.
-        batch_tokens: Most tokens of a forward, padding included.
-        keep: A few rows that count, whose exact distributions are wanted too.
-        progress: Called with the number of rows of each batch that the model took.
+        shard: Tokens and loss mask of the documents. The loss mask must be 0 in documents that were set aside in the
+            target's rows (`batch_runner.without`).
+        rows: The target's rows of the shard, decoded from their stored form.
+        batch_tokens: Largest number of tokens in a forward pass, including padding.
+        keep: Places in the shard of the rows whose exact distributions are returned too, ascending. These rows must
+            count. There should be few of them, because each distribution takes 4 * V bytes on the device.
+        progress: Called after each batch that was computed, with its number of rows.
 
     Returns:
-        `ce` and `label_logprob`, float32 [R] each, nats, NaN where masked or set aside. A document is set aside if the
-        model raises one of MODEL_ERRORS with it alone, or if a row of it that counts has a cross entropy that is not
-        finite, or a label logprob that is NaN or plus infinity.
+        Arrays `ce` and `label_logprob`, float32 [R] each, in nats; NaN for rows that are masked or whose document is
+        set aside. A document is set aside if the model raises one of MODEL_ERRORS on this document alone, or if one of
+        its counted rows has a cross entropy that is not finite, or a label logprob that is NaN or plus infinity.
 
     Raises:
-        ValueError: Not one of the documents with rows that count could be computed.
-        torch.AcceleratorError: The device cannot be used any more; a new process is needed.
+        ValueError: No document with rows that count could be computed.
+        torch.AcceleratorError: The device is no longer usable; a new process is needed.
     """
     values = {name: np.full(len(shard.ids), np.nan, dtype=np.float32) for name in ("ce", "label_logprob")}
     exact = Exact.of(keep, lm.vocab_size, lm.device)
@@ -213,7 +217,7 @@ def score_losses(
 
 
 def _hidden_rows(lm: SplitLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Runs the backbone; [N, H] of the rows that count, and their labels."""
+    """Runs the backbone on a batch. Returns hidden states [N, H] of the rows that count, and their labels [N]."""
     ids = torch.from_numpy(batch.ids).to(lm.device, non_blocking=True)
     places = torch.from_numpy(batch.places).to(lm.device, non_blocking=True)
     labels = torch.from_numpy(batch.labels).to(lm.device, non_blocking=True)
@@ -225,18 +229,18 @@ def _chunks(num_rows: int, size: int) -> list[slice]:
 
 
 def _blank(values: Mapping[str, NDArray[np.float32]], shard: Shard, raised: dict[int, str]) -> dict[int, str]:
-    """Finds the documents that could not be computed, and makes their rows NaN in place.
+    """Finds the documents that could not be computed, and sets the values of their rows to NaN in place.
 
     Args:
-        values: Numbers by name, [R] each; NaN where nothing was computed.
-        shard: Tokens of the documents.
-        raised: Those that the model raised with, and what.
+        values: Arrays [R] by name, such as the entropy of each row; NaN for rows that were not computed.
+        shard: Tokens and loss mask of the documents.
+        raised: Reasons for the documents on which the model raised an error, by number of the document in the shard.
 
     Returns:
-        All that are to be set aside, ascending, and why.
+        Reason for each document that must be set aside, by the number of the document in the shard, ascending.
 
     Raises:
-        ValueError: They are all that have rows that count.
+        ValueError: All documents with rows that count would be set aside.
     """
     not_finite: dict[int, str] = {}
     for name, part in values.items():
@@ -247,12 +251,13 @@ def _blank(values: Mapping[str, NDArray[np.float32]], shard: Shard, raised: dict
             not_finite.setdefault(
                 int(document), f"model must give finite numbers, got {name}={part[wrong[first]]} at row {place}"
             )
+    # A document on which the model raised has NaN rows too. The error is the better reason, so it comes last.
     set_aside = dict(sorted((not_finite | raised).items()))
     if set_aside and len(set_aside) == len(np.unique(documents_of(shard, np.flatnonzero(shard.loss_mask)))):
         document, reason = next(iter(set_aside.items()))
-        next_step = "see that it runs on one of them" if document in raised else "try --dtype float32"
+        next_step = "check that it runs on one of them" if document in raised else "try --dtype float32"
         raise ValueError(
-            f"model must score a document of shard {shard.index} at least, got {len(set_aside)} that all fail, "
+            f"model must score at least one document of shard {shard.index}, got {len(set_aside)} that all fail, "
             f"document {document}: {reason}; {next_step}"
         )
     blank = rows_of(shard, set_aside)

@@ -1,1 +1,1 @@
-"""Commit records and the protocol that makes exactly one attempt of a shard exist."""
+"""Commit records, and the protocol by which exactly one of several attempts to write a shard succeeds."""

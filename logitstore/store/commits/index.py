@@ -1,4 +1,7 @@
-"""The commit records of a layer, as one listing shows them."""
+"""The index of a layer: its committed shards, parsed from the names of their commit records in one listing.
+
+The name of a record holds its counts and the first digits of its digests, so the records themselves are not read.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +32,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """The committed shards of a layer, by number, as one listing of their records tells them.
+    """The committed shards of a layer, in ascending order, parsed from one listing of their records.
 
-    S shards, of 72 bytes each.
+    In shapes, S is the number of committed shards. The index takes 72 bytes of memory per shard.
     """
 
     layer: str
+    """Layer of the records."""
     shards: NDArray[np.int64]
-    """[S], ascending."""
+    """[S]: shard numbers, ascending."""
     documents: NDArray[np.int64]
+    """[S]: number of documents in each shard."""
     rows: NDArray[np.int64]
+    """[S]: number of rows in each shard."""
     counted: NDArray[np.int64]
+    """[S]: number of rows in each shard whose loss mask is 1, excluding rows of documents that were set aside."""
     entries: NDArray[np.int64]
+    """[S]: number of entries in each shard; 0 in layers without entries."""
     set_aside: NDArray[np.int64]
-    """[S] each: the counts of the same name in a commit; documents set aside."""
+    """[S]: number of documents in each shard that were set aside, because they could not be computed."""
     digests: NDArray[np.bytes_]
-    """[S]: first digits of each shard's digest."""
+    """[S]: first hexadecimal digits of each shard's digest."""
     origins: NDArray[np.bytes_]
-    """[S]: first digits of the digest that it was computed from."""
+    """[S]: first hexadecimal digits of the digest of the same shard in the layer below. Each shard was computed from
+    the values that have this digest. Zeros for tokens."""
     contested: frozenset[int]
-    """Shards with more than one record: none of them can be trusted, and all appear above once."""
+    """Numbers of the shards with more than one record. None of these records can be trusted. Each such shard appears
+    once in `shards`."""
     unknown: tuple[str, ...]
-    """Names that are not those of records. They mean nothing."""
+    """Names in the commits folder that are not names of records. Readers ignore them."""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -59,7 +69,7 @@ class Index:
         return self.find(shard) is not None
 
     def find(self, shard: int) -> int | None:
-        """Returns the place of a shard in the arrays, None if it is not committed."""
+        """Returns the place of a shard in the arrays; None if the shard is not committed."""
         place = int(np.searchsorted(self.shards, shard))
         return place if place < len(self.shards) and self.shards[place] == shard else None
 
@@ -71,11 +81,11 @@ class Index:
 
     @cached_property
     def committed(self) -> frozenset[int]:
-        """The shards as a set."""
+        """Numbers of the committed shards, as a set."""
         return frozenset(self.shards.tolist())
 
     def upto(self, num_shards: int) -> Index:
-        """Returns the part of it below a shard."""
+        """Returns an index of only the shards with numbers below `num_shards`. The field `unknown` is unchanged."""
         stop = int(np.searchsorted(self.shards, num_shards))
         if stop == len(self.shards):
             return self
@@ -84,16 +94,19 @@ class Index:
 
 
 _HEAD = -len(f"-{NO_DIGEST}-{NO_DIGEST}.json")
+"""Index at which the counts in a record's name end. The index is negative: it counts from the end of the name, because
+only the part of the name after the counts has a fixed length."""
 _DIGESTS = (
     slice(_HEAD + 1, _HEAD + 1 + SHORT_DIGEST_LENGTH),
     slice(_HEAD + 2 + SHORT_DIGEST_LENGTH, _HEAD + 2 + 2 * SHORT_DIGEST_LENGTH),
 )
-"""Where the counts of a name end, and where its digests are: all are of the same length there."""
+"""Slices of the two digests in a record's name. Both are counted from the end of the name."""
+# The arrays of an `Index`, in the order in which a record's name holds their values.
 _COLUMNS = ("shards", "documents", "rows", "counted", "entries", "set_aside", "digests", "origins")
 
 
 def commits_folder(layer: str) -> str:
-    """Returns where the records of a layer are."""
+    """Returns the path of the folder that holds a layer's commit records."""
     return f"commits/{layer}"
 
 
@@ -103,15 +116,24 @@ def read_index(storage: Storage, layer: str) -> Index:
 
 
 def index_from_names(layer: str, names: Sequence[str]) -> Index:
-    """Reads what the names of records, in order, say. Some 100,000 of them are to take a tenth of a second."""
+    """Parses the names of a layer's records into an index.
+
+    Args:
+        layer: The layer of the records.
+        names: Names in the layer's commits folder, sorted. Names that are not names of records become `unknown`.
+    """
     records = [name for name in names if RECORD_NAME.fullmatch(name)]
+    # 100,000 names should take 0.1 s, so one call of NumPy parses all the counts. "drces" are the letters that follow
+    # the counts in a name.
     heads = "-".join([name[:_HEAD] for name in records]).encode()
     numbers = np.fromstring(heads.translate(None, b"drces"), dtype=np.int64, sep="-").reshape(-1, 6)
     digests, origins = (
         np.array([name[part] for name in records], dtype=f"S{SHORT_DIGEST_LENGTH}") for part in _DIGESTS
     )
+    # Names are sorted as text, which puts shard 1000000 before shard 999999, so shards are sorted by number here.
     order = np.argsort(numbers[:, 0], kind="stable")
     shards = numbers[order, 0]
+    # Of several records of one shard, the last one is kept, and the shard is contested.
     is_last = np.append(shards[1:] != shards[:-1], True)[: len(shards)]
     kept = order[is_last]
     return Index(
@@ -123,15 +145,18 @@ def index_from_names(layer: str, names: Sequence[str]) -> Index:
 
 
 def commit_names(storage: Storage, layer: str, shard: int) -> list[str]:
-    """Lists the records of a shard: one if it is committed."""
+    """Lists the names of a shard's records. No record means not committed, and several records mean a damaged shard.
+
+    Bypasses all caches of listings, so a writer can rely on the result.
+    """
     return [name for name in storage.names_with(commits_folder(layer), f"{shard:06d}-") if RECORD_NAME.fullmatch(name)]
 
 
 def find_commit(storage: Storage, layer: str, shard: int) -> Commit | None:
-    """Reads the record of a shard as it is now; None if it is not committed.
+    """Reads the current record of a shard; None if the shard is not committed.
 
     Raises:
-        DamagedShardError: There are several, or the record is not what its name says.
+        DamagedShardError: The shard has several records, or its record is malformed or differs from its name.
     """
     names = commit_names(storage, layer, shard)
     if not names:
@@ -140,8 +165,8 @@ def find_commit(storage: Storage, layer: str, shard: int) -> Commit | None:
         raise DamagedShardError(layer, shard, f"{len(names)} commit records")
     try:
         data = storage.get(f"{commits_folder(layer)}/{names[0]}")
-    except FileNotFoundError:  # taken back since it was listed
+    except FileNotFoundError:  # The shard was taken back after the listing.
         return None
     except FormatError as error:
-        raise DamagedShardError(layer, shard, "a commit record too long to be one") from error
+        raise DamagedShardError(layer, shard, "a commit record that is too long") from error
     return parse_commit(data, layer, shard, names[0])

@@ -1,9 +1,15 @@
-"""The commit protocol: how one attempt's bytes, and only one's, become a shard of a layer (docs/format.md).
+"""The commit protocol: of all attempts to write a shard, exactly one provides the shard's bytes (docs/format.md).
 
-Any number of writers may work on one shard at once, be killed at any point, or finish long after they were given up.
-Zarr's keys are fixed, so no writer puts there what it computed: each stages its bytes under names of its own, the first
-to put a record at the winner's name wins, and all publish the winner's bytes. Until the shard is committed
-nothing that was staged is removed, so there is one winner only; from then on nobody can win who would publish.
+Any number of writers may work on one shard at the same time. A writer may be killed at any point, or finish long after
+its job has stopped waiting for it. All writers of a shard share the shard's Zarr keys, so no writer puts its bytes
+there directly:
+
+1. Each writer stages its objects under names that no other writer uses.
+2. The first writer that creates the winner file wins the election.
+3. Every writer copies the winner's objects to the Zarr keys, then writes the winner's commit record.
+
+Staged objects and the winner file stay until the shard is committed, so there is only one winner before the commit. A
+writer that wins a later election finds the commit record and publishes nothing.
 """
 
 from __future__ import annotations
@@ -27,87 +33,105 @@ if TYPE_CHECKING:
     from logitstore.storage.storage import Storage
 
 STAGING = "staging"
+"""Folder of the objects and winner files of shards that are being written."""
 WINNER = "winner"
-"""Begins the names of elections' results: winner-0.json, and if that became useless winner-1.json, and so on."""
+"""Beginning of a winner file's name. The file of a shard's first election is winner-0.json. If the winner that this
+file names is unusable, another election is held with winner-1.json, and so on."""
 MAX_ROUNDS = 100
-"""Each round without an end means that another writer got further; so many in a row are not credible."""
+"""Maximum number of rounds of `publish`, and of elections in one round. A round is repeated only if another writer made
+progress meanwhile; 100 such rounds in a row are not plausible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Winner:
-    """Whose bytes a shard will have."""
+    """An attempt to write a shard. The attempt is a candidate in the election of the shard, or has won the election."""
 
     attempt: str
+    """Random name of the attempt, 32 hexadecimal digits; the names of its staged objects begin with it."""
     objects: tuple[str, ...]
-    """Arrays that have an object; the others hold the fill value alone."""
+    """Names of the arrays that have a staged object. The other arrays hold only the fill value."""
     commit: Commit
+    """The commit record of the attempt's values."""
 
 
 def staging(layer: str, shard: int) -> str:
-    """Returns the folder of what is being written of a shard."""
+    """Returns the folder of the staged objects and winner files of a shard."""
     return f"{STAGING}/{layer}/{shard:06d}"
 
 
 def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None]) -> Commit:
-    """Makes a shard exist, or finds that it does.
+    """Commits a shard, unless another writer has committed it already.
 
     Args:
         storage: The store's root.
-        commit: The record of these values.
-        objects: The encoded values, by array; None where there is nothing but the fill value.
+        commit: The commit record of the values in `objects`.
+        objects: The encoded values, by array name; None for an array that holds only the fill value.
 
     Returns:
-        The record that is committed now: this one, or that of a writer who was first.
+        The record that is committed now: `commit`, or the record of another writer that was faster.
 
     Raises:
-        DamagedShardError: The shard has several records, or one that is not what its name says.
+        DamagedShardError: The shard has several records, or a record that differs from its name.
+        StorageError: The shard is not committed after MAX_ROUNDS rounds.
     """
     layer, shard = commit.layer, commit.shard
     staged = tuple(name for name, data in objects.items() if data is not None)
     for _ in range(MAX_ROUNDS):
-        if (there := find_commit(storage, layer, shard)) is not None:
+        if (committed := find_commit(storage, layer, shard)) is not None:
             clean(storage, layer, shard)
-            return there
-        # A new attempt each time: what is gone must not come back under a name that others gave up.
+            return committed
+        # Each round uses a new attempt name. Other writers may have passed over the old attempt, because its objects
+        # were deleted. After that, objects must not reappear under the old name.
         mine = Winner(attempt=uuid.uuid4().hex, objects=staged, commit=commit)
         try:
             _stage(storage, mine, objects)
             winner = _elect(storage, mine)
-            # Elections end with a commit: whoever won one that came after it sees the commit here, and stops.
+            # Winner files are removed only after a commit. A writer that wins a later election therefore finds the
+            # commit record here, and must publish nothing.
             if winner is None or find_commit(storage, layer, shard) is not None:
                 continue
             _copy(storage, winner)
         except FileNotFoundError:
-            continue  # what was staged is gone: somebody has finished
+            continue  # A staged object was removed, so another writer has finished.
         storage.put(f"{commits_folder(layer)}/{winner.commit.name}", commit_bytes(winner.commit))
         clean(storage, layer, shard)
         return winner.commit
     raise StorageError(
-        f"shard {shard} of layer {layer!r} must be written by few writers at once, got {MAX_ROUNDS} rounds without an "
-        "end; check that the file system shows what was written, then run the same command again"
+        f"shard {shard} of layer {layer!r} is not committed after {MAX_ROUNDS} rounds of the commit protocol; check "
+        "that every machine sees finished writes at once, and that few jobs write this store, then run the same "
+        "command again"
     )
 
 
 def clean(storage: Storage, layer: str, shard: int) -> None:
-    """Removes all that was staged of a committed shard, whoever did it: the winner's name first."""
+    """Removes the staged objects and winner files of all writers of a shard, the winner files first.
+
+    Call this function only after the shard was committed or taken back.
+    """
     folder = staging(layer, shard)
     names = storage.names(folder)
-    # Without its objects a winner is no use, but others would have to find that out.
+    # The winner files go first, because a winner file without its objects would make other writers hold an election.
     storage.for_each(storage.remove, [f"{folder}/{name}" for name in names if name.startswith(WINNER)])
     if storage.is_local:
-        storage.remove_folder(folder)  # with what killed writers did not finish
+        storage.remove_folder(folder)  # Also removes the partial files of killed writers.
     else:
         storage.for_each(storage.remove, [f"{folder}/{name}" for name in names if not name.startswith(WINNER)])
 
 
 def _stage(storage: Storage, mine: Winner, objects: Mapping[str, bytes | None]) -> None:
+    """Writes the attempt's objects under names that no other attempt uses."""
     folder = staging(mine.commit.layer, mine.commit.shard)
     pairs = [(f"{folder}/{mine.attempt}.{name}", data) for name, data in objects.items() if data is not None]
     storage.for_each(lambda pair: storage.put(*pair), pairs)
 
 
 def _elect(storage: Storage, mine: Winner) -> Winner | None:
-    """Returns who won, None if there is no winner any more: he has finished."""
+    """Holds elections until a usable attempt has won. The bytes of that attempt become the shard.
+
+    Returns:
+        The winner, which may be `mine`. None if the winner file was removed because another writer has finished, or if
+        the winners of all elections are unusable.
+    """
     layer, shard = mine.commit.layer, mine.commit.shard
     folder = staging(layer, shard)
     record = {
@@ -116,8 +140,8 @@ def _elect(storage: Storage, mine: Winner) -> Winner | None:
         "name": mine.commit.name,
         "commit": commit_bytes(mine.commit).decode(),
     }
-    # There is a second election only if the first one's winner is no use: damaged on the disk, or robbed of its objects
-    # by somebody's hand. To replace it could be to replace what another writer, who saw the same, has just put there.
+    # Another election is held only if the previous winner is unusable: its file is damaged, or its staged objects were
+    # deleted. The winner file is not overwritten, because another writer may just have replaced it by a valid file.
     for number in range(MAX_ROUNDS):
         path = f"{folder}/{WINNER}-{number}.json"
         if storage.create(path, to_json_bytes(record)):
@@ -135,16 +159,25 @@ def _elect(storage: Storage, mine: Winner) -> Winner | None:
 
 
 def _parse(found: object, commit: Commit) -> Winner:
+    """Builds a winner from the parsed content of a winner file. `commit` is the caller's record of the same shard.
+
+    Raises:
+        FormatError: The content is malformed.
+        DamagedShardError: The commit record in the content is malformed, or belongs to another shard.
+    """
     if not isinstance(found, dict) or set(found) != {"attempt", "objects", "name", "commit"}:
-        raise FormatError(f"winner must be one's record, got {found!r:.80}; remove it")
+        raise FormatError(
+            f"winner file must have the fields attempt, objects, name and commit, got {found!r:.80}; delete that file"
+        )
     attempt, objects, name, record = (found[field] for field in ("attempt", "objects", "name", "commit"))
     names = [array.name for array in layout.layer_arrays(commit.layer)]
     if not isinstance(objects, list) or not all(array in names for array in objects):
-        raise FormatError(f"winner must name objects of {commit.layer}, got {objects!r:.80}; remove it")
+        raise FormatError(f"winner file must name objects of {commit.layer}, got {objects!r:.80}; delete that file")
     if not isinstance(attempt, str) or not re.fullmatch("[0-9a-f]{32}", attempt):
-        raise FormatError(f"winner must name an attempt, got {attempt!r:.80}; remove it")
+        raise FormatError(f"winner file must name an attempt, got {attempt!r:.80}; delete that file")
     if not isinstance(name, str) or not isinstance(record, str):
-        raise FormatError(f"winner must hold a commit record as text, got {record!r:.80}; remove it")
+        raise FormatError(f"winner file must hold a commit record as text, got {record!r:.80}; delete that file")
+    # A lone surrogate, which JSON allows, cannot be encoded; its replacement then fails the record's checksum.
     return Winner(
         attempt=attempt,
         objects=tuple(objects),
@@ -153,7 +186,14 @@ def _parse(found: object, commit: Commit) -> Winner:
 
 
 def _copy(storage: Storage, winner: Winner) -> None:
-    """Gives the winner's bytes their Zarr keys. Copies, never writes: what is gone cannot be published any more."""
+    """Copies the winner's objects to their Zarr keys, and deletes the keys of arrays without an object.
+
+    The objects are copied from the staging folder, not written from memory. This folder is emptied once the shard is
+    committed, so a writer that comes after that can publish nothing.
+
+    Raises:
+        FileNotFoundError: A staged object was removed.
+    """
     layer, shard = winner.commit.layer, winner.commit.shard
 
     def place(array: ArraySpec) -> None:
@@ -161,6 +201,6 @@ def _copy(storage: Storage, winner: Winner) -> None:
 
     arrays = layout.layer_arrays(layer)
     storage.for_each(place, [array for array in arrays if array.name in winner.objects])
-    # Not before the copies: who comes too late finds that out by them, and then removes nothing.
+    # The copies come first: a writer that comes after the commit fails at a copy, and so deletes nothing.
     absent = [layout.object_path(layer, array, shard) for array in arrays if array.name not in winner.objects]
     storage.for_each(storage.remove, absent)

@@ -1,0 +1,1 @@
+"""Commands of the trainer: `logitstore train` and `logitstore evaluate`."""
