@@ -133,7 +133,7 @@ def index_from_names(layer: str, names: Sequence[str]) -> Index:
     # Names are sorted as text, which puts shard 1000000 before shard 999999, so shards are sorted by number here.
     order = np.argsort(numbers[:, 0], kind="stable")
     shards = numbers[order, 0]
-    # Of several records of one shard, the last one is kept, and the shard is contested.
+    # A shard with several records is contested. Its last record stands for it, so that each shard has one row.
     is_last = np.append(shards[1:] != shards[:-1], True)[: len(shards)]
     kept = order[is_last]
     return Index(
