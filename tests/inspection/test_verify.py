@@ -21,18 +21,12 @@ from tests.helpers.dumped import (
     LAYERS,
     add_layers,
     contents,
-    make,
     missing,
     prepare_tokens,
     record,
     times,
     write_missing,
 )
-
-
-@pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("verify"), tiny)
 
 
 @pytest.fixture

@@ -19,17 +19,11 @@ from tests.helpers.dumped import (
     add_layers,
     contents,
     documents,
-    make,
     make_dumper,
     prepare_tokens,
     record,
     write_data,
 )
-
-
-@pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("verify"), tiny)
 
 
 @pytest.fixture(scope="module")
