@@ -26,7 +26,7 @@ def join_cluster() -> None:
         ray.init(logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ValueError(
-            f"RAY_ADDRESS must be that of a running cluster, got RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} "
+            f"RAY_ADDRESS must be the address of a running cluster, got RAY_ADDRESS={os.environ.get('RAY_ADDRESS')} "
             f"({error}); start that cluster, or unset RAY_ADDRESS to use this machine alone"
         ) from error
 
@@ -63,8 +63,8 @@ def worker_resources(num_workers: int, *, use_gpus: bool) -> tuple[dict[str, flo
         use_gpus: Whether workers may have GPUs.
 
     Returns:
-        CPUs and GPUs of each worker; and the largest number of workers, with one CPU each and a GPU if workers have
-        GPUs, that the cluster's nodes can hold when they are empty.
+        CPUs and GPUs of each worker, and the largest number of workers that fit on the cluster's nodes when the nodes
+        are empty. For this number, a worker has one CPU, and also one GPU if workers have GPUs.
     """
     import ray
 

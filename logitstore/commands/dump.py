@@ -215,18 +215,16 @@ def _check(args: argparse.Namespace) -> tuple[Scheme, dict[str, str]]:
     if args.append and not args.data:
         raise ValueError("data must be given with --append, got none; give --data")
     if args.append and references and not args.target:
-        raise ValueError("target must be given with --append and --reference, got none: losses need its rows; "
-                         "give --target, or append first")  # fmt: skip
+        raise ValueError("target must be given with --append and --reference, got none; give --target, "
+                         "or append the documents first and add their losses in a second dump")  # fmt: skip
     if args.max_kl is not None and not 0 < args.max_kl < float("inf"):
         raise ValueError(f"max_kl must be above 0 and finite, got max_kl={args.max_kl}; 0.5 is usual")
     if args.max_kl is not None and not args.target:
-        raise ValueError(
-            f"max_kl needs --target, got max_kl={args.max_kl} without it; add --target, or leave --max_kl out"
-        )
+        raise ValueError(f"max_kl needs --target, got max_kl={args.max_kl} without it; add --target, or omit --max_kl")
     if args.max_kl is not None and scheme.draws:
         raise ValueError(
-            f"max_kl needs --scheme topk or nucleus, got max_kl={args.max_kl} with {scheme.name}; leave --max_kl "
-            "out: entries drawn at random lose nothing on average, and `logitstore fidelity` shows their noise"
+            f"max_kl needs --scheme topk or nucleus, got max_kl={args.max_kl} with {scheme.name}; omit --max_kl (on "
+            "average, entries drawn at random lose nothing; `logitstore fidelity` shows their noise)"
         )
     return scheme, references
 
@@ -315,14 +313,14 @@ def _documents(
         if missing := store.layers["tokens"].num_missing:
             raise LayerNotFoundError(
                 f"tokens must be complete, got {missing} of {store.spec.num_shards} shards missing in "
-                f"{store.url}; give --data again to finish preparing"
+                f"{store.url}; give --data again to write the missing documents"
             )
         return store, *check(store.spec.tokenizer, store.spec.max_length, store.spec.shard_rows)
     from logitstore.documents.prepare import prepare
 
     name = args.tokenizer or args.target
     if name is None:
-        raise ValueError("tokenizer must be given if --data is given and --target is not, got none; give --tokenizer")
+        raise ValueError("tokenizer must be given with --data and without --target, got none; give --tokenizer")
     revision = args.target_revision if name == args.target else None
     tokenizer = load_tokenizer(shared.source_of(args, name, revision), what="tokenizer" if args.tokenizer else "target")
     attributes = read_attributes(storage, "")
@@ -369,13 +367,13 @@ def choose_max_length(args: argparse.Namespace, stored: StoreSpec | None) -> int
 def _check_target_complete(store: Store) -> None:
     if "target" not in store.layers:
         raise LayerNotFoundError(
-            f"store must have target rows for losses, got {store.url} without them; give --target too"
+            f"store must have target rows before losses are added, got {store.url} without any; give --target too"
         )
     target = store.layers["target"]
     if target.num_missing or target.stale:
         raise LayerNotFoundError(
-            f"target must be complete for losses, got {target.num_missing} of {store.spec.num_shards} shards missing "
-            f"and {len(target.stale)} stale in {store.url}; run the dump with --target again to finish it"
+            f"target must be complete before losses are added, got {target.num_missing} of {store.spec.num_shards} "
+            f"shards missing and {len(target.stale)} stale in {store.url}; run the dump with --target again"
             f"{explain_missing(store.storage, 'target')}"
         )
 

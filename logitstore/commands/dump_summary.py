@@ -91,8 +91,8 @@ def explain(summary: dict[str, Any]) -> int:
     # Shards that were set aside have their own message below.
     undone.difference_update(map(int, left["shards"]))
     if undone:
-        _say("error: ", [f"{len(undone):,} shards, or the shards that they are computed from, were taken back by "
-                         "another job or a repair during the dump; run the same command again"])  # fmt: skip
+        _say("error: ", [f"another job or a repair took back {len(undone):,} shards during the dump, or shards that "
+                         "they are computed from; run the same command again"])  # fmt: skip
     if not shards and not num_documents:
         return 3 if undone else 0
     counts = {"shards": len(shards), "documents": num_documents}

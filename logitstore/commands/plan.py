@@ -94,16 +94,18 @@ def _check(args: argparse.Namespace) -> list[Scheme]:
     if args.target is None and args.tokenizer is None:
         raise ValueError("target must be given, got none; give --target, or --tokenizer if there is no target yet")
     if args.target is None and args.calibrate is not None:
-        raise ValueError(f"target must be given with --calibrate, got none, calibrate={args.calibrate}; give --target")
+        raise ValueError(f"calibrate needs --target, got calibrate={args.calibrate} without it; add --target")
     if args.calibrate is not None and args.rows_per_s is not None:
-        raise ValueError(f"rows_per_s must be left out with --calibrate, which measures it, got rows_per_s="
-                         f"{args.rows_per_s}; leave one of them out")  # fmt: skip
+        raise ValueError(f"rows_per_s must be omitted with --calibrate, which measures the rate itself, got "
+                         f"rows_per_s={args.rows_per_s}; omit one of the two")  # fmt: skip
     given = {name: getattr(args, name, None) for options in OPTIONS.values() for name in options}
     if args.scheme is not None:
         return [make_scheme(args.scheme, given)]
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name} needs --scheme, got {name}={value} without it; add the --scheme that it is for")
+            raise ValueError(
+                f"{name} needs --scheme, got {name}={value} without it; add the --scheme that has this option"
+            )
     return [make_scheme(name, {}) for name in OPTIONS]
 
 

@@ -50,7 +50,7 @@ class RaisingErrors:
             if len(found[2]) > MAX_CHOICES:
                 message = message[: found.start(2) - 2]
             message += near
-        raise ValueError(f"arguments must parse, got: {message}; see --help")
+        raise ValueError(f"{message}; see --help")
 
 
 class Parser(RaisingErrors, argparse.ArgumentParser):

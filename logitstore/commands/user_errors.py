@@ -139,7 +139,7 @@ def end_without_package(error: ModuleNotFoundError, extra: str) -> NoReturn:
     """
     if not extra or (error.name or "").partition(".")[0] in ("logitstore", "trainer"):
         raise error
-    end(f"{error.name} must be installed for this command, got no such package; pip install 'logitstore[{extra}]'", 2)
+    end(f"the package {error.name} is needed and not installed; run pip install 'logitstore[{extra}]'", 2)
 
 
 def end(error: Exception | str, status: int) -> NoReturn:

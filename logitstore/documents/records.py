@@ -94,7 +94,9 @@ class Records:
                     if index == 0:
                         return f"line {number} of {name}"
                     index -= 1
-        raise IndexError(f"index must be that of a line, got an index {index} lines beyond the end")
+        raise IndexError(
+            f"index must be that of a record, got one that is {index + 1} lines beyond the end of the data"
+        )
 
 
 def open_records(

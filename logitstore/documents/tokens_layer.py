@@ -59,7 +59,7 @@ class Part:
 
     @property
     def shards(self) -> range:
-        """Numbers, in the store, of the shards of the part."""
+        """Numbers that the shards of the part have in the store."""
         return range(self.first_shard, self.first_shard + self.num_shards)
 
 
@@ -117,8 +117,9 @@ def write_part(storage: Storage, spec: StoreSpec, documents: Shards, *, append: 
             break
         if not append:
             raise IdentityError(
-                f"documents must be {_short(stored.data.documents)} as in the store, got {_short(own.documents)} "
-                f"from data={own.source}; give --append to add them, or another --store"
+                f"data must hold the same documents as the store ({_short(stored.data.documents)}), got "
+                f"data={own.source} with others ({_short(own.documents)}); give --append to add them, or another "
+                "--store"
             )
         writing.append(parts)
         appended = True
@@ -169,14 +170,14 @@ class _Writing:
             return
         if holder is None:
             raise IdentityError(
-                f"append {number} must be claimed while its documents are written, got a claim that another process "
-                "removed just now; run the same command again"
+                f"another process has just removed the claim of append {number}, which this process was about to "
+                "write; run the same command again"
             )
         if holder.data.documents != self.own.documents:
             raise IdentityError(
-                f"append must be of {holder.data.source} ({_short(holder.data.documents)}), which is in progress or "
-                f"was left unfinished, got {self.own.source} ({_short(self.own.documents)}); finish that one with its "
-                "--data and --append, or give it up with `logitstore verify --repair`"
+                f"an append of {holder.data.source} ({_short(holder.data.documents)}) is under way or unfinished, so "
+                f"{self.own.source} ({_short(self.own.documents)}) cannot be appended now; finish the other append by "
+                f"--data {holder.data.source} --append, or give it up with `logitstore verify --repair`"
             )
         # Shards after the store's end are checked twice: before this job writes, because another job may have written
         # some of them, and before all of them become part of the store.
@@ -190,10 +191,10 @@ class _Writing:
         drop_claim(self.storage, number)
 
     def write(self, first_shard: int) -> None:
-        """Writes the shards of the part that are not committed.
+        """Writes those shards of the part that are not committed yet.
 
         Args:
-            first_shard: Number, in the store, of the first shard of the part.
+            first_shard: Number that the first shard of the part has in the store.
 
         Raises:
             IdentityError: Another job has committed one of these shards with other documents.
@@ -217,8 +218,8 @@ class _Writing:
             # If another job has committed the shard first, `commit` is the commit of that job.
             if commit.digest != (digest := self.digests[number]):
                 raise IdentityError(
-                    f"tokens of shard {commit.shard} must be {_short(digest)}, got {_short(commit.digest)} from "
-                    "another job; give another --store, or take the shard back with `logitstore verify --repair`"
+                    f"shard {commit.shard} must hold the tokens {_short(digest)}, got {_short(commit.digest)}, which "
+                    "another job wrote; give another --store, or take the shard back with `logitstore verify --repair`"
                 )
 
     def make_room(self, new: Append | None = None) -> None:
@@ -269,9 +270,9 @@ class _Writing:
             if len(self.parts()) > number:
                 return False
             raise IdentityError(
-                f"tokens of shard {shard} must be {wanted.get(shard, 'none')} to be appended, got {found} from another "
-                "job; if a file in appends/ is gone, restore it, otherwise give that append up with `logitstore verify "
-                "--repair`; then run the same command again"
+                f"shard {shard} after the end of the store must hold the tokens {wanted.get(shard, 'none')} of these "
+                f"documents, got {found} from another job. If a file in appends/ is missing, restore it. Otherwise, "
+                "give up the unfinished append with `logitstore verify --repair`. Then run the same command again"
             )
         return True
 

@@ -37,8 +37,8 @@ class Pool:
         num, cpus, gpus = size(nodes, plan)
         if num > (most := room(nodes, cpus, gpus)):
             logger.warning(
-                "%d actors of %g CPUs and %g GPUs are requested, but the cluster's nodes have room for %d; waiting "
-                "for the cluster to grow", num, cpus, gpus, most,
+                "%d actors with %g CPUs and %g GPUs each were requested, but the cluster has room for %d; waiting for "
+                "it to grow", num, cpus, gpus, most,
             )  # fmt: skip
         self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": SHARDS_IN_FLIGHT}
         self._arguments = {

@@ -182,7 +182,10 @@ class _Run:
         if self.schedule.is_done:
             return
         if self.schedule.has_places:
-            logger.error("the dump goes on with one actor less, because every shard failed there: %s", reason)
+            logger.error(
+                "an actor was given up because every shard failed on it; the dump goes on with one actor less: %s",
+                reason,
+            )
         elif shard is None:
             raise DumpError(f"no actor could load the models: {reason}; fix that and run the same command again")
         else:

@@ -68,13 +68,13 @@ def check_makers(storage: Storage, made_by: Mapping[str, str]) -> None:
         found = "none" if attributes is None else maker(stored_spec(kind, attributes, layer))
         if found != wanted:
             raise IdentityError(
-                f"layer {layer!r} must be made by {wanted[:19]} in {storage.url}, got {found[:19]}: another job "
-                "started the layer again with another model; stop one of the two jobs"
+                f"another job started layer {layer!r} in {storage.url} again with another model ({found[:19]} instead "
+                f"of {wanted[:19]}); stop one of the two jobs"
             )
 
 
 def find_todo(store: Store, layers: Sequence[str], *, retry_set_aside: bool) -> Todo:
-    """Finds the shards in which at least one of some layers is missing, stale or made by another model.
+    """Finds the shards in which at least one of the given layers is missing, stale or made by another model.
 
     Args:
         store: The store, just opened.

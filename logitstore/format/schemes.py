@@ -115,7 +115,7 @@ def make_scheme(name: str, given: Mapping[str, int | float | None]) -> Scheme:
         if value is not None and option not in OPTIONS[name]:
             takes = " or ".join(f"--scheme {other}" for other, options in OPTIONS.items() if option in options)
             raise ValueError(
-                f"{option} needs {takes}, got {option}={value} with --scheme {name}; leave --{option} out, or give "
+                f"{option} needs {takes}, got {option}={value} with --scheme {name}; omit --{option}, or give "
                 "another --scheme"
             )
     chosen: dict[str, Any] = {"name": name, "k": 0} | OPTIONS[name]
@@ -170,12 +170,12 @@ def check_smaller(stored: Scheme, scheme: Scheme) -> None:
     Raises:
         ValueError: `scheme` may keep an entry that is not among the stored entries.
     """
-    whole = "leave scheme (--k and --mass) out to read the store as it is"
+    whole = "omit scheme (--k and --mass) to read the store as it is"
     if stored.draws or scheme.draws:
         which, one = ("stored rows", stored) if stored.draws else ("scheme", scheme)
         raise ValueError(
-            f"{which} must be of topk or nucleus to be truncated further, got {describe(one)}: a token that was not "
-            f"drawn may be likelier than one that was; {whole}"
+            f"{which} must be topk or nucleus to read fewer entries of each row, got {describe(one)} (a token that "
+            f"was not drawn may be likelier than one that was); {whole}"
         )
     if scheme.k > stored.k:
         raise ValueError(f"k must be at most {stored.k}, which the store keeps, got k={scheme.k}; {whole}")
@@ -185,8 +185,8 @@ def check_smaller(stored: Scheme, scheme: Scheme) -> None:
         # Every row of a nucleus holds at least its k_min likeliest tokens, and some rows hold only these.
         if scheme.k > stored.k_min:
             raise ValueError(
-                f"k must be at most {stored.k_min}, the k_min of the stored nucleus, got topk with k={scheme.k}: rows "
-                "that reach the mass sooner hold fewer entries; give a nucleus of lower mass instead"
+                f"k must be at most {stored.k_min}, the k_min of the stored nucleus, got topk with k={scheme.k} (some "
+                "rows hold no more than k_min entries); give a smaller k, or a nucleus of lower mass"
             )
         return
     # A nucleus with at most the stored mass and k_min is part of the stored nucleus at every row.

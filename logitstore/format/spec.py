@@ -127,7 +127,9 @@ class TargetSpec:
 
     def __post_init__(self) -> None:
         if self.temperature != 1.0:
-            raise ValueError(f"temperature must be 1, got temperature={self.temperature}; this version stores no other")
+            raise ValueError(
+                f"temperature must be 1, got temperature={self.temperature}; this version supports no other"
+            )
         if self.scheme.name == "hybrid" and self.last_exact_code == LEVELS - 1:
             raise ValueError(
                 f"num_draws must be smaller with exponent={self.codebook.exponent}, because the last code must lie "

@@ -88,8 +88,10 @@ def write(store: Store, shard: int, out: str, *, overwrite: bool = False) -> Ite
         DamagedShardError: The stored bytes differ from what was committed.
     """
     path = Path(out)
-    if path.suffix != ".npz" or not path.resolve().parent.is_dir():
-        raise ValueError(f"out must be an .npz file in a folder that exists, got out={out}; create the folder first")
+    if path.suffix != ".npz":
+        raise ValueError(f"out must be a file name that ends in .npz, got out={out}; give another name")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"out must be in a folder that exists, got out={out}; create the folder first")
     if path.exists() and not overwrite:
         raise ValueError(f"out must be a new file, got out={out}, which exists; give another name, or add --overwrite")
     # Typed as Any: since NumPy 2.2, savez also has the keyword allow_pickle, for which mypy does not accept an array.

@@ -39,7 +39,7 @@ class Problem:
 
 
 def check_metadata(store: Store) -> Iterator[Problem]:
-    """Yields the problems of a store outside its shards."""
+    """Yields the problems in a store's metadata, in its lists of commit records and in its appends."""
     for layer in store.layers:
         yield from _check_names(store, layer)
         if not len(store.layers[layer].index):

@@ -106,7 +106,7 @@ def load_model(source: ModelSource, *, what: str, device: torch.device | str) ->
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
             f"attn_implementation must be one that {what}={source.name} can run with here, got attn_implementation="
-            f"{source.attn_implementation} ({reason}); leave it out, or give sdpa or eager"
+            f"{source.attn_implementation} ({reason}); omit it, or give sdpa or eager"
         ) from error
     model.eval()
     model.to(device)  # type: ignore[arg-type]  # transformers types its wrapper wrongly

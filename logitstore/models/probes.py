@@ -47,13 +47,15 @@ def check_halves(lm: SplitLM) -> None:
     ids = torch.arange(TOKENS, device=lm.device)[None] % lm.vocab_size
     head = lm.head
     if head is None or getattr(head, "weight", None) is None:
-        raise _refusal(lm, "have logits that are its output embedding applied to its backbone", "has no such embedding")
+        raise _refusal(lm, "have an output embedding that turns its last hidden states into logits", "has none")
     with _evaluating(lm):
         output = lm.backbone(input_ids=ids, use_cache=False)
         states: Tensor | None = getattr(output, "last_hidden_state", None)
         if states is None or states.shape != (1, TOKENS, head.weight.shape[-1]):
             raise _refusal(
-                lm, "have logits that are its output embedding applied to its backbone", "has a step between the two"
+                lm,
+                "have an output embedding that turns its last hidden states into logits",
+                "has another step between the two",
             )
         hidden = states.to(head.weight.dtype)
         raw = float(head(hidden[0]).float().abs().max().nan_to_num())
@@ -66,7 +68,7 @@ def check_halves(lm: SplitLM) -> None:
     # depends on that number. The tolerance therefore allows small differences.
     if changed > max(1e-4, 8 * torch.finfo(hidden.dtype).eps):
         raise _refusal(
-            lm, "be causal", f"changes its earlier states by a fraction of {changed:.1g} when later tokens change"
+            lm, "be causal", f"changes the states of earlier tokens by {100 * changed:.1g} % when later tokens change"
         )
 
 
@@ -102,8 +104,9 @@ def _compare(lm: SplitLM, head: nn.Module, ids: Tensor, hidden: Tensor, factor: 
     size = float(whole.nan_to_num().abs().max())
     if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * size, equal_nan=True):
         raise ValueError(
-            f"model must have logits that are its output embedding applied to its backbone, got {_name(lm)}, whose "
-            f"logits differ by up to {float((whole - halves).abs().max()):.3g}; this architecture is not supported"
+            f"model must compute its logits from its last hidden states and its output embedding alone, got {_name(lm)}"
+            f", whose logits differ from those by up to {float((whole - halves).abs().max()):.3g}; this architecture "
+            "is not supported"
         )
 
 
@@ -153,11 +156,11 @@ def check_packing(lm: SplitLM) -> None:
         moved = _difference(plain, packed(middle, first, last, start=0))
     if leak > 8 * arithmetic + 1e-5:
         raise _packing_refusal(
-            lm, must, f"changes a document's states by a fraction of {leak:.1g} when the document before it changes"
+            lm, must, f"changes a document's states by {100 * leak:.1g} % when the document before it changes"
         )
     if moved > max(1e-3, 16 * torch.finfo(plain.dtype).eps):
         raise _packing_refusal(
-            lm, must, f"changes a document's states by a fraction of {moved:.1g} when its place in the row changes"
+            lm, must, f"changes a document's states by {100 * moved:.1g} % when its place in the row changes"
         )
 
 

@@ -316,7 +316,7 @@ class Storage:
         except OSError as error:
             kind = StorageRefusedError if is_refusal(error) else ValueError
             raise kind(
-                f"url must be a folder that can be made, got url={self.url} ({error.strerror}: {error.filename}); "
+                f"url must be a folder that can be created, got url={self.url} ({error.strerror}: {error.filename}); "
                 "give another"
             ) from error
 

@@ -103,8 +103,8 @@ class Catalog:
         attributes = read_attributes(storage, "")
         if attributes is None:
             raise StoreNotFoundError(
-                f"url must be that of a store, got url={storage.url}, which has no "
-                "zarr.json; check the path, or give --data and --target to the dump to create a store there"
+                f"url must lead to a store, got url={storage.url}, which has no zarr.json; check the "
+                "path, or give --data and --target to the dump to create a store there"
             )
         spec = stored_spec(StoreSpec, attributes, "store")
         # Other jobs may add layers at the same time, so losses are read before the target. A losses layer is added
@@ -151,10 +151,12 @@ class Catalog:
         index = self.layers[layer].index
         if (place := index.find(shard)) is None:
             if shard not in range(n := self.spec.num_shards):
-                raise LayerNotFoundError(f"shard must be from 0 to {n - 1}, got shard={shard}; {url} has {n}")
+                raise LayerNotFoundError(
+                    f"shard must be at least 0 and below {n}, got shard={shard}; {url} has {n} shards"
+                )
             raise LayerNotFoundError(
-                f"shard must be committed, got shard={shard} of layer {layer!r}, which is not: {url} has {len(index)} "
-                f"of {self.spec.num_shards} shards of this layer; run the dump again to finish the layer"
+                f"shard must be committed, got shard={shard} of layer {layer!r}, which is not ({url} has {len(index)} "
+                f"of {self.spec.num_shards} shards of this layer); run the dump again to finish the layer"
             )
         if shard in index.contested:
             raise DamagedShardError(layer, shard, "several commit records")
@@ -189,8 +191,8 @@ class Catalog:
         }.get(layer, "dump the losses again, which replaces the stale ones")
         if commit.made_by != (now := self.layers[layer].made_by):
             raise IdentityError(
-                f"shard {shard} of layer {layer!r} must be made by {now[:19]} as the layer's spec says, got "
-                f"{commit.made_by[:19]}: another job wrote it; {way_out}"
+                f"shard {shard} of layer {layer!r} must be made as the layer's spec says ({now[:19]}), got a shard "
+                f"made by another job with another spec ({commit.made_by[:19]}); {way_out}"
             )
         below = layout.below(layer)
         if below is None:
@@ -200,8 +202,8 @@ class Catalog:
         index = self.layers[below].index if below in self.layers else None
         if index is None or (place := index.find(shard)) is None:
             raise LayerNotFoundError(
-                f"shard {shard} of layer {layer!r} must have the shard of layer {below!r} that it was computed from, "
-                f"got none in {self.storage.url}; run the dump again to write that shard"
+                f"layer {below!r} must hold shard {shard}, from which layer {layer!r} was computed, got no such shard "
+                f"in {self.storage.url}; run the dump again to write the missing shard"
             )
         if shard in index.contested:
             raise DamagedShardError(below, shard, "several commit records")
@@ -209,8 +211,8 @@ class Catalog:
         digest = index.digests[place]
         if short_digest(commit.computed_from).encode() != digest:
             raise IdentityError(
-                f"shard {shard} of layer {layer!r} must be computed from {below} {digest.decode()}, got "
-                f"{short_digest(commit.computed_from)}; these values are stale: {way_out}"
+                f"shard {shard} of layer {layer!r} must be computed from the present {below} ({digest.decode()}), got "
+                f"stale values, computed from earlier ones ({short_digest(commit.computed_from)}); {way_out}"
             )
         return commit
 

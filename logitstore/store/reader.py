@@ -201,7 +201,7 @@ class Store:
         self.check_losses_readable()
         if not self.spec.losses:
             raise LayerNotFoundError(
-                f"{self.url} has no losses yet, so that reference={name} cannot be read; add them with "
+                f"{self.url} has no losses yet, so reference={name} cannot be read; add them with "
                 f"`logitstore dump --store {self.url} --reference {name}=MODEL`"
             )
         if name not in self.spec.losses:

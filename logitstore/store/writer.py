@@ -309,8 +309,8 @@ class LayerWriter:
         kept = protocol.publish(self._storage, commit, encoded)
         if kept.made_by != self._made_by:
             raise IdentityError(
-                f"shard {shard} of layer {self._layer!r} must be made by {self._made_by[:19]}, "
-                f"got {kept.made_by[:19]}: another job writes this layer with another model; stop one of the two"
+                f"another job wrote shard {shard} of layer {self._layer!r} with another model ({kept.made_by[:19]} "
+                f"instead of {self._made_by[:19]}); stop one of the two jobs"
             )
         return kept
 
@@ -335,6 +335,6 @@ class LayerWriter:
         stored = None if found is None else stored_spec(type(self._own), found, self._layer)
         if stored is None or maker(stored) != self._made_by:
             raise IdentityError(
-                f"layer {self._layer!r} in {self._storage.url} must keep its spec while it is written, got a different "
-                "one: another job started the layer again with another model; stop one of the two jobs"
+                f"another job started layer {self._layer!r} in {self._storage.url} again with another model while it "
+                "was written; stop one of the two jobs"
             )

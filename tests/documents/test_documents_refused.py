@@ -34,9 +34,9 @@ def test_store_of_other_documents_or_options_is_refused_and_unchanged(tokenizer,
     changed = write_jsonl(
         tmp_path / "e.jsonl", [{**records[0], "prompt": "x" + records[0]["prompt"][1:]}, *records[1:]]
     )
-    with pytest.raises(IdentityError, match=rf"documents must be sha256:.* from data={changed}; give --append"):
+    with pytest.raises(IdentityError, match=rf"data must hold the same documents .* data={changed} with .*; give"):
         run(changed, tokenizer, url)
-    with pytest.raises(IdentityError, match=r"documents must be sha256:.* from data=.*f.jsonl; give --append"):
+    with pytest.raises(IdentityError, match=r"data must hold the same documents .* data=.*f.jsonl with .*; give"):
         run(write_jsonl(tmp_path / "f.jsonl", records[:1]), tokenizer, url)
     with pytest.raises(IdentityError, match="got columns='text'"):
         run(write_jsonl(tmp_path / "g.jsonl", [{"text": "a b"}]), tokenizer, url)

@@ -348,8 +348,8 @@ def test_shards_taken_back_during_the_job_are_named_and_computed_by_the_next(run
     assert "note: target: shards 0 were taken back; run the same command again" in first.errors
     assert "note: losses/ref: shards 1 were computed from values that no longer exist; run" in first.errors
     assert first.errors.strip().splitlines()[-1] == (
-        "error: 2 shards, or the shards that they are computed from, were taken back by another job or a repair during "
-        "the dump; run the same command again"
+        "error: another job or a repair took back 2 shards during the dump, or shards that they are computed from; "
+        "run the same command again"
     )
     failing_models.fail(failing.folder)
     last = run(*failing.arguments(url))

@@ -55,19 +55,19 @@ def test_invalid_arguments_are_refused_with_one_line_before_anything_is_loaded(j
             arguments(fresh, tiny, tiny.data, "--k", "64", "--shard_rows", str(2**22)),
             "entries of a row must be at most 16 in shards of 4194304 rows, got up to 64; give a smaller --k",
         ),
-        (arguments(fresh, tiny, tiny.data, "--k", "abc"), "arguments must parse, got: argument --k: invalid int value"),
+        (arguments(fresh, tiny, tiny.data, "--k", "abc"), "argument --k: invalid int value"),
         (arguments(fresh, tiny, tiny.data, "--k", "0"), "k must be between 1 and 65535, got k=0"),
         (
             arguments(fresh, tiny, tiny.data, "--mass", "0.9"),
-            "mass needs --scheme nucleus, got mass=0.9 with --scheme topk; leave --mass out",
+            "mass needs --scheme nucleus, got mass=0.9 with --scheme topk; omit --mass",
         ),
         (
             arguments(fresh, tiny, tiny.data, "--scheme", "sample"),
-            "k needs --scheme topk or --scheme nucleus, got k=16 with --scheme sample; leave --k out",
+            "k needs --scheme topk or --scheme nucleus, got k=16 with --scheme sample; omit --k",
         ),
         (
             arguments(fresh, tiny, tiny.data, "--seed", "1"),
-            "seed needs --scheme sample or --scheme hybrid, got seed=1 with --scheme topk; leave --seed out",
+            "seed needs --scheme sample or --scheme hybrid, got seed=1 with --scheme topk; omit --seed",
         ),
         (drawn(fresh, tiny, "sample", "--num_draws", "1"), "num_draws must be between 2 and 4096, got num_draws=1"),
         (drawn(fresh, tiny, "hybrid", "--seed", "-1"), "seed must be between 0 and 2**63 - 1, got seed=-1"),
@@ -95,7 +95,7 @@ def test_invalid_arguments_are_refused_with_one_line_before_anything_is_loaded(j
         (["--store", fresh, "--target", tiny.target, "--storage_options", "no.json"], "got storage_options=no.json"),
         (arguments("", tiny, tiny.data), "url must be a folder or a URL, got url=''; "),
         (arguments(tiny.data, tiny, tiny.data), f"url must be a folder or a URL, got url={tiny.data}, which is a file"),
-        (arguments(f"{tiny.data}/x", tiny, tiny.data), "url must be a folder that can be made, got url="),
+        (arguments(f"{tiny.data}/x", tiny, tiny.data), "url must be a folder that can be created, got url="),
     ):
         assert message in refused(job, capsys, *args), args
     assert not Path(fresh).exists()
@@ -137,7 +137,7 @@ def test_losses_before_the_target_is_finished_are_refused(job, capsys, tiny_stor
     url = shutil.copytree(tiny_store, tmp_path / "c.zarr")
     next((url / "commits/target").glob("000001-*.json")).unlink()
     line = refused(job, capsys, "--store", str(url), "--reference", f"late={tiny.reference}")
-    assert "target must be complete for losses, got 1 of" in line
+    assert "target must be complete before losses are added, got 1 of" in line
 
 
 @pytest.fixture

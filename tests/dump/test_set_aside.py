@@ -288,12 +288,12 @@ def test_model_without_finite_values_for_any_document_is_refused(target, referen
         with torch.no_grad():
             model.get_output_embeddings().weight[3] = float("nan")
     message = (
-        r"model must score at least one document of shard 0, got {} that all fail, document 0: model must give finite "
+        r"model must score at least one document of shard 0, got {} that all fail \(document 0: model must give finite "
     )
     message = message.format(len(shard))
-    with pytest.raises(ValueError, match=message + r"numbers, got tail=nan at row \d+; try --dtype float32$"):
+    with pytest.raises(ValueError, match=message + r"numbers, got tail=nan at row \d+\); try --dtype float32$"):
         score(target, store, shard, batch_tokens)
-    with pytest.raises(ValueError, match=message + r"numbers, got ce=nan at row \d+; try --dtype float32$"):
+    with pytest.raises(ValueError, match=message + r"numbers, got ce=nan at row \d+\); try --dtype float32$"):
         losses(reference, shard, batch_tokens)
 
 

@@ -266,7 +266,7 @@ def test_late_shard_of_a_replaced_layer_is_refused_and_replaced(storage, tiny):
     writer.add_layer(storage, spec, "target", replace(spec.target, model=model))
     owner = dumper(storage, ModelSource(name=tiny.draft))
     late.dump(0, ["target"])
-    with pytest.raises(IdentityError, match="must be made by"):
+    with pytest.raises(IdentityError, match="another job "):
         logitstore.open(storage.url).reader.commit("target", 0)
     todo = find_todo(logitstore.open(storage.url), ["target"], retry_set_aside=False)
     assert list(todo.shards) == [0, 1, 2]

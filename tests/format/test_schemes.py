@@ -69,7 +69,7 @@ def test_default_k_min_is_at_most_k():
 def test_option_of_another_scheme_is_refused_and_its_schemes_are_named(name, option):
     value = GIVEN["nucleus"].get(option, 5)
     takes = " or ".join(f"--scheme {other}" for other in OPTIONS if option in OPTIONS[other])
-    message = f"{option} needs {takes}, got {option}={value} with --scheme {name}; leave --{option} out, or "
+    message = f"{option} needs {takes}, got {option}={value} with --scheme {name}; omit --{option}, or "
     message += "give another --scheme"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parsed("--scheme", name, f"--{option}", repr(value))

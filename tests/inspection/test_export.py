@@ -85,10 +85,10 @@ def test_exported_file_has_only_the_arrays_with_older_numpy(tiny_store, tmp_path
 @pytest.mark.parametrize(
     ("shard", "out", "message"),
     [
-        (3, "{folder}/x.npz", "shard must be from 0 to 2, got shard=3;"),
-        (-1, "{folder}/x.npz", "shard must be from 0 to 2, got shard=-1;"),
-        (0, "{folder}/x.npy", "out must be an .npz file in a folder that exists, got out="),
-        (0, "{folder}/no/x.npz", "out must be an .npz file in a folder that exists, got out="),
+        (3, "{folder}/x.npz", "shard must be at least 0 and below 3, got shard=3;"),
+        (-1, "{folder}/x.npz", "shard must be at least 0 and below 3, got shard=-1;"),
+        (0, "{folder}/x.npy", "out must be a file name that ends in .npz, got out="),
+        (0, "{folder}/no/x.npz", "out must be in a folder that exists, got out="),
     ],
 )
 def test_invalid_export_arguments_are_refused_with_one_line(tiny_store, tmp_path, capsys, shard, out, message):

@@ -49,8 +49,9 @@ def test_dump_above_its_budget_stops_with_one_line(job, tiny, tmp_path, capfd):
     assert ended.value.code == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(
-        r"max_kl must be at least the loss from storing, got max_kl=0.001 where the \d\d rows measured of shard \d+ "
-        r"lose 0\.\d+ nats each \(kl_codes \+ kl_tail\); give a larger --k and another --store, or a larger --max_kl$",
+        r"max_kl must be at least the nats that a row loses when it is stored, got max_kl=0.001, but the \d\d measured "
+        r"rows of shard \d+ lose 0\.\d+ on average \(kl_codes \+ kl_tail\); give a larger --max_kl, or a larger --k "
+        r"with another --store$",
         line,
     )
     assert not logitstore.open(tmp_path / "c.zarr").layers["target"].committed
@@ -66,8 +67,8 @@ def test_dump_above_its_budget_stops_with_one_line(job, tiny, tmp_path, capfd):
         (["--target", "x", "--max_kl", "nan"], "got max_kl=nan"),
         (
             ["--target", "x", "--scheme", "hybrid", "--max_kl", "1"],
-            "max_kl needs --scheme topk or nucleus, got max_kl=1.0 with hybrid; leave --max_kl out: entries drawn at "
-            "random lose nothing on average",
+            "max_kl needs --scheme topk or nucleus, got max_kl=1.0 with hybrid; omit --max_kl (on average, "
+            "entries drawn at random lose nothing",
         ),
         (["--reference", "a=x", "--max_kl", "0.1"], "max_kl needs --target, got max_kl=0.1 without it; add"),
     ],

@@ -96,7 +96,7 @@ def test_layer_without_its_spec_is_named_and_restored_by_the_same_dump(url, made
     store = logitstore.open(url)
     assert layer not in store.layers
     if layer == "target":
-        message = r"shard 0 of layer 'losses/reference' must have the shard of layer 'target' that it was"
+        message = r"layer 'target' must hold shard 0, from which layer 'losses/reference' was"
         with pytest.raises(LayerNotFoundError, match=message):
             store.read_shard(0)
     assert len(store.read_shard(0, layers=())) > 0

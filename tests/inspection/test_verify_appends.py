@@ -82,7 +82,7 @@ def test_unfinished_append_is_shown_and_is_not_damage(half, more, capsys):
 
 
 def test_repair_gives_up_an_unfinished_append_and_another_can_follow(half, made, more, other, tmp_path, capsys):
-    with pytest.raises(IdentityError, match="append must be of"):
+    with pytest.raises(IdentityError, match="is under way or unfinished, so"):
         prepare_tokens(half, made, other, append=True)
     assert verify(half, "--repair") == 0
     assert f"repaired: append of {more}: given up" in capsys.readouterr().out
@@ -121,7 +121,8 @@ def test_shards_without_their_append_record_are_reported(url, made, more, other)
     (url / "appends/000002.json").unlink()
     before = contents(url)
     with pytest.raises(
-        IdentityError, match=r"tokens of shard 4 must be [0-9a-f]{12} to be appended, got [0-9a-f]{12} .* gone, restore"
+        IdentityError,
+        match=r"shard 4 after the end of the store must hold .* [0-9a-f]{12} .*, got [0-9a-f]{12} .* missing, rest",
     ):
         prepare_tokens(url, made, other, append=True)
     (url / "appends/000001.claim").unlink()

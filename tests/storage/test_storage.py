@@ -38,7 +38,7 @@ def test_path_that_cannot_be_a_folder_is_refused(tmp_path):
         logitstore.open(tmp_path / "file")
     inside = Storage(tmp_path / "file" / "cache.zarr")
     for write in (inside.put, inside.create):
-        with pytest.raises(ValueError, match=r"^url must be a folder that can be made, got url=\S+ \(File exists: "):
+        with pytest.raises(ValueError, match=r"^url must be a folder that can be created, got url=\S+ \(File exists: "):
             write("zarr.json", b"{}")
     if Path("/proc/self").exists():
         with pytest.raises(ValueError, match=r"got url=/proc/e1 \(No such file or directory: /proc/e1\); give another"):

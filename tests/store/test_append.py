@@ -114,7 +114,10 @@ def test_the_same_documents_are_never_appended_twice(tmp_path, tokenizer, data):
     assert len({str(document) for document in documents(both)}) == len(both)
     # Without --append, data that the store has is found, and other data is refused.
     assert len(run(url, data[1], tokenizer)) == len(both)
-    with pytest.raises(IdentityError, match=rf"documents must be .* from data={data[2]}; give --append to add them"):
+    with pytest.raises(
+        IdentityError,
+        match=rf"got data={data[2]} with others .*; give --append to add",
+    ):
         run(url, data[2], tokenizer)
 
 
@@ -152,7 +155,7 @@ def test_killed_append_is_invisible_and_can_be_continued(tmp_path, tokenizer, da
                 run(url, data[1], tokenizer, append=True)
             assert documents(logitstore.open(url)) == before
             assert logitstore.verify(logitstore.open(url)) == []
-    with pytest.raises(IdentityError, match=rf"append must be of {data[1]} .* got {data[2]} .*; finish that one"):
+    with pytest.raises(IdentityError, match=rf"an append of {data[1]} .* so {data[2]} .*; finish the other"):
         run(url, data[2], tokenizer, append=True)
     store = run(url, data[1], tokenizer, append=True)
     assert [shard for shard in committed if shard != "killed"] == list(range(total - shards, total - 1))

@@ -202,7 +202,7 @@ def test_info_and_verify_report_the_store_on_the_command_line(copy, capsys):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("missing.zarr", "url must be that of a store, got url=missing.zarr"),
+        ("missing.zarr", "url must lead to a store, got url=missing.zarr"),
         ("nosuch://bucket/x", "protocol that fsspec knows, got url=nosuch://bucket/x"),
         ("abfs://user:secret@container/x", "got url=abfs://user@container/x; pip install adlfs"),
     ],
@@ -218,7 +218,7 @@ def test_url_that_cannot_be_opened_is_one_line(url, message, capsys):
 def test_invalid_scheme_argument_is_refused_with_a_next_step_for_the_api(tiny_store, measured):
     with pytest.raises(ValueError, match=r"^scheme must be a Scheme, got scheme='topk'; .*schemes.make_scheme"):
         logitstore.open(tiny_store, scheme="topk")
-    with pytest.raises(ValueError, match=r"got hybrid, .*; leave scheme \(--k and --mass\) out to read"):
+    with pytest.raises(ValueError, match=r"got hybrid, .*; omit scheme \(--k and --mass\) to read"):
         logitstore.open(measured["hybrid"], scheme=Scheme(k=2))
 
 
@@ -226,7 +226,9 @@ def test_invalid_scheme_argument_is_refused_with_a_next_step_for_the_api(tiny_st
 def test_shard_number_outside_the_store_is_told_from_a_missing_shard(copy, shard):
     store = logitstore.open(copy)
     for read in (store.read_shard, lambda number: store.reader.commit("target", number)):
-        with pytest.raises(logitstore.LayerNotFoundError, match=f"^shard must be from 0 to 2, got shard={shard}; "):
+        with pytest.raises(
+            logitstore.LayerNotFoundError, match=f"^shard must be at least 0 and below 3, got shard={shard};"
+        ):
             read(shard)
     record(copy, "target", 2).unlink()
     with pytest.raises(

@@ -219,7 +219,7 @@ def check(values: dict[str, Any]) -> tuple[RunArguments, TrainingArguments]:
         check_optimizer(training)
     for name in training.report_to or []:
         if name not in get_available_reporting_integrations():
-            raise ValueError(f"report_to must be installed here, got report_to={name}; pip install it, or leave it out")
+            raise ValueError(f"report_to must be installed here, got report_to={name}; pip install it, or omit it")
     return run, training
 
 
@@ -233,7 +233,7 @@ def _check_precision(values: dict[str, Any]) -> None:
     for name in ("bf16", "bf16_full_eval"):
         if values[name] and not is_torch_bf16_gpu_available():
             raise ValueError(
-                f"{name} needs a GPU that computes in bfloat16, got {name}=True without one; leave --{name} out, or "
+                f"{name} needs a GPU that computes in bfloat16, got {name}=True without one; omit --{name}, or "
                 "add --use_cpu true to use bfloat16 on the CPU"
             )
 

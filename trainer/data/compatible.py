@@ -81,7 +81,7 @@ def check_alike(stores: Sequence[Store], *, reads_target: bool, losses: Iterable
             (drawn or truncated). If two stores differ, the message names both of them.
     """
     if not stores:
-        raise ValueError("stores must be at least one, got none; add --store")
+        raise ValueError("stores must hold at least one store, got none; add --store")
     first = stores[0]
     losses = tuple(losses)
     for store in stores[1:]:
@@ -90,7 +90,7 @@ def check_alike(stores: Sequence[Store], *, reads_target: bool, losses: Iterable
             if one[0] != other[0]:
                 raise ValueError(
                     f"stores must have the same {name} to be trained on together, got {name}={one[1]} in {first.url} "
-                    f"and {name}={other[1]} in {store.url}; leave one out"
+                    f"and {name}={other[1]} in {store.url}; omit one of them"
                 )
 
 

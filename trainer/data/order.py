@@ -116,7 +116,7 @@ class PackOrder:
             if not len(packs):
                 raise ValueError(
                     f"stores must have documents to train on, got {len(stores[i])} documents in store {i + 1} with "
-                    f"eval_fraction={eval_fraction}; leave the store out, or give a smaller eval_fraction"
+                    f"eval_fraction={eval_fraction}; omit the store, or give a smaller eval_fraction"
                 )
         # Packs are numbered through all stores; this array holds the number of each store's first pack.
         self._first = np.cumsum([0, *map(len, self._packings)])
@@ -312,6 +312,6 @@ def check_pack_length(pack_length: int | None, longest: int) -> int:
     if pack_length is not None and pack_length < longest:
         raise ValueError(
             f"pack_length must be at least {longest}, the length of the longest document, got "
-            f"pack_length={pack_length}; leave it out, and every document fits"
+            f"pack_length={pack_length}; omit it for a length that fits every document"
         )
     return longest if pack_length is None else pack_length

@@ -51,7 +51,7 @@ def read_settings(given: Sequence[str]) -> tuple[str | None, Settings]:
         key, equals, value = word.partition("=")
         if equals:
             if key in settings:
-                raise ValueError(f"draft_config must have each key once, got {key} twice; leave one out")
+                raise ValueError(f"draft_config must have each key once, got {key} twice; omit one of them")
             settings[key] = _value(value)
         elif base is None:
             base = word
@@ -198,7 +198,7 @@ def with_tokens_of(
     made = changed(config, {"vocab_size": vocab_size, **tokens, **settings})
     if made.vocab_size < vocab_size:
         raise ValueError(
-            f"vocab_size must be at least the tokenizer's {vocab_size}, got vocab_size={made.vocab_size}; leave it out"
+            f"vocab_size must be at least the tokenizer's {vocab_size}, got vocab_size={made.vocab_size}; omit it"
         )
     return made
 

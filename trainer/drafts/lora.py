@@ -98,7 +98,7 @@ def add_lora(draft: PreTrainedModel, lora: Lora, seed: int) -> None:
     head = draft.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise ValueError(
-            f"lora_targets must leave out the head, whose gradient is computed separately, {given}; give {ALL_LINEAR}"
+            f"lora_targets must not include the head, whose gradient is computed separately, {given}; give {ALL_LINEAR}"
         )
 
 

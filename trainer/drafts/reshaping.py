@@ -125,8 +125,8 @@ def _layers_of(model: PreTrainedModel) -> str:
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outer) != 1:
         raise ValueError(
-            f"draft must have one list of its {count} layers for draft_layers, got draft={model.name_or_path} "
-            f"({type(model).__name__}) with {len(outer)} such lists; give another model, or --draft_config"
+            f"draft_layers needs a draft with one list of {count} layers, got draft={model.name_or_path} "
+            f"({type(model).__name__}) with {len(outer)} such lists; give another --draft, or --draft_config"
         )
     names: dict[nn.Module, str] = {part: name for name, part in model.named_modules()}
     return names[backbone.get_submodule(outer[0])]
@@ -202,7 +202,7 @@ def pad_vocabulary(model: PreTrainedModel, padded_vocab_size: int, vocab_size: i
     if rows != [padded_vocab_size] * 2:
         raise ValueError(
             f"pad_vocab_size needs a model whose embeddings can be resized, got draft={model.name_or_path} "
-            f"({type(model).__name__}), where resizing gives {rows} rows; leave --pad_vocab_size out"
+            f"({type(model).__name__}), where resizing gives {rows} rows; omit --pad_vocab_size"
         )
     settle_padding(model, vocab_size)
 

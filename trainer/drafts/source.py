@@ -66,7 +66,7 @@ class DraftSource:
         if self.config and self.layers is not None:
             raise ValueError(
                 f"draft_layers must be used without draft_config, got draft_layers={self.layers} with draft_config; "
-                "leave it out, and add num_hidden_layers=N to --draft_config"
+                "omit --draft_layers, and add num_hidden_layers=N to --draft_config"
             )
         size = self.pad_vocab_size
         if size is not None and size != LIKE_TARGET and not size.isdecimal():
@@ -273,7 +273,7 @@ def _padded_size(source: DraftSource, spec: StoreSpec) -> int | None:
         if spec.target is None:
             raise ValueError(
                 f"pad_vocab_size must be a number where the store has no target, got pad_vocab_size={given}; give a "
-                "number, or leave it out"
+                "number, or omit it"
             )
         return spec.target.model.padded_vocab_size
     if int(given) < least:

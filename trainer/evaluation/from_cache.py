@@ -308,7 +308,7 @@ def cached_acceptance(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got batch_tokens={batch_tokens}; 8192 is usual")
     if max_documents is not None and max_documents < 1:
-        raise ValueError(f"max_documents must be at least 1, got max_documents={max_documents}; leave it out for all")
+        raise ValueError(f"max_documents must be at least 1, got max_documents={max_documents}; omit it to read all")
     if store.spec.target is None:
         raise LayerNotFoundError(f"store must have a target layer, got store={store.url}; dump the target first")
     check_vocabulary(model_spec(str(draft.name_or_path), draft.config, "auto"), store.spec.tokenizer, "draft")

@@ -137,8 +137,8 @@ def measure_acceptance(
     check_settings(mode=mode, gamma=gamma, max_new_tokens=max_new_tokens)
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(
-            f"prompts must hold at least one prompt, and each at least one token, got prompts={len(prompts)}; leave "
-            "empty prompts out"
+            f"prompts must hold at least one prompt, and each at least one token, got {len(prompts)} prompts; remove "
+            "the empty ones"
         )
     for name, model in (("target", target), ("draft", draft)):
         if (size := model.config.get_text_config().vocab_size) < vocab_size:
@@ -221,9 +221,9 @@ class _CountingCandidates:
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Counts the drafted and accepted tokens of a round. `input_ids` already holds the tokens of this round.
 
-        `num_matches` is not used: it is one too low if the last accepted token ends the text, because no token of the
-        target follows then. Comparing the tokens is exact, because the target never replaces a rejected token by the
-        same token.
+        The number of accepted tokens is found by comparing the drafted tokens with `input_ids`. This is exact, because
+        the target never replaces a rejected token with the same token. `num_matches` is not used: if the last accepted
+        token ends the text, no token of the target follows it, and `num_matches` is one too low.
         """
         emitted = input_ids[0, self._length :].tolist()
         accepted = 0
@@ -284,7 +284,7 @@ class _Decoder:
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
-        """Wraps the generator of candidate tokens within the context, so that every round of `generate` is counted."""
+        """Context manager in which every round of `generate` is counted."""
         make = self._target._get_candidate_generator
 
         def make_counting(**arguments: Any) -> _CountingCandidates:  # noqa: ANN401

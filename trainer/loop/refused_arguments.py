@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _OWN_LOSS = "the loss is a distance to a stored distribution"
 _OWN_ORDER = "documents are read shard by shard, and a resumed run continues that order exactly"
-_WHOLE = "the loss and the evaluation run outside the module that it shards; a draft fits on one GPU"
+_WHOLE = "the loss and the evaluation run outside the module that would be sharded; a draft fits on one GPU"
 
 UNSUPPORTED: dict[str, tuple[object, str]] = {
     "label_smoothing_factor": (0.0, _OWN_LOSS),
@@ -32,9 +32,9 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
     "bf16_full_eval": (False, "evaluations use the precision of the training"),
     "fp16_full_eval": (False, "evaluations use the precision of the training"),
     "save_only_model": (False, "a run cannot be resumed from such a checkpoint"),
-    "fp16": (False, "the head's gradient is computed before the loss is scaled, so it would overflow; give bf16"),
+    "fp16": (False, "bf16 is supported; with fp16, the gradient of the head would overflow"),
     "auto_find_batch_size": (False, "after an out-of-memory error it would repeat the steps already trained on"),
-    "enable_jit_checkpoint": (False, "it would save in the middle of a step; give save_steps"),
+    "enable_jit_checkpoint": (False, "it would save in the middle of a step; save_steps does not"),
     "prediction_loss_only": (False, "evaluations never gather predictions"),
     "do_predict": (False, "this trainer makes no predictions"),
     "label_names": (None, "batches come from the store and have fixed names"),
@@ -91,7 +91,7 @@ def check_supported(values: Mapping[str, object]) -> None:
     """
     for name, (value, reason) in UNSUPPORTED.items():
         if values.get(name, value) != value:  # Some releases of transformers lack some of these arguments.
-            raise ValueError(f"{name} must be {value}, got {name}={values[name]}; leave it out: {reason}")
+            raise ValueError(f"{name} must be {value} ({reason}), got {name}={values[name]}; omit it")
     # Schedule-free optimizers train other weights than those that are evaluated. LOMO and layerwise optimizers update
     # the weights during the backward pass, before the denominator of the step is known.
     optimizer = str(getattr(values["optim"], "value", values["optim"]))
@@ -102,8 +102,8 @@ def check_supported(values: Mapping[str, object]) -> None:
         )
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         raise ValueError(
-            f"optim must be one that waits for the whole gradient, got optim={optimizer}; the denominator of a step is "
-            "only known at its end: give adamw_torch_fused"
+            "optim must be one that waits for the whole gradient, because the denominator of a step is only known at "
+            f"its end, got optim={optimizer}; give adamw_torch_fused"
         )
     for name, (least, below) in RANGES.items():
         if values[name] is not None and not least <= values[name] < below:  # type: ignore[operator]
@@ -120,7 +120,7 @@ def check_supported(values: Mapping[str, object]) -> None:
         )
     for name, meant in LAUNCHED.items():
         if parse_flag_from_env(name):
-            raise ValueError(f"{name} must be false, got {name}=true; launch without {meant}: {_WHOLE}")
+            raise ValueError(f"{name} must be false, got {name}=true ({_WHOLE}); launch without {meant}")
 
 
 def check_awaited(values: Mapping[str, object]) -> None:
@@ -150,7 +150,7 @@ def check_training_arguments(args: TrainingArguments) -> None:
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name):
             raise ValueError(
-                f"accelerator_config must leave out {name}, got {name}=True; each rank already reads its own batches"
+                f"accelerator_config must not set {name}, got {name}=True; each rank already reads its own batches"
             )
     if args.n_gpu > 1:
         raise ValueError(
@@ -173,7 +173,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"optim must be one that this installation can create, got optim={name} with optim_args={args.optim_args} "
-            f"({_one_line(error)}); install its package, or leave it out"
+            f"({_one_line(error)}); install its package, or omit it"
         ) from error
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     try:

@@ -326,6 +326,6 @@ def make_rule(name: str, *, keep: float, scope: str | None = None, outside_weigh
         raise ValueError(f"outside_weight must be between 0 and 1, got outside_weight={outside_weight}; 0 is usual")
     selection = SELECTIONS[name]
     if scope is not None and scope not in SCOPES:
-        raise ValueError(f"scope must be one of {list(SCOPES)}, got scope={scope}; leave it out for {selection.scope}")
+        raise ValueError(f"scope must be one of {list(SCOPES)}, got scope={scope}; omit it for {selection.scope}")
     chosen = selection.scope if scope is None else cast("Scope", scope)
     return Rule(selection=selection, scope=chosen, keep=keep, outside_weight=outside_weight)

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from logitstore.format.schemes import describe
 from logitstore.storage.options import without_credentials
 from trainer.run.run_folder import RUN, SETTINGS, figures
@@ -26,8 +28,10 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """Pattern of a model's id on the Hugging Face hub."""
 PACKAGES = ("logitstore", "torch", "transformers")
 """Packages whose versions the card states."""
-TAGS = ("speculative-decoding", "draft-model", "distillation", "logitstore")
+TAGS = ["speculative-decoding", "draft-model", "distillation", "logitstore"]
 """Tags of the card on the hub."""
+TEMPLATE = Path(__file__).with_suffix(".md")
+"""Text of the card, as a Jinja template."""
 WORDS = {
     "steps": "optimizer steps",
     "train_runtime": "seconds of training since the run was last started or resumed",
@@ -85,27 +89,33 @@ def model_card(name: str, stores: Mapping[str, StoreSpec], training: Training) -
         Markdown with a YAML header in the form that the Hugging Face hub reads.
     """
     spec = next(iter(stores.values()))
-    target = spec.target.model if spec.target is not None else None
-    served = "TARGET" if target is None else without_credentials(target.name)
-    parts = [
-        _header(training.draft, served),
-        f"# A draft for {served}\n\nThis model drafts tokens for speculative decoding. {served} verifies them, so the "
-        "text is the target's own, but appears sooner. The draft is not meant to be used alone.",
-        _origin(stores, served, training),
-        _numbers(training.figures),
-        _commands(name, served, training),
-        "## Versions\n\n" + ", ".join(filter(None, map(_version, PACKAGES))),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _header(draft: str, target: str) -> str:
-    # Every JSON string is also a valid YAML string, whatever characters it holds.
-    tags = "\n".join(f"- {tag}" for tag in TAGS)
-    models = f"target_model: {json.dumps(target)}"
-    if HUB_ID.fullmatch(draft) and not Path(draft).exists():  # The hub refuses a base_model that is not an id.
-        models = f"base_model: {draft}\n{models}"
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{models}\ntags:\n{tags}\n---"
+    target = "TARGET" if spec.target is None else without_credentials(spec.target.model.name)
+    # The hub refuses a base_model that is not an id.
+    is_id = HUB_ID.fullmatch(training.draft) and not Path(training.draft).exists()
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=training.draft if is_id else None,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=TAGS,
+            target_model=target,
+        ),
+        template_path=str(TEMPLATE),
+        target=target,
+        draft=name,
+        origin=[(what, _cell(said)) for what, said in _origin(stores, target, training) if said],
+        command=training.command,
+        figures=[(_cell(WORDS.get(name, name)), _number(value)) for name, value in training.figures.items()],
+        vocab_sizes=training.vocab_sizes,
+        gamma=training.gamma,
+        speculative_config=json.dumps(
+            {"method": "draft_model", "model": name, "num_speculative_tokens": training.gamma}
+        ),
+        versions=", ".join(filter(None, map(_version, PACKAGES))),
+        shell=shlex.quote,
+        python=repr,
+    )
+    return str(card)
 
 
 def _version(package: str) -> str:
@@ -115,46 +125,31 @@ def _version(package: str) -> str:
         return ""
 
 
-def _origin(stores: Mapping[str, StoreSpec], target: str, training: Training) -> str:
+def _origin(stores: Mapping[str, StoreSpec], target: str, training: Training) -> list[tuple[str, str]]:
     spec = next(iter(stores.values()))
     model = "" if spec.target is None else f", revision {spec.target.model.revision}, {spec.target.model.dtype}"
     rows = [
         ("began as", without_credentials(training.draft)),
         ("target", target + model),
         ("target's distributions", describe(spec.target.scheme) if spec.target else "none"),
-        *(
-            pair
-            for name, each in stores.items()
-            for pair in (
-                ("store", without_credentials(name)),
-                (
-                    "its data",
-                    f"{without_credentials(each.data.source)} ({each.data.columns}; loss on {each.data.mask_policy}; "
-                    f"documents of at most {each.max_length} tokens)",
-                ),
-            )
-        ),
+    ]
+    for name, each in stores.items():
+        rows += [
+            ("store", without_credentials(name)),
+            (
+                "its data",
+                f"{without_credentials(each.data.source)} ({each.data.columns}; loss on {each.data.mask_policy}; "
+                f"documents of at most {each.max_length} tokens)",
+            ),
+        ]
+    rows += [
         ("tokenizer", f"{without_credentials(spec.tokenizer.name)}, {spec.tokenizer.vocab_size} tokens"),
         ("objective", training.objective),
         ("selection of rows", training.selection),
         ("settings", ", ".join(f"{name} {value}" for name, value in training.settings.items())),
         ("weights", training.weights or ""),
     ]
-    lines = "\n".join(f"| {what} | {_cell(said)} |" for what, said in rows if said)
-    text = f"## How it was made\n\n| | |\n|---|---|\n{lines}"
-    if training.command is not None:
-        text += f"\n\n```\n{training.command}\n```"
-    return text
-
-
-def _numbers(figures: Mapping[str, float]) -> str:
-    rows = "\n".join(f"| {_cell(WORDS.get(name, name))} | {_number(value)} |" for name, value in figures.items())
-    return (
-        f"## Numbers\n\n| | |\n|---|---|\n{rows}\n\n"
-        "(1) Over all rows if the selection evaluates the draft on them, otherwise over the kept rows.\n\n"
-        "These acceptance rates were measured on the text of documents. They differ on text that the target writes; "
-        "`logitstore evaluate` measures them there."
-    )
+    return rows
 
 
 def _number(value: float) -> str:
@@ -164,45 +159,6 @@ def _number(value: float) -> str:
 def _cell(text: str) -> str:
     # A bar or a line break would end the cell of the table.
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _commands(name: str, target: str, training: Training) -> str:
-    gamma, differ = training.gamma, ""
-    if training.vocab_sizes is not None:
-        differ = " (they are {:,} and {:,}: it will refuse this draft)".format(*training.vocab_sizes)
-    speculative = json.dumps({"method": "draft_model", "model": name, "num_speculative_tokens": gamma})
-    large, small, config = (shlex.quote(word) for word in (target, name, speculative))
-    return f"""## Serving it
-
-vLLM, where `vocab_size` of both configs must be equal{differ}:
-
-```
-vllm serve {large} \\
-    --speculative-config {config}
-```
-
-SGLang:
-
-```
-python -m sglang.launch_server --model-path {large} \\
-    --speculative-algorithm STANDALONE --speculative-draft-model-path {small} \\
-    --speculative-num-steps {max(1, gamma - 1)} --speculative-eagle-topk 1 --speculative-num-draft-tokens {gamma}
-```
-
-transformers, at batch size 1:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({target!r})
-target = AutoModelForCausalLM.from_pretrained({target!r}, device_map="auto")
-draft = AutoModelForCausalLM.from_pretrained({name!r}, device_map="auto")
-draft.generation_config.num_assistant_tokens = {gamma}
-draft.generation_config.num_assistant_tokens_schedule = "constant"
-draft.generation_config.assistant_confidence_threshold = 0.0
-inputs = tokenizer("def fibonacci(n):", return_tensors="pt").to(target.device)
-print(tokenizer.decode(target.generate(**inputs, assistant_model=draft, max_new_tokens=64)[0]))
-```"""
 
 
 CARD = "README.md"

@@ -200,7 +200,7 @@ class RunArguments:
         for name, least in {"eval_documents": 1, "queue_rows": 1, "num_workers": 1, "early_stopping": 1}.items():
             found = next(getattr(part, name) for part in vars(self).values() if hasattr(part, name))
             if found is not None and found < least:
-                raise ValueError(f"{name} must be at least {least}, got {name}={found}; leave it out")
+                raise ValueError(f"{name} must be at least {least}, got {name}={found}; omit it")
         check_eval_fraction(self.store.eval_fraction)
         check_window(self.batches.shuffle_window)
         self.objective()  # Raises ValueError if the options of the objective do not fit.
@@ -219,7 +219,7 @@ class RunArguments:
             )
 
     def _check_used(self) -> None:
-        """Raises ValueError if an option is given that has no effect without another option, which is not given."""
+        """Raises ValueError if an option is given without the other option that it needs to have an effect."""
         loss, draft, rule = self.loss, self.draft, self.rule()
         selects, competes = rule.selection.selects, rule.selection.competes
         uses = {
@@ -244,7 +244,7 @@ class RunArguments:
             value = getattr(group, name)
             # An option given with its default value looks like an option that is not given, so it passes this check.
             if not is_used and value != getattr(type(group)(), name):
-                raise ValueError(f"{name} needs {wanted}, got {name}={value} without it; add it, or leave --{name} out")
+                raise ValueError(f"{name} needs {wanted}, got {name}={value} without it; add it, or omit --{name}")
 
     def objective(self) -> Objective:
         """Returns the objective that is minimised.

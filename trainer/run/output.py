@@ -92,7 +92,7 @@ class Output:
         """Yields the current contents of the output. Changes nothing.
 
         Args:
-            with_kept: Whether to search this machine's working folder, too, for a checkpoint not copied to the URL.
+            with_kept: Whether to also look in this machine's working folder for a checkpoint that is not at the URL.
 
         Yields:
             The contents of the output. If the output is a URL, they can be read only within the context.

@@ -167,14 +167,14 @@ def _shown(value: object) -> str:
 
 
 def find_finished(held: Held, training: TrainingArguments) -> TrainerState | None:
-    """Returns the state of a finished run; None if the output holds none, or if the run has more steps to make.
+    """Returns the state of a finished run; None if the output holds no run, or if the run still has steps to do.
 
     Args:
         held: The output. Its run.yaml, if it exists, must have passed `check_same_run`.
         training: Training arguments of the resumed run, which set the number of its steps.
 
     Raises:
-        ValueError: The output has a model but no run.yaml, or the run has more steps to make but no checkpoint.
+        ValueError: The output has a model but no run.yaml, or the run still has steps to do but has no checkpoint.
     """
     if MODEL not in held.names:
         return None

@@ -231,5 +231,5 @@ def _hub_errors() -> Iterator[None]:
     except (HfHubHTTPError, ConnectionError) as error:
         raise ValueError(
             f"push_to_hub needs write access to the Hugging Face hub, got push_to_hub=True ({error}); log in, "
-            " or leave --push_to_hub out"
+            "or omit --push_to_hub"
         ) from error

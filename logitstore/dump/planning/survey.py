@@ -234,7 +234,7 @@ def look_at(
     if not any(found):
         some = len(found) < num_records
         raise ValueError(
-            f"data must hold documents of at least 2 tokens in which a prediction counts, got data={source.name} with "
+            f"data must hold a document of at least 2 tokens in which a prediction counts, got data={source.name} with "
             f"none in {f'{len(found):,} of ' if some else ''}{count_of(num_records, 'record')}; check the columns and "
             f"the loss mask{', or give a larger --sample_documents' if some else ''}"
         )

@@ -182,8 +182,8 @@ def calibrate(
         counted += int(without(shard, set_aside).loss_mask.sum())
     if not documents:
         raise ValueError(
-            f"calibrate must have a document that all models score, got none in {sum(map(len, shards))} "
-            f"({failures[0]}); check that the models run, or take more records with --calibrate"
+            f"calibrate needs a document that all models can score, got none among {sum(map(len, shards))} "
+            f"({failures[0]}); check that the models run, or give a larger --calibrate"
         )
     num_records = len(np.unique(np.concatenate([rows.records[rows.counted] for rows in kept])))
     groups = _groups(kept, spec) if share < 1 else np.ones((1, 3))

@@ -111,15 +111,15 @@ NOTHING = Exact(rows=NO_ROWS, logprobs=torch.zeros(0, 0))
 def choose(shard: Shard) -> NDArray[np.intp]:
     """Chooses the rows to measure. The choice depends only on the shard, so that every job measures the same rows.
 
-    The rows that count are put in random order. The first DOCUMENTS documents that appear in this order are measured,
-    with up to ROWS rows of each. Every row that counts thus has about the same chance, whatever the length of its
-    document.
+    The rows with loss mask 1 are put in random order. The first DOCUMENTS documents that appear in this order are
+    measured, with up to ROWS rows of each. All rows with loss mask 1 thus have about the same chance of being chosen,
+    whatever the lengths of their documents.
 
     Args:
         shard: The shard. Its number is the seed of the random order.
 
     Returns:
-        Places in the shard of at most ROWS counted rows from each of at most DOCUMENTS documents, ascending.
+        Indices of the chosen rows in the shard, ascending.
     """
     key = np.array([int.from_bytes(b"fidelity"), shard.index], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key))
@@ -256,9 +256,9 @@ def check_budget(fidelity: Mapping[str, float], spec: TargetSpec, max_kl: float 
     if (found := (fidelity["kl_codes"] + fidelity["kl_tail"]) / fidelity["rows"]) > max_kl:
         larger = "--mass or --k" if spec.scheme.name == "nucleus" else "--k"
         raise FidelityError(
-            f"max_kl must be at least the loss from storing, got max_kl={max_kl:g} where the {fidelity['rows']:.0f} "
-            f"rows measured of shard {shard} lose {found:.3g} nats each (kl_codes + kl_tail); give a larger {larger} "
-            "and another --store, or a larger --max_kl"
+            f"max_kl must be at least the nats that a row loses when it is stored, got max_kl={max_kl:g}, but the "
+            f"{fidelity['rows']:.0f} measured rows of shard {shard} lose {found:.3g} on average (kl_codes + kl_tail); "
+            f"give a larger --max_kl, or a larger {larger} with another --store"
         )
 
 

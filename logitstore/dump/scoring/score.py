@@ -257,8 +257,8 @@ def _blank(values: Mapping[str, NDArray[np.float32]], shard: Shard, raised: dict
         document, reason = next(iter(set_aside.items()))
         next_step = "check that it runs on one of them" if document in raised else "try --dtype float32"
         raise ValueError(
-            f"model must score at least one document of shard {shard.index}, got {len(set_aside)} that all fail, "
-            f"document {document}: {reason}; {next_step}"
+            f"model must score at least one document of shard {shard.index}, got {len(set_aside)} that all fail "
+            f"(document {document}: {reason}); {next_step}"
         )
     blank = rows_of(shard, set_aside)
     for part in values.values():

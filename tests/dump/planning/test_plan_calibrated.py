@@ -123,7 +123,7 @@ def test_calibration_without_a_document_that_all_models_score_is_refused(
     argv = ["plan", *options_of(tiny, "--calibrate", 9), *references, "--data", data, "--target", target]
     assert cli.main(list(map(str, argv))) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    start = f"error: calibrate must have a document that all models score, got none in {len(documents)} ("
+    start = f"error: calibrate needs a document that all models can score, got none among {len(documents)} ("
     assert line.startswith(start + reason)
     assert "model must give finite numbers, got " in line
     assert line.endswith("; check that the models run, or take more records with --calibrate")

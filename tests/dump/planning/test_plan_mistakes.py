@@ -21,19 +21,19 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
     [
         (["--target", None], "target must be given, got none; give --target, or --tokenizer"),
         (["--target", None, "--tokenizer", "{tokenizer}", "--calibrate", "2"], "target must be given with --calibrate"),
-        (["--k", "8"], "k needs --scheme, got k=8 without it; add the --scheme that it is for"),
+        (["--k", "8"], "k needs --scheme, got k=8 without it; add the --scheme that has this option"),
         (["--scheme", "topk", "--mass", "0.9"], "mass needs --scheme nucleus, got mass=0.9 with --scheme topk"),
         (["--scheme", "topk", "--k", "513"], "k must be at most the vocabulary size 512, got k=513"),
         (["--sample_documents", "0"], "sample_documents must be above 0, got sample_documents=0"),
         (["--calibrate", "-1"], "calibrate must be above 0, got calibrate=-1"),
-        (["--calibrate", "1", "--rows_per_s", "5"], "rows_per_s must be left out with --calibrate, which measures it"),
+        (["--calibrate", "1", "--rows_per_s", "5"], "rows_per_s must be omitted with --calibrate, which measures"),
         (["--price_per_gb_month", "-1"], "price_per_gb_month must be at least 0, got price_per_gb_month=-1.0"),
         (["--max_length", "0"], "max_length must be at least 2, got max_length=0"),
         (["--max_length", "900"], "max_length must be at most 512, the context of target="),
         (["--shard_rows", "100"], "shard_rows must be at least max_length=256 because documents are never split"),
         (["--data", "nowhere.jsonl"], "data must name a file, a folder or a glob that matches files, got data=nowhere"),
         (["--scheme", "topk", "--seed", "1"], "seed needs --scheme sample or --scheme hybrid, got seed=1"),
-        (["--seed", "1"], "seed needs --scheme, got seed=1 without it; add the --scheme that it is for"),
+        (["--seed", "1"], "seed needs --scheme, got seed=1 without it; add the --scheme that has this option"),
         (
             ["--reference", "ref"],
             "reference must be NAME=MODEL, got reference=ref; example: --reference ref=path/to/it",
@@ -143,4 +143,4 @@ def test_unknown_attn_implementation_is_refused_with_one_line(tiny, capsys, valu
     line = refused(capsys, *options_of(tiny, "--calibrate", 3, "--attn_implementation", value))
     start = f"error: attn_implementation must be one that target={tiny.target} can run with here, got "
     assert line.startswith(f"{start}attn_implementation={value} (")
-    assert line.endswith("is not supported); leave it out, or give sdpa or eager")
+    assert line.endswith("is not supported); omit it, or give sdpa or eager")

@@ -141,7 +141,7 @@ def test_storage_options_apply_to_data_with_the_protocol_of_the_store(data, stor
 
 def test_arguments_that_do_not_parse_raise_value_error():
     for parser in (job.parser(), Parser()):  # the second does not know the flag
-        with pytest.raises(ValueError, match=r"arguments must parse, got: .*--gamma.*; see --help"):
+        with pytest.raises(ValueError, match=r".*--gamma.*; see --help"):
             parser.parse_args(["--gamma", "many"])
 
 

@@ -135,7 +135,7 @@ def test_invalid_input_is_one_line_from_the_driver_or_a_worker(cluster, argument
 
     monkeypatch.setattr("ray.init", no_ray)
     for extra, environment, message in (
-        (["--store", str(tmp_path / "none")], {}, "url must be that of a store, got url="),
+        (["--store", str(tmp_path / "none")], {}, "url must lead to a store, got url="),
         (["--draft", str(tmp_path / "none")], {}, "draft must be a Hugging Face id or a folder with a config.json"),
         (["--reference", "other"], {}, "reference must be one of ['reference']"),
         (["--num_workers", "0"], {}, "num_workers must be at least 1, got num_workers=0"),

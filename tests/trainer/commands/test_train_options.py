@@ -135,7 +135,7 @@ BAD = {
     "layerwise": (["--optim", "galore_adamw_layerwise"], "optim must be one that waits for the whole gradient, got "),
     "lomo": (["--optim", "lomo"], "optim must be one that waits for the whole gradient, got optim=lomo"),
     "data_seed": (["--data_seed", "-1"], "data_seed must be at least 0 and below 4294967296, got data_seed=-1"),
-    "half": (["--fp16", "true"], "fp16 must be False, got fp16=True; leave it out: the head's gradient is computed "),
+    "half": (["--fp16", "true"], "fp16 must be False (bf16 is supported; with fp16, "),
     "half weights": (["--dtype", "float16"], "dtype must be one of ['auto', 'float32', 'bfloat16'], got dtype=float16"),
     "find": (["--auto_find_batch_size", "true"], "auto_find_batch_size must be False, got auto_find_batch_size=True"),
     "in time": (["--enable_jit_checkpoint", "true"], "enable_jit_checkpoint must be False, got enable_jit_checkpoint="),
@@ -151,7 +151,7 @@ BAD = {
     "no minimum": (["--lr_scheduler_type", "cosine_with_min_lr"], "got lr_scheduler_type=cosine_with_min_lr with "),
     "split": (
         ["--accelerator_config", '{"split_batches": true}'],
-        "accelerator_config must leave out split_batches, got split_batches=True",
+        "accelerator_config must not set split_batches, got split_batches=True",
     ),
     "label": (["--objective", "label_nll", "--label_weight", "0.3"], "label_weight needs an --objective other than "),
     "targets": (["--lora_targets", "q_proj"], "lora_targets needs --lora_rank, got lora_targets="),
@@ -173,7 +173,7 @@ BAD = {
     "weights alone": (["--save_only_model", "true"], "save_only_model must be False, got save_only_model=True"),
     "unheeded": (
         ["--keep", "0.3"],
-        "keep needs a --selection that keeps a fraction, such as adaspec, got keep=0.3 without it; add it, or leave ",
+        "keep needs a --selection that keeps a fraction, such as adaspec, got keep=0.3 without it; add it, or omit ",
     ),
     "rank": (["--draft", "d", "--lora_rank", "0"], "lora_rank must be at least 1, got lora_rank=0"),
 }  # fmt: skip

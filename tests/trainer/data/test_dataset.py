@@ -344,9 +344,9 @@ def test_stale_shards_are_refused_before_reading(small_store, tmp_path, layer):
 
 
 def test_incompatible_stores_are_refused(small_store, drawn_store, tmp_path):
-    with pytest.raises(ValueError, match="stores must be at least one, got none; add --store"):
+    with pytest.raises(ValueError, match="stores must hold at least one store, got none; add --store"):
         DocumentDataset([])
-    expected = f"got kind of entries=truncated in {small_store} and kind of entries=drawn in {drawn_store}; leave one"
+    expected = f"got kind of entries=truncated in {small_store} and kind of entries=drawn in {drawn_store}; omit one"
     with pytest.raises(ValueError, match=expected):
         dataset(small_store, drawn_store)
     assert len(dataset(small_store, drawn_store, reads_target=False)) > 0
@@ -355,7 +355,7 @@ def test_incompatible_stores_are_refused(small_store, drawn_store, tmp_path):
     storage = stores.create(other_url, other)
     stores.write_shard(storage, other, 0, stores.shard_values(np.random.default_rng(0)))
     stores.change_spec(other_url, "", lambda spec: spec["tokenizer"].update(fingerprint="sha256:other"))
-    expected = rf"got tokenizer=none \(sha256:none\) in .* and tokenizer=none \(sha256:other\) in {other_url}; leave"
+    expected = rf"got tokenizer=none \(sha256:none\) in .* and tokenizer=none \(sha256:other\) in {other_url}; omit"
     with pytest.raises(ValueError, match=expected):
         dataset(small_store, other_url, reads_target=False)
 
@@ -364,7 +364,7 @@ def test_stores_with_losses_of_different_models_under_one_name_are_refused(small
     other = shutil.copytree(small_store, tmp_path / "other.zarr")
     stores.change_spec(other, "losses/ref", lambda spec: spec["model"].update(revision="another"))
     options = {"losses": LOSSES, "reads_target": False}
-    expected = rf"got model of losses ref=.* in {small_store} and model of losses ref=.* at another in {other}; leave"
+    expected = rf"got model of losses ref=.* in {small_store} and model of losses ref=.* at another in {other}; omit"
     with pytest.raises(ValueError, match=expected):
         dataset(small_store, other, columns=("initial_ce", "reference_ce"), **options)
     assert len(dataset(small_store, other, columns=("initial_ce",), **options)) == 2 * len(dataset(small_store))

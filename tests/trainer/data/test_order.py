@@ -222,7 +222,7 @@ def test_fingerprint_differs_for_every_option_of_the_order():
         ({"weights": [1.0, 2.0]}, r"store_weights must be 1 numbers above 0, .* got store_weights=\[1.0, 2.0\]"),
         ({"weights": [0.0]}, r"store_weights must be 1 numbers above 0, .* got store_weights=\[0.0\]"),
         ({"weights": [math.nan]}, r"store_weights must be 1 numbers above 0, .* got store_weights=\[nan\]"),
-        ({"packing": True, "pack_length": 6}, "pack_length must be at least 7, .* got pack_length=6; leave it out"),
+        ({"packing": True, "pack_length": 6}, "pack_length must be at least 7, .* got pack_length=6; omit it"),
         ({"eval_fraction": 0.9999999}, "stores must have documents to train on, got 3 documents in store 1 with eval"),
     ],
 )

@@ -140,7 +140,7 @@ def test_invalid_configurations_are_refused(spec, tiny, tmp_path):
     refused(spec, "draft_config must be a Hugging Face id or a folder", config=(str(tmp_path / "none"),))
     refused(spec, "vocab_size must be at least the tokenizer's 512", config=("vocab_size=100",))
     refused(spec, "max_position_embeddings=64; add max_position_embeddings=512", config=("max_position_embeddings=64",))
-    refused(spec, "draft_layers must be used without draft_config, got draft_layers=2 with draft_config; leave it out",
+    refused(spec, "draft_layers must be used without draft_config, got draft_layers=2 with draft_config; omit",
             config=("hidden_size=8",), layers="2")  # fmt: skip
     refused(spec, "draft must be given, got none")
     for text, match in (("[1]", "JSON object with a model_type"), ("{}", "no model_type"), ("{", "JSON object"),
@@ -352,7 +352,7 @@ def test_lora_targets_select_layers_by_name(tiny, spec):
             lora=Lora(**lora, targets=("nothing",)))  # fmt: skip
     refused(spec, "lora_targets must be linear layers.*got lora_targets=q_proj nothing", draft=tiny.draft,
             lora=Lora(**lora, targets=("q_proj", "nothing")))  # fmt: skip
-    refused(spec, "lora_targets must leave out the head", draft=tiny.draft, lora=Lora(**lora, targets=("lm_head",)))
+    refused(spec, "lora_targets must not include the head", draft=tiny.draft, lora=Lora(**lora, targets=("lm_head",)))
 
 
 @pytest.mark.parametrize(

@@ -380,9 +380,9 @@ BAD = {
         ["--store", "{no_target}", "--objective", "label_nll", "--eval_strategy", "epoch"],
         "metric_for_best_model must be label_nll where a store has no target rows, got metric_for_best_model=alpha",
     ),
-    "fsdp": (["--fsdp", "full_shard"], "fsdp must be None, got fsdp=full_shard; leave it out: "),
-    "deepspeed": (["--deepspeed", "ds.json"], "deepspeed must be None, got deepspeed=ds.json; leave it out: "),
-    "half": (["--bf16_full_eval", "true"], "bf16_full_eval must be False, got bf16_full_eval=True; leave it out: "),
+    "fsdp": (["--fsdp", "full_shard"], "fsdp must be None (the loss "),
+    "deepspeed": (["--deepspeed", "ds.json"], "deepspeed must be None (the loss "),
+    "half": (["--bf16_full_eval", "true"], "bf16_full_eval must be False (eval"),
 }
 
 

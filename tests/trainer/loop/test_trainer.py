@@ -197,7 +197,7 @@ def misfits(tiny, tiny_store, tmp_path_factory):
 
 
 BAD = {
-    "no store": (["--store", "{f}/none"], "url must be that of a store, got url={f}/none"),
+    "no store": (["--store", "{f}/none"], "url must lead to a store, got url={f}/none"),
     "no --store": (["--store", ""], "store must be given, got none; add --store"),
     "no target layer": (
         ["--store", "{f}/no_target"],
@@ -226,7 +226,7 @@ BAD = {
     ),
     "reference of all": (
         ["--reference", "reference"],
-        "reference needs --selection adaspec, got reference=reference without it; add it, or leave --reference out",
+        "reference needs --selection adaspec, got reference=reference without it; add it, or omit --reference",
     ),
     "no reference": (["--selection", "adaspec"], "reference must be given with selection=adaspec, got reference=None"),
     "keep 0": (["--keep", "0"], "keep must be above 0 and at most 1, got keep=0.0; 0.4 is usual"),
@@ -247,7 +247,7 @@ BAD = {
     "liger": (["--use_liger_kernel", "true"], "use_liger_kernel must be False, got use_liger_kernel=True"),
     "bf16": (
         ["--use_cpu", "false", "--bf16", "true"],
-        "bf16 needs a GPU that computes in bfloat16, got bf16=True without one; leave --bf16 out, or ",
+        "bf16 needs a GPU that computes in bfloat16, got bf16=True without one; omit --bf16, or ",
     ),
     "options": (["--storage_options", "{f}/none.json"], "storage_options must be a JSON file, got storage_options="),
 }

@@ -159,7 +159,7 @@ def test_rows_outside_the_selection_get_the_outside_weight():
         ),
         (
             {"name": "draft_entropy", "keep": 0.4, "scope": "batch"},
-            r"scope must be one of \['document', .*\], got scope=batch; leave it out for document",
+            r"scope must be one of \['document', .*\], got scope=batch; omit it for document",
         ),
     ],
 )
