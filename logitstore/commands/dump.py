@@ -211,12 +211,12 @@ def _check(args: argparse.Namespace) -> tuple[Scheme, dict[str, str]]:
     if args.gpus_per_actor is not None and args.gpus_per_actor < 0:
         raise ValueError(f"gpus_per_actor must be at least 0, got gpus_per_actor={args.gpus_per_actor}")
     if not args.target and not references and not args.data:
-        raise ValueError("target must be given, got none; give --target, --reference or --data to say what to do")
+        raise ValueError("target, reference or data must be given, got none of them; add one or more of the flags")
     if args.append and not args.data:
-        raise ValueError("data must be given with --append, got none; give --data")
+        raise ValueError("append needs --data, got --append without it; add --data")
     if args.append and references and not args.target:
-        raise ValueError("target must be given with --append and --reference, got none; give --target, "
-                         "or append the documents first and add their losses in a second dump")  # fmt: skip
+        raise ValueError("append with --reference needs --target, got none; add --target, or append the documents "
+                         "first and add their losses in a second dump")  # fmt: skip
     if args.max_kl is not None and not 0 < args.max_kl < float("inf"):
         raise ValueError(f"max_kl must be above 0 and finite, got max_kl={args.max_kl}; 0.5 is usual")
     if args.max_kl is not None and not args.target:
@@ -320,7 +320,7 @@ def _documents(
 
     name = args.tokenizer or args.target
     if name is None:
-        raise ValueError("tokenizer must be given with --data and without --target, got none; give --tokenizer")
+        raise ValueError("data needs --target or --tokenizer, got --data without either; add --tokenizer")
     revision = args.target_revision if name == args.target else None
     tokenizer = load_tokenizer(shared.source_of(args, name, revision), what="tokenizer" if args.tokenizer else "target")
     attributes = read_attributes(storage, "")

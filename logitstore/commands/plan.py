@@ -92,7 +92,9 @@ def _check(args: argparse.Namespace) -> list[Scheme]:
     if not 0 <= args.price_per_gb_month < float("inf"):
         raise ValueError(f"price_per_gb_month must be at least 0, got price_per_gb_month={args.price_per_gb_month}")
     if args.target is None and args.tokenizer is None:
-        raise ValueError("target must be given, got none; give --target, or --tokenizer if there is no target yet")
+        raise ValueError(
+            "target or tokenizer must be given, got neither; add --target, or --tokenizer if there is no target yet"
+        )
     if args.target is None and args.calibrate is not None:
         raise ValueError(f"calibrate needs --target, got calibrate={args.calibrate} without it; add --target")
     if args.calibrate is not None and args.rows_per_s is not None:

@@ -71,7 +71,7 @@ def find_source(data: str, storage_options: dict[str, Any] | None) -> Source:
 
 @contextlib.contextmanager
 def reached(name: str) -> Iterator[None]:
-    """Turns any error of a file system inside the context into a StorageError with a one-line message.
+    """Context manager that turns any error of a file system into a StorageError with a one-line message.
 
     ValueError and LogitStoreError pass unchanged.
 

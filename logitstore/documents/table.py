@@ -189,7 +189,7 @@ def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextlib.contextmanager
 def progress_bars(progress: bool) -> Iterator[None]:
-    """Turns off the progress bars of the datasets library inside the context.
+    """Context manager that hides the progress bars of the datasets library.
 
     Args:
         progress: Whether to leave the bars on.

@@ -27,7 +27,7 @@ class ArraySpec:
     dtype: str
     """NumPy type with byte order, such as `<u4`."""
     per: Literal["row", "document", "entry"]
-    """What the array has one value for: each "row", "document" or "entry". A shard has room for shard_rows rows,
+    """Unit that the array has one value for: "row", "document" or "entry". A shard has room for shard_rows rows,
     shard_rows documents and shard_rows * k entries, where k is the number of entries that a row has room for."""
     fill: float
     """Fill value: the value of all elements of the array that were never written."""

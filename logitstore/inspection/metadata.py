@@ -68,7 +68,7 @@ def write_anew(store: Store, layer: str) -> None:
 
 
 def plain_group(layer: str) -> str | None:
-    """Returns the path of the zarr.json that can be written again for a layer if it is lost.
+    """Returns the path of a zarr.json file of a layer that can be created again after the file was lost.
 
     Such a file only marks a folder as a Zarr group.
 

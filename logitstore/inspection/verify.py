@@ -109,7 +109,7 @@ def check_num_threads(num_threads: int) -> None:
 def places(store: Store, sample: float = 1.0, seed: int = 0) -> list[tuple[str, int]]:
     """Lists the committed shards that `verify` reads, as pairs (layer, shard).
 
-    Shards after the store's last one are left out.
+    Shards with numbers beyond the end of the store are left out.
 
     Args:
         store: The open store.

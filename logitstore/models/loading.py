@@ -133,7 +133,7 @@ def _refusal(what: str, rule: str, name: str, error: Exception, next_step: str) 
 
 @contextmanager
 def loading_bars(wanted: bool) -> Iterator[None]:
-    """Turns off, inside the context, the progress bars that transformers shows while it loads or saves weights.
+    """Context manager that hides the progress bars of transformers for loading and saving weights.
 
     Args:
         wanted: Whether to leave the bars on.

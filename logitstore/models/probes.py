@@ -166,7 +166,7 @@ def check_packing(lm: SplitLM) -> None:
 
 @contextmanager
 def _evaluating(lm: SplitLM) -> Iterator[None]:
-    """Turns off dropout inside the context. On a CPU, also uses sdpa instead of flash attention, which needs a GPU."""
+    """Context manager that turns off dropout. On a CPU, uses sdpa instead of flash attention, which only GPUs have."""
     model, training = lm.model, lm.model.training
     absent = lm.device.type == "cpu" and is_flash_attention_requested(model.config)
     wanted = model.config._attn_implementation

@@ -304,7 +304,9 @@ class Storage:
         """Returns the local path of an object. Raises PermissionError if a symbolic link leads out of the root."""
         full = Path(f"{self.root}/{path}")
         if not full.parent.resolve().is_relative_to(Path(f"{self.root}/").resolve()):
-            raise PermissionError(f"{full} leads out of the store by a symbolic link; replace the link by the folder")
+            raise PermissionError(
+                f"{full} lies behind a symbolic link that leads out of the store; copy the files into the store"
+            )
         return full
 
     def _make_root(self) -> None:

@@ -279,7 +279,7 @@ class LayerWriter:
             ValueError: The commit record is too large, because too many documents are set aside; or `fidelity` has
                 names that the layer does not have, or numbers that are not finite.
             FormatError: An encoded array does not decode to the same values.
-            DamagedShardError: The shard has several records, or a record that differs from its name.
+            DamagedShardError: The shard has several records, or a record that does not match its file name.
         """
         arrays = {array.name: np.asarray(values[array.name]) for array in layout.layer_arrays(self._layer)}
         encoded = {array.name: self._encode(arrays[array.name], array) for array in layout.layer_arrays(self._layer)}

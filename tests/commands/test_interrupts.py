@@ -16,9 +16,11 @@ from logitstore.commands.user_errors import command
 
 def interrupted(argv, tmp_path, when):
     """Runs a command in a terminal's process group, and interrupts it when its output matches a pattern."""
+    # Under nohup, or in the background of a script, the tests ignore SIGINT, and would hand that on to the command.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     with subprocess.Popen(
-        [sys.executable, "-m", "logitstore.commands.main", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        [sys.executable, "-c", listens + "from logitstore.commands.main import console; console()", *argv],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"RAY_ADDRESS": "local", "HF_DATASETS_CACHE": str(tmp_path)},
     ) as process:  # fmt: skip
         killer = threading.Timer(120, process.kill)

@@ -104,9 +104,7 @@ def test_actors_without_room_on_any_node_delay_no_shard(cluster, tiny, tmp_path,
     url = tmp_path / "c.zarr"
     given = ["--num_actors", "3", "--cpus_per_actor", "5", "--gpus_per_actor", "0"]
     summary = dump_command.run(arguments(url, tiny, data, *given))
-    assert (
-        "3 actors of 5 CPUs and 0 GPUs are requested, but the cluster's nodes have room for 2; waiting" in caplog.text
-    )
+    assert "3 actors with 5 CPUs and 0 GPUs each were requested, but the cluster has room for 2; waiting" in caplog.text
     store = logitstore.open(url)
     assert summary["shards_done"] == store.num_shards >= 5
     assert logitstore.verify(store) == []

@@ -300,7 +300,9 @@ def test_model_without_finite_values_for_any_document_is_refused(target, referen
 @pytest.mark.parametrize("batch_tokens", [TOGETHER, ALONE])
 def test_model_that_raises_for_every_document_is_refused(target, store, shard, batch_tokens):
     fail_when(target, lambda calls: True, ValueError("\n this model wants images \nand nothing else"))
-    with pytest.raises(ValueError, match=r"document 0: ValueError: this model wants images; check that it runs on one"):
+    with pytest.raises(
+        ValueError, match=r"document 0: ValueError: this model wants images\); check that it runs on one"
+    ):
         score(target, store, shard, batch_tokens)
 
 

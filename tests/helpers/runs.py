@@ -25,7 +25,10 @@ def torchrun(ranks, *jobs):
     script = HELPERS / "many_runs.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += [str(script), json.dumps(jobs)]
-    subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment()
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def weights(folder):

@@ -27,7 +27,7 @@ def test_shard_above_the_budget_is_not_written(measured, tiny, tiny_store, tmp_p
     sums = logitstore.open(measured[scheme]).reader.commit("target", 0).fidelity
     lost = (sums["kl_codes"] + sums["kl_tail"]) / sums["rows"]
     url = emptied(tiny_store, tmp_path / "cache.zarr", SCHEMES[scheme])
-    message = rf"max_kl=\S+ where the {sums['rows']:.0f} rows measured of shard 0 lose {lost:.3g} nats each"
+    message = rf"max_kl=\S+, but the {sums['rows']:.0f} measured rows of shard 0 lose {lost:.3g} on average"
     with pytest.raises(FidelityError, match=message):
         dumper(url, tiny, max_kl=0.99 * lost).dump(0, LAYERS)
     assert logitstore.open(url).layers["target"].missing == [0, 1, 2]

@@ -145,7 +145,7 @@ def test_stale_losses_are_reported_and_taken_back(url, capsys):
     assert found(url) == [f"losses/reference/2: stale values, computed from target {was}, but target is {now} now"]
     assert cli.main(["info", str(url)]) == 0
     assert "stale     shards 2: computed from other values; the dump computes them again" in capsys.readouterr().out
-    with pytest.raises(IdentityError, match="these values are stale"):
+    with pytest.raises(IdentityError, match="got stale values"):
         logitstore.open(url).read_shard(2)
     assert len(logitstore.open(url).read_shard(2, layers=("target",))) > 0
     assert verify(url, "--repair") == 1

@@ -137,7 +137,7 @@ def test_published_shards_are_not_deleted_when_an_append_is_given_up(url, made, 
     make_dumper(url, made).dump(4, LAYERS[1:])
     record = (url / "appends/000001.json").read_bytes()
     (url / "appends/000001.json").unlink()
-    with pytest.raises(IdentityError, match="if a file in appends/ is gone, restore it"):
+    with pytest.raises(IdentityError, match="If a file in appends/ is missing, restore it"):
         prepare_tokens(url, made, other, append=True)
     assert verify(url, "--repair") == 0
     assert not list(url.glob("appends/*"))

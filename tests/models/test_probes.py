@@ -85,8 +85,8 @@ ALONE = {
 }
 NOT_THERE = ("gemma2", "sdpa")
 REFUSED = {
-    "bert": (BertConfig(**SMALL, is_decoder=True), "logits differ by up to"),
-    "electra": (ElectraConfig(**SMALL, embedding_size=16, is_decoder=True), "which has a step between the two"),
+    "bert": (BertConfig(**SMALL, is_decoder=True), "logits differ from those by up to"),
+    "electra": (ElectraConfig(**SMALL, embedding_size=16, is_decoder=True), "which has another step between the two"),
     "xlnet": (XLNetConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layer=2, n_head=4, d_inner=48), "must be causal"),
 }
 

@@ -235,7 +235,7 @@ def test_nucleus_of_the_stored_mass_keeps_the_stored_counts_up_to_k():
         (
             SCHEMES["nucleus"],
             Scheme(k=6),
-            "k must be at most 5, the k_min of the stored nucleus, got topk with k=6: rows that reach the mass sooner",
+            "k must be at most 5, the k_min of the stored nucleus, got topk with k=6 (some rows hold no more",
         ),
         (
             SCHEMES["nucleus"],

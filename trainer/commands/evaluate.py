@@ -171,7 +171,9 @@ def _check(args: argparse.Namespace) -> _Plan:
         missing = "target" if args.target is None else "data"
         raise ValueError(f"target and data must be given together, got no {missing}; add --{missing}, or omit both")
     if args.target is None and args.store is None:
-        raise ValueError("target and data, or store, must be given, got none; add --target and --data, or --store")
+        raise ValueError(
+            "target and data, or store, must be given, got none of them; add --target and --data, or --store"
+        )
     modes = MODES if args.mode == "both" else (args.mode,)
     for mode in modes:
         check_settings(mode=mode, gamma=args.gamma, max_new_tokens=args.max_new_tokens)
@@ -181,7 +183,7 @@ def _check(args: argparse.Namespace) -> _Plan:
 
     options = storage_options(args.storage_options)
     if args.store is None and (args.k, args.mass) != (None, None):
-        raise ValueError("store must be given with --k or --mass, got none; add --store, or omit them")
+        raise ValueError("k and mass need --store, got one of them without it; add --store, or omit --k and --mass")
     store = None if args.store is None else _open_store(args.store, options).read_smaller(k=args.k, mass=args.mass)
     if store is None:
         # Without a store, the draft's tokenizer is compared with that of the target.

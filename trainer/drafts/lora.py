@@ -42,7 +42,9 @@ class Lora:
         if not self.alpha > 0:
             raise ValueError(f"lora_alpha must be above 0, got lora_alpha={self.alpha}; twice the rank is usual")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, got lora_dropout={self.dropout}; give 0")
+            raise ValueError(
+                f"lora_dropout must be at least 0 and below 1, got lora_dropout={self.dropout}; 0 is usual"
+            )
         if not self.targets:
             raise ValueError(f"lora_targets must name at least one layer, got none; give {ALL_LINEAR}")
         if find_spec("peft") is None:

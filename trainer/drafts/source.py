@@ -237,7 +237,9 @@ def _new_config(source: DraftSource, spec: StoreSpec) -> tuple[PreTrainedConfig,
     target = None if spec.target is None else spec.target.model.name
     name = base or source.draft or target
     if name is None:
-        raise ValueError("draft_config must name a file or a model, got key=value pairs alone; add one, or --draft")
+        raise ValueError(
+            "draft_config must name a file or a model, got key=value pairs alone; add a file or a model, or --draft"
+        )
     trusted = source.trust_remote_code
     # The revision belongs to the draft's repository, so it is not used for any other repository.
     config = base_config(name, revision=source.revision if name == source.draft else None, trust_remote_code=trusted)

@@ -69,7 +69,8 @@ def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
 
     Args:
         folder: Folder of the run.
-        limit: Maximum number of finished checkpoints that remain; None, or a number below 1, deletes nothing.
+        limit: Maximum number of finished checkpoints that remain. If it is None or below 1, nothing is deleted, not
+            even unfinished checkpoints.
         keep: Finished checkpoints that are never deleted. They count towards `limit`.
     """
     if limit is None or limit <= 0:

@@ -91,7 +91,7 @@ def check_supported(values: Mapping[str, object]) -> None:
     """
     for name, (value, reason) in UNSUPPORTED.items():
         if values.get(name, value) != value:  # Some releases of transformers lack some of these arguments.
-            raise ValueError(f"{name} must be {value} ({reason}), got {name}={values[name]}; omit it")
+            raise ValueError(f"{name} must be {value}, got {name}={values[name]} ({reason}); omit it")
     # Schedule-free optimizers train other weights than those that are evaluated. LOMO and layerwise optimizers update
     # the weights during the backward pass, before the denominator of the step is known.
     optimizer = str(getattr(values["optim"], "value", values["optim"]))
@@ -102,8 +102,8 @@ def check_supported(values: Mapping[str, object]) -> None:
         )
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         raise ValueError(
-            "optim must be one that waits for the whole gradient, because the denominator of a step is only known at "
-            f"its end, got optim={optimizer}; give adamw_torch_fused"
+            f"optim must be one that waits for the whole gradient, got optim={optimizer} (the denominator of a step is "
+            "only known at its end); give adamw_torch_fused"
         )
     for name, (least, below) in RANGES.items():
         if values[name] is not None and not least <= values[name] < below:  # type: ignore[operator]

@@ -150,7 +150,8 @@ class Remote:
         """Deletes all unfinished checkpoints. Of the finished ones, deletes the oldest until `limit` remain.
 
         Args:
-            limit: Maximum number of finished checkpoints that remain; None, or a number below 1, deletes nothing.
+            limit: Maximum number of finished checkpoints that remain. If it is None or below 1, nothing is deleted, not
+                even unfinished checkpoints.
             keep: Names of finished checkpoints that are never deleted. They count towards `limit`.
         """
         if limit is None or limit <= 0:

@@ -280,10 +280,10 @@ def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None)
             included. Under the scope `queue`: the scores of recent rows. None under the other scopes.
 
     Returns:
-        The weights of the rows, with the mask of kept rows and the threshold. Under the scope `document`, the
-        ceil(keep * n) rows with the highest scores are kept in each document of n rows. Under every other scope, and
-        for a gate, all rows whose score is at least the threshold are kept. Rows that tie with the threshold are
-        therefore kept too, which is what AdaSPEC's released code does.
+        The weights of the rows, with the mask of kept rows and the threshold. If the selection is a gate, all rows
+        whose score is at least the gate's value are kept. Otherwise, under the scope `document`, the ceil(keep * n)
+        rows with the highest scores are kept in each document of n rows. Under every other scope, all rows whose score
+        is at least the threshold are kept, ties included, as in AdaSPEC's released code.
     """
     nothing = scores.new_tensor(torch.nan)
     if rule.selection.least is not None:

@@ -80,7 +80,7 @@ def describe(
 
 
 def _padding(tokens: list[int], batch: int) -> float:
-    """Returns the share of padding, in [0, 1], if consecutive packs form batches, each padded to its longest pack.
+    """Returns the fraction of tokens, in [0, 1], that is padding if each batch is padded to its longest pack.
 
     Args:
         tokens: Number of tokens of each pack.

@@ -209,7 +209,7 @@ class RunArguments:
         for name, column in {"reference": "reference_ce", "initial": "initial_ce"}.items():
             if column in needs and getattr(self.loss, name) is None:
                 raise ValueError(
-                    f"{name} must be given with selection={self.loss.selection}, got {name}=None; "
+                    f"selection={self.loss.selection} needs --{name}, got {name}=None; "
                     f"add --{name} NAME, the NAME given to logitstore dump --reference NAME=MODEL"
                 )
         if self.loss.initial is not None and self.loss.initial == self.loss.reference:

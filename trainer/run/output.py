@@ -67,7 +67,9 @@ def local_folder(output_dir: str) -> Path:
             "give a folder, s3://, gs:// or abfs://"
         )
     if not path.strip("/"):
-        raise ValueError(f"output_dir must name a folder below the URL, got output_dir={output_dir}; add one")
+        raise ValueError(
+            f"output_dir must name a folder in the bucket, got output_dir={output_dir}; add a folder name to the URL"
+        )
     url = output_dir.rstrip("/")
     # The digest keeps the working folders of different URLs apart. The user's id keeps those of different users apart.
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]

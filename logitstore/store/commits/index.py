@@ -156,7 +156,7 @@ def find_commit(storage: Storage, layer: str, shard: int) -> Commit | None:
     """Reads the current record of a shard; None if the shard is not committed.
 
     Raises:
-        DamagedShardError: The shard has several records, or its record is malformed or differs from its name.
+        DamagedShardError: The shard has several records, or a record that is malformed or does not match its file name.
     """
     names = commit_names(storage, layer, shard)
     if not names:

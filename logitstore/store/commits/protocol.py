@@ -71,7 +71,7 @@ def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None
         The record that is committed now: `commit`, or the record of another writer that was faster.
 
     Raises:
-        DamagedShardError: The shard has several records, or a record that differs from its name.
+        DamagedShardError: The shard has several records, or a record that does not match its file name.
         StorageError: The shard is not committed after MAX_ROUNDS rounds.
     """
     layer, shard = commit.layer, commit.shard

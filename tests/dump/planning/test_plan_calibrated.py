@@ -126,7 +126,7 @@ def test_calibration_without_a_document_that_all_models_score_is_refused(
     start = f"error: calibrate needs a document that all models can score, got none among {len(documents)} ("
     assert line.startswith(start + reason)
     assert "model must give finite numbers, got " in line
-    assert line.endswith("; check that the models run, or take more records with --calibrate")
+    assert line.endswith("; check that the models run, or give a larger --calibrate")
 
 
 def test_slow_first_call_of_each_model_is_not_timed(tiny, monkeypatch):

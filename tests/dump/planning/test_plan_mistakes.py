@@ -19,8 +19,11 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", None], "target must be given, got none; give --target, or --tokenizer"),
-        (["--target", None, "--tokenizer", "{tokenizer}", "--calibrate", "2"], "target must be given with --calibrate"),
+        (["--target", None], "target or tokenizer must be given, got neither; add --target, or --tokenizer"),
+        (
+            ["--target", None, "--tokenizer", "{tokenizer}", "--calibrate", "2"],
+            "calibrate needs --target, got calibrate=2",
+        ),
         (["--k", "8"], "k needs --scheme, got k=8 without it; add the --scheme that has this option"),
         (["--scheme", "topk", "--mass", "0.9"], "mass needs --scheme nucleus, got mass=0.9 with --scheme topk"),
         (["--scheme", "topk", "--k", "513"], "k must be at most the vocabulary size 512, got k=513"),
@@ -61,7 +64,7 @@ def test_invalid_options_are_one_line_before_a_model_is_loaded(tiny, capsys, mon
 def test_data_without_tokens_that_count_is_refused(tiny, tmp_path, capsys, sampled, end):
     data = write_jsonl(tmp_path / "none.jsonl", [{"input_ids": [1, 2, 3], "loss_mask": [0, 0, 0]}] * 3)
     line = refused(capsys, "--data", data, "--tokenizer", tiny.tokenizer, "--sample_documents", sampled)
-    rule = "data must hold documents of at least 2 tokens in which a prediction counts"
+    rule = "data must hold a document of at least 2 tokens in which a prediction counts"
     assert line.startswith(f"error: {rule}, got data=")
     assert line.endswith(end)
 

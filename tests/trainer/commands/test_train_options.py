@@ -123,7 +123,7 @@ BAD = {
     "scope": (["--selection", "random", "--scope", "all"], "scope must be one of ['document', 'micro_batch', "),
     "initial": (
         ["--selection", "static_gap", "--reference", "r"],
-        "initial must be given with selection=static_gap, got initial=None",
+        "selection=static_gap needs --initial, got initial=None",
     ),
     "one model": (
         ["--selection", "static_gap", "--reference", "r", "--initial", "r"],
@@ -135,7 +135,7 @@ BAD = {
     "layerwise": (["--optim", "galore_adamw_layerwise"], "optim must be one that waits for the whole gradient, got "),
     "lomo": (["--optim", "lomo"], "optim must be one that waits for the whole gradient, got optim=lomo"),
     "data_seed": (["--data_seed", "-1"], "data_seed must be at least 0 and below 4294967296, got data_seed=-1"),
-    "half": (["--fp16", "true"], "fp16 must be False (bf16 is supported; with fp16, "),
+    "half": (["--fp16", "true"], "fp16 must be False, got fp16=True (bf16 is supported; with fp16, "),
     "half weights": (["--dtype", "float16"], "dtype must be one of ['auto', 'float32', 'bfloat16'], got dtype=float16"),
     "find": (["--auto_find_batch_size", "true"], "auto_find_batch_size must be False, got auto_find_batch_size=True"),
     "in time": (["--enable_jit_checkpoint", "true"], "enable_jit_checkpoint must be False, got enable_jit_checkpoint="),

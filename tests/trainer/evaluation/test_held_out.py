@@ -380,9 +380,9 @@ BAD = {
         ["--store", "{no_target}", "--objective", "label_nll", "--eval_strategy", "epoch"],
         "metric_for_best_model must be label_nll where a store has no target rows, got metric_for_best_model=alpha",
     ),
-    "fsdp": (["--fsdp", "full_shard"], "fsdp must be None (the loss "),
-    "deepspeed": (["--deepspeed", "ds.json"], "deepspeed must be None (the loss "),
-    "half": (["--bf16_full_eval", "true"], "bf16_full_eval must be False (eval"),
+    "fsdp": (["--fsdp", "full_shard"], "fsdp must be None, got fsdp=full_shard (the loss "),
+    "deepspeed": (["--deepspeed", "ds.json"], "deepspeed must be None, got deepspeed=ds.json (the loss "),
+    "half": (["--bf16_full_eval", "true"], "bf16_full_eval must be False, got bf16_full_eval=True (eval"),
 }
 
 
@@ -404,4 +404,4 @@ def test_launch_with_sharded_parameters_is_refused(tiny, tiny_store, tmp_path, c
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(SystemExit):
         run(tiny, tiny_store, tmp_path / "out")
-    assert "ACCELERATE_USE_FSDP must be false, got ACCELERATE_USE_FSDP=true; launch without" in capsys.readouterr().err
+    assert "ACCELERATE_USE_FSDP must be false, got ACCELERATE_USE_FSDP=true (the loss " in capsys.readouterr().err

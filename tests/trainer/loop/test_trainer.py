@@ -228,7 +228,7 @@ BAD = {
         ["--reference", "reference"],
         "reference needs --selection adaspec, got reference=reference without it; add it, or omit --reference",
     ),
-    "no reference": (["--selection", "adaspec"], "reference must be given with selection=adaspec, got reference=None"),
+    "no reference": (["--selection", "adaspec"], "selection=adaspec needs --reference, got reference=None"),
     "keep 0": (["--keep", "0"], "keep must be above 0 and at most 1, got keep=0.0; 0.4 is usual"),
     "keep 2": (["--keep", "2"], "keep must be above 0 and at most 1, got keep=2.0; 0.4 is usual"),
     "selection": (["--selection", "best"], "selection must be one of ['all', 'random', "),
@@ -295,7 +295,7 @@ def test_script_exits_with_one_line_and_status_2(tiny, tiny_store, tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith("error: reference must be given with selection=adaspec")
+    assert found.stderr.startswith("error: selection=adaspec needs --reference")
     assert found.stderr.count("\n") == 1
 
 

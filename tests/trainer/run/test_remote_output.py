@@ -287,7 +287,7 @@ def test_unwritable_bucket_is_reported_before_training(arguments, proxy, capsys,
     ("output", "message"),
     [
         ("memory://run", "output_dir must be a folder or a URL that outlasts the run, got output_dir=memory://run; "),
-        ("s3://", "output_dir must name a folder below the URL, got output_dir=s3://; add one"),
+        ("s3://", "output_dir must name a folder in the bucket, got output_dir=s3://; add"),
         ("nothing://a/b", "url must have a protocol that fsspec knows, got url=nothing://a/b; give a folder, s3://"),
     ],
 )
