@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # Releases that pyproject.toml allows and `make lock` leaves out, each with its reason.
 # transformers 5.24 needs peft 0.22 for LoRA, and the newest published peft is 0.21.2.
 HELD_BACK := 'transformers<5.24'
-PYTEST = HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -n 2
+PYTEST = HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest -n 2 --dist worksteal
 # Build backends are locked too: pip installs them apart from everything else.
 PIP_LOCKED = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PIP_NEWEST = $(BIN)/python -m pip install --quiet
@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready  ## the whole pipeline on real text, on a CPU
 	HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 $(BIN)/python jobs/demo.py
 
-test: $(VENV)/.ready  ## the tests, within ten minutes on two cores
+test: $(VENV)/.ready  ## the tests, within eight minutes on two cores
 	$(PYTEST) -m 'not long'
 
 test-long: $(VENV)/.ready  ## the tests that take longest, each for a fault that no other test finds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 
@@ -14,6 +15,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect():
+    """Keeps imported packages out of later garbage collections, of which transformers requests several in a training.
+
+    A collection over a million objects takes a quarter of a second. Without this fixture, collections take a tenth of
+    the time of all tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

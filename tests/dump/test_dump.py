@@ -106,6 +106,7 @@ def test_draws_depend_only_on_the_seed_and_the_shard(job, tiny, tmp_path, capsys
     assert "target.scheme.seed must be 3 as in the store, got seed=4" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_killed_dump_continues_to_the_same_store(undisturbed, tiny, many, tmp_path):
     url = tmp_path / "cache.zarr"
     args = arguments(url, tiny, many, "--reference", f"ref={tiny.reference}")

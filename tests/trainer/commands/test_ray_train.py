@@ -87,6 +87,7 @@ def but_rays_own(text):
     return "".join(line for line in text.splitlines(keepends=True) if "PlacementGroupCleaner" not in line)
 
 
+@pytest.mark.long
 def test_submitted_job_gives_the_weights_of_torchrun_although_a_worker_dies(cluster, arguments, by_torchrun, tmp_path):
     """The workers resume from the last checkpoint, which each machine fetches from a URL."""
     with S3Server() as server:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstore.format.schemes import Scheme
-from logitstore.models.support import Support, on_support
+from logitstore.models.support import TAIL_FLOOR, Support, on_support
 from tests.helpers import rows
 from tests.helpers.rows import random_target as target_of
 from trainer.loss.objectives import OBJECTIVES, make_objective
@@ -39,7 +39,10 @@ def compare(name, support, logits):
     expected.sum().backward()
     got.sum().backward()
     torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-5)
-    torch.testing.assert_close(other.grad.double(), one.grad, rtol=2e-4, atol=5e-5)
+    # The draft's tail mass is 1 minus a float32 sum, so it is off by up to 2**-23, and p_t / q_t by that over q_t.
+    q_tail = 1 - logits.softmax(-1).gather(1, support.token_ids).where(support.used, 0).sum(-1)
+    lost = support.tail * 2**-23 / q_tail.clamp_min(TAIL_FLOOR)
+    assert ((other.grad - one.grad).abs() <= 5e-5 + 2e-4 * one.grad.abs() + lost[:, None]).all()
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
