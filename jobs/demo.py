@@ -36,7 +36,8 @@ ENVIRONMENT = {
     # machine. Threads that sleep while they wait make it 10% slower on an idle machine.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""Environment variables of the demo. They are set before torch, transformers and ray are imported, which read them."""
+"""Environment variables of the demo. They are set before the imports of torch, transformers and ray, because these
+packages read them."""
 
 LINE_WIDTH = 110
 MARKER = ".logitstore-demo"
@@ -48,8 +49,8 @@ MAX_NEW_TOKENS = 48
 DOCUMENTS = shlex.split("--max_length 256 --shard_rows 32768")
 TRAINED_ON = shlex.split("--scheme hybrid --num_draws 50")
 COMPARED_WITH = shlex.split("--scheme topk --k 1024")
-"""Options of the held-out store. Its rows are few, and each keeps half of the vocabulary, so that acceptance rates from
-the cache are nearly exact."""
+"""Options of the held-out store. Each row keeps half of the vocabulary, so that acceptance rates from the cache are
+nearly exact. The store stays small, because it has few rows."""
 SELECTION = {
     DISTILLATION: ["--selection", "all"],
     RANDOM: ["--selection", "random", "--keep", "0.4"],
@@ -72,7 +73,7 @@ class Story:
 
     @contextlib.contextmanager
     def stage(self, name: str, title: str) -> Iterator[None]:
-        """Prints the title of a stage at its start, and its duration at its end."""
+        """Context manager that prints the title of a stage at its start, and the duration at its end."""
         print(f"\n{len(self.seconds) + 1}. {title}", flush=True)
         started = time.monotonic()
         yield
@@ -114,10 +115,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare_output(folder: Path) -> None:
-    """Creates the folder, and deletes an earlier demo in it.
+    """Creates an empty folder for the demo, after deleting an earlier demo in that folder.
 
     Raises:
-        ValueError: The folder contains files that are not an earlier demo's.
+        ValueError: The folder contains files that do not belong to an earlier demo.
     """
     if folder.exists():
         if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file()):

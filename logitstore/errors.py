@@ -88,7 +88,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean X?)" with the known name nearest to the given one, or "" if none is near."""
+    """Returns " (did you mean X?)" with the known name spelt most like the given one, or "" if none is similar."""
     names: dict[str, str] = {}
     for name in known:
         names.setdefault(name.replace("-", "_"), name)

@@ -1,6 +1,6 @@
 """The demo's text: functions of the running Python's own standard library, and a tokenizer trained on them.
 
-Signature and docstring are the prompt, the rest of the body is the response.
+The signature and the docstring are the prompt. The rest of the body is the response.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 HELD_OUT_PERCENT = 6
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-"""Names of skipped folders. Some distributions of Python have no `test`; skipping it makes their texts alike."""
+"""Names of skipped folders. Some distributions of Python lack `test`. It is skipped on all of them, so that the demo
+reads similar texts everywhere."""
 PROMPT_CHARS = 500
 """Maximum number of characters of a prompt."""
 RESPONSE_CHARS = (60, 800)
@@ -47,7 +48,7 @@ def read_pairs(root: Path) -> list[Pair]:
     """Reads the documented functions and methods of all modules below a folder.
 
     Returns:
-        The functions, each body once, in a pseudorandom order that is the same for the same files.
+        The functions, without repeated bodies, in a pseudorandom order that depends only on the files.
     """
     pairs: dict[str, Pair] = {}
     for path in sorted(root.rglob("*.py")):

@@ -139,7 +139,8 @@ def held_out_losses(train: Store, held_out: Store) -> dict[str, float]:
         held_out: Store of the held-out text.
 
     Returns:
-        target_nll and unigram_nll: mean negative logprob of a response token under each of the two, in nats.
+        target_nll and unigram_nll: mean negative logprob of a response token, in nats, under the target and under the
+        unigram distribution.
     """
     counts = np.ones(train.spec.tokenizer.vocab_size)
     for shard in train.shards(layers=("tokens",)):

@@ -1,4 +1,4 @@
-"""Report at the end of the demo: a table of acceptance rates, and differences of methods with their standard errors."""
+"""Report at the end of the demo: a table of acceptance rates, and differences between methods with standard errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DISTILLATION, RANDOM, ADASPEC = ("distillation", "random 40 %", "AdaSPEC 40 %")
 """Names of the methods in the table."""
 
 CACHED = {"greedy": "argmax_agreement", "sampled": "alpha_estimate"}
-"""Name of the figure from the cache that estimates the measured alpha of each decoding mode."""
+"""For each decoding mode, the name of the figure from the cache that estimates the measured alpha of that mode."""
 
 HEAD = ("draft", "method", "greedy", "sampled", "tau greedy", "tau sampled", "sampled, lower..upper", "greedy")
 """Column titles. The groups after `method` are alpha measured, tau measured, and alpha from the cache."""
@@ -82,7 +82,7 @@ def _table(drafts: list[dict[str, Any]]) -> list[str]:
 
 
 def _verdicts(drafts: list[dict[str, Any]]) -> list[str]:
-    """Returns the lines that compare AdaSPEC with distillation and with random rows, whichever is better."""
+    """Returns the lines that compare AdaSPEC with distillation and with random rows."""
     by_size: dict[str, dict[str, dict[str, Any]]] = {}
     for draft in drafts:
         by_size.setdefault(draft["draft"], {})[draft["method"]] = draft["evaluation"]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def join_cluster() -> None:
-    """Joins the Ray cluster of a submitted job or of RAY_ADDRESS; without either, starts a local one.
+    """Joins the Ray cluster of the submitted job or the one at RAY_ADDRESS; without either, starts a local cluster.
 
     Does nothing if this process has already joined a cluster.
 
@@ -63,8 +63,9 @@ def worker_resources(num_workers: int, *, use_gpus: bool) -> tuple[dict[str, flo
         use_gpus: Whether workers may have GPUs.
 
     Returns:
-        CPUs and GPUs of each worker, and the largest number of workers that fit on the cluster's nodes when the nodes
-        are empty. For this number, a worker has one CPU, and also one GPU if workers have GPUs.
+        CPUs and GPUs of each worker, under the keys "CPU" and "GPU", and the largest number of workers that fit on the
+        cluster's nodes when the nodes are empty. This largest number assumes one CPU per worker, and also one GPU per
+        worker if workers get GPUs.
     """
     import ray
 
@@ -73,7 +74,7 @@ def worker_resources(num_workers: int, *, use_gpus: bool) -> tuple[dict[str, flo
     most = room(nodes, 1.0, gpus)
     if gpus:
         return {"CPU": 1.0, "GPU": 1.0}, most
-    # Each worker gets the most CPUs with which all workers fit, or 1 if they never fit together.
+    # Each worker gets the largest number of CPUs with which all workers fit, or 1 if not all workers fit.
     largest = int(max(node.get("CPU", 0) for node in nodes))
     shares = (float(cpus) for cpus in range(largest, 0, -1) if room(nodes, cpus, 0) >= num_workers)
     return {"CPU": next(shares, 1.0)}, most

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 RESTARTS = 3
-"""The run is given up after this number of deaths in a row without a new checkpoint in between."""
+"""Number of worker deaths in a row, without a new checkpoint in between, after which the run is given up."""
 LAUNCHED = "WORLD_SIZE"
 """Environment variable that torchrun and similar launchers set."""
 
@@ -116,7 +116,8 @@ def run_workers(work: Callable[[], None], num_workers: int, resources: dict[str,
             for failure in found.values():
                 if isinstance(failure, SystemExit):
                     raise WorkerEndedError(*failure.args) from None
-            # When one worker dies, the others only report that it does not answer. Only the dead worker's error helps.
+            # When one worker dies, the others only report that it does not answer. Only the error of the dead worker
+            # shows the cause.
             deaths = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in found.items()}
             for rank, failure in deaths.items():
                 if isinstance(failure, RayActorError):
@@ -132,11 +133,11 @@ def _trainer(work: Callable[[], None], num_workers: int, resources: dict[str, fl
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    # Workers stay in the folder where Ray starts them, because relative paths refer to the submitted folder.
+    # Ray starts workers in the submitted folder, to which relative paths refer, so workers must stay in this folder.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     # The watcher warns workers before their node is taken away. No warning is needed: a restart afterwards is enough.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    # The driver shows what workers print anyway; Ray Train's own logs would show it a second time.
+    # The driver already shows the output of workers. Ray Train's own logs would show this output a second time.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
 
     def worker() -> None:
@@ -151,7 +152,8 @@ def _trainer(work: Callable[[], None], num_workers: int, resources: dict[str, fl
         # mypy takes RunConfig and FailureConfig for the classes of the same names in Ray Train's first version.
         run_config=RunConfig(  # type: ignore[call-arg]
             storage_path=storage,
-            # Ray would restart after any error, such as a mistake in an argument. `run_until_done` decides instead.
+            # Ray would restart workers after any error, even a mistake in an argument. Instead, `run_until_done`
+            # decides whether to restart them.
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -6,9 +6,9 @@
   ray job submit --working-dir . -- python jobs/dump_logits.py ...    the same on a Ray cluster
 
 If the command ends early, run it again: committed shards are skipped, and shards that were set aside are tried again.
-Exit status: 0 done; 1 nothing can be computed, or the disk or the bucket refuses; 2 a mistake in the arguments, nothing
-was tried; 3 some documents or shards were set aside, or another job or a repair took shards back (all others are
-done).
+Exit status: 0 if everything is done; 1 if nothing can be computed, or the disk or the bucket refuses; 2 on a mistake in
+the arguments (nothing was tried); 3 if documents or shards were set aside, or if another job or a repair took shards
+back (all others are done).
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _check(args: argparse.Namespace) -> tuple[Scheme, dict[str, str]]:
     """Checks the arguments as far as possible without opening anything.
 
     Returns:
-        The scheme, and the model of each reference by its name.
+        The scheme, and a dictionary from the name of each reference to its model.
 
     Raises:
         ValueError: An argument is out of range, or two arguments do not fit each other.
@@ -233,7 +233,7 @@ def parse_references(given: Sequence[str]) -> dict[str, str]:
     """Parses the values of `--reference`.
 
     Returns:
-        The model of each reference by its name.
+        A dictionary from the name of each reference to its model.
 
     Raises:
         ValueError: A value is not NAME=MODEL, a name is given twice, or a name is not valid in losses/NAME.

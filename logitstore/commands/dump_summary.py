@@ -61,8 +61,8 @@ def explain(summary: dict[str, Any]) -> int:
         summary: The figures that the dump returned.
 
     Returns:
-        The exit status: 3 if anything was set aside, or if shards of the layers that were dumped were taken back; 0
-        otherwise.
+        The exit status: 3 if anything was set aside, or if shards of the dumped layers were taken back or became stale;
+        0 otherwise.
     """
     left = summary.get("set_aside", {"shards": {}, "documents": {}})
     shards = [f"shard {shard}: {reason}" for shard, reason in left["shards"].items()]

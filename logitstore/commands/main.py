@@ -29,7 +29,7 @@ COMMANDS = {
 }
 """The commands of this distribution, in the order in which they are used, and a line of help for each."""
 EXTRAS = {"train": "train", "evaluate": "train"}
-"""Name of the extra (pip install 'logitstore[extra]') without which a command cannot be imported, by command."""
+"""For each command that cannot be imported without an extra (pip install 'logitstore[extra]'): name of the extra."""
 
 
 def help_text(names: Sequence[str]) -> str:

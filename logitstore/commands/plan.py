@@ -1,6 +1,7 @@
 """`logitstore plan`: estimates a store before it is made: documents, rows, bytes by scheme, hours and price.
 
-Needs neither a GPU nor the target's weights, except with --calibrate, which measures the assumed figures.
+Needs neither a GPU nor the target's weights, except with --calibrate, which measures figures that are otherwise
+assumed.
 """
 
 from __future__ import annotations

@@ -35,14 +35,17 @@ MAX_CHOICES = 300
 
 
 class RaisingErrors:
-    """Base class for argparse parsers that raise ValueError. The error names the nearest flag or choice in one line."""
+    """Base class for argparse parsers that raise ValueError.
+
+    The error message is one line. For an unknown flag or choice, it suggests the known one that is spelt most like it.
+    """
 
     def flags(self) -> list[str]:
         """Returns the names of all flags, in the order of the help."""
         return re.findall(r"--\w[\w-]*", self.format_help())  # type: ignore[attr-defined]
 
     def error(self, message: str) -> NoReturn:
-        """Raises ValueError with argparse's message, and the nearest known flag or choice."""
+        """Raises ValueError with argparse's message, and suggests the flag or choice with the most similar spelling."""
         if (unknown := UNKNOWN.search(message)) is not None:
             message += nearest(unknown[1].split()[0], self.flags())
         elif (found := CHOICES.search(message)) is not None:
@@ -57,7 +60,7 @@ class Parser(RaisingErrors, argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError for arguments that do not parse, and accepts no abbreviated flags."""
 
     switches: ClassVar[set[str]] = set()
-    """Flags without a required value: `--flag` and `--flag true` turn them on, `--flag false` turns them off."""
+    """Flags whose value is optional: `--flag` and `--flag true` turn them on, `--flag false` turns them off."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
@@ -73,7 +76,7 @@ class Parser(RaisingErrors, argparse.ArgumentParser):
                 has_value = bool(words) and words[0].lower() in BOOLEANS
                 word = f"{word}={words.pop(0) if has_value else 'true'}"
             joined.append(word)
-        # argparse would name only the flag that is missing, and not the one that was misspelt.
+        # If a required flag is misspelt, argparse would report only that the flag is missing, not the misspelt word.
         unknown = [word for word in joined if word[:2] == "--" != word and word.partition("=")[0] not in self.flags()]
         if unknown:
             self.error(f"unrecognized arguments: {unknown[0]}")
@@ -155,7 +158,7 @@ def add_batch_tokens(parser: Container) -> None:
 
 
 def add_scheme_options(parser: Container) -> None:
-    """Adds the options of truncation schemes; their defaults are in `logitstore.format.schemes.OPTIONS`."""
+    """Adds the options of all schemes; their defaults are in `logitstore.format.schemes.OPTIONS`."""
     nucleus, hybrid = OPTIONS["nucleus"], OPTIONS["hybrid"]
     parser.add_argument(
         "--k",
@@ -197,7 +200,7 @@ def add_json(parser: Container) -> None:
 
 
 def source_of(args: argparse.Namespace, name: str, revision: str | None = None) -> ModelSource:
-    """Returns the source of a model, with the options for loading in `args` (see `add_loading`)."""
+    """Returns the source of a model, with the loading options from `args` (see `add_loading`)."""
     # Imported here, because the module imports transformers, which is slow.
     from logitstore.models.loading import ModelSource
 

@@ -85,8 +85,8 @@ def _was_interrupted(error: BaseException | None) -> bool:
 def leave(status: int) -> NoReturn:
     """Ends the process with an exit status.
 
-    After Ctrl-C the process ends without a normal shutdown, in which interrupted libraries would print tracebacks or
-    crash. A local Ray cluster, started by this process, ends with the process.
+    After Ctrl-C the process ends without a normal shutdown, during which interrupted libraries would print tracebacks
+    or crash. A local Ray cluster, started by this process, ends with the process.
     """
     if status == INTERRUPTED:
         sys.stdout.flush()
@@ -102,12 +102,13 @@ def leave(status: int) -> NoReturn:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the process with one line and status 2 on a bad argument, or on a store that does not fit the request.
+    """Context manager that ends the process with one line and status 2 on a ValueError or a LogitStoreError.
 
-    A damaged store is not a mistake in the arguments: its status is 1.
+    These errors mean a bad argument, or a store that does not fit the request. A damaged store is not a mistake in the
+    arguments: its status is 1.
 
-    Use this context only for the checks at the start of a command. Later errors are not the user's mistake and must
-    keep their traceback.
+    Use this context manager only for the checks at the start of a command. Later errors are not the user's mistake and
+    must keep their traceback.
     """
     try:
         yield
@@ -117,10 +118,12 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def refusals(more: Callable[[], str] = str) -> Iterator[None]:
-    """Ends the process with one line and status 1 when a disk or a service fails, or when a shard is damaged.
+    """Context manager that ends the process with one line and status 1 if storage fails, or if a shard is damaged.
+
+    Storage fails if a disk or a service has an error or refuses a request. Other errors are raised again.
 
     Args:
-        more: Returns text to append to the line; called only on failure.
+        more: Function that returns text to append to the line. Called only on failure.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""`logitstore verify`: reads every committed byte of a store and compares it with its commit record.
+"""`logitstore verify`: reads all committed bytes of a store and compares them with the commit records.
 
 Exit status 1 if anything is damaged. With --repair, damaged and stale shards are uncommitted: the next dump writes
-them again, and no others.
+only these shards again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 if there is damage, 2 on a mistake in the arguments."""
     with user_errors():
         args = parser().parse_args(argv)
-        check_num_threads(args.num_threads)  # `verify` checks it too, but only after the bar was drawn.
+        check_num_threads(args.num_threads)  # `verify` checks this too, but only after the bar was drawn.
         store = Store(Storage(args.url, storage_options(args.storage_options)))
         total = len(places(store, args.sample, args.seed))
         # In a log file, where each update of the bar is kept, the bar is updated less often than in a terminal.

@@ -1,1 +1,1 @@
-"""Turns `--data` into the tokens layer: sources, records, tokens, loss masks. Loads no model."""
+"""Turns `--data` into the `tokens` layer: finds and reads records, tokenises them, makes loss masks. Loads no model."""

@@ -48,10 +48,10 @@ def response_spans(
     """Renders a conversation and finds the text that the assistant generates in it.
 
     If the template has `{% generation %}`, the generated text is the text that this tag encloses. Otherwise, two
-    beginnings of the conversation are rendered for each assistant turn: the messages before the turn, with the
-    generation prompt, and the messages up to the turn, with the turn included. The generated text of the turn is what
-    the second rendering adds to the first. White space after an end-of-turn token is excluded, because generation stops
-    at that token.
+    renderings are compared for each assistant turn. The first consists of the messages before the turn, followed by the
+    generation prompt. The second consists of the messages up to and including the turn. The generated text of the turn
+    is what the second rendering adds to the first. White space after an end-of-turn token is excluded, because
+    generation stops at that token.
 
     Args:
         tokenizer: Tokenizer with a chat template.

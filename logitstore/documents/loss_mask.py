@@ -26,7 +26,8 @@ def split_windows(
         max_length: Largest number of tokens in a window, at least 2.
 
     Yields:
-        Token ids and loss mask of each window, of equal length. Both are empty if no prediction in the window counts.
+        Token ids and loss mask of each window. Both have the same length. Both are empty if no prediction in the window
+        counts.
     """
     mask = np.zeros(len(ids), dtype=np.uint8)
     mask[:-1] = counted[1:]

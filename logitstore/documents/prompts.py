@@ -1,4 +1,4 @@
-"""Extracts prompts from the records of `--data`. A prompt is the tokens that a model is given before it answers."""
+"""Extracts prompts from the records of `--data`. A prompt holds the tokens that a model is given before it answers."""
 
 from __future__ import annotations
 

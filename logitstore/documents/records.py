@@ -74,10 +74,10 @@ class Records:
     def place(self, index: int) -> str:
         """Returns the file and line, or the number of the record, that a row of the table comes from.
 
-        Meant for error messages only: this is slow, because it reads the files from the beginning.
+        This method is meant for error messages only. It is slow, because it reads the files from the beginning.
 
         Args:
-            index: Row of the table, from 0.
+            index: Number of the table row, counted from 0.
 
         Returns:
             For JSONL and text files, a text such as "line 3 of FILE", where lines count from 1. For other formats, a

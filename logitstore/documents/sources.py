@@ -24,7 +24,7 @@ FORMATS: dict[str, Literal["jsonl", "parquet", "text"]] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-"""Format of a data file by its suffix. The suffix of a compression may follow, as in `.jsonl.gz`."""
+"""Formats of data files, keyed by suffix. A suffix for compression may follow, as in `.jsonl.gz`."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 """Suffixes of compressed data files."""
 
@@ -136,7 +136,8 @@ def suffixes_of(file: str) -> tuple[str, str]:
     """Splits the suffixes of a file name by their meaning.
 
     Returns:
-        The suffix that determines the format, in lower case, and the suffix of the compression. '' if there is none.
+        The suffix that determines the format, in lower case, and the suffix of the compression. Each is '' if the file
+        name has no such suffix.
     """
     path = PurePosixPath(file)
     compression = path.suffix if path.suffix in COMPRESSIONS else ""

@@ -69,7 +69,7 @@ class Documents:
     """[S + 1]: shard s holds the documents from bounds[s] up to, but not including, bounds[s + 1]."""
 
     _digests: dict[int, NDArray[np.uint64]] = field(default_factory=dict, repr=False)
-    """Digests of the documents in the shards that were encoded already, by number of the shard."""
+    """Digests of the documents in each shard that was already encoded, keyed by the number of the shard."""
 
     @property
     def num_shards(self) -> int:
@@ -77,7 +77,7 @@ class Documents:
         return len(self.bounds) - 1
 
     def shard(self, number: int) -> dict[str, NDArray[Any]]:
-        """Returns the arrays of a `tokens` shard by name; `number` counts from 0."""
+        """Returns the `tokens` arrays of one shard, keyed by name. Shards are numbered from 0."""
         first, stop = self.bounds[number : number + 2].tolist()
         lengths = self.lengths[first:stop]
         ids, mask = self._values("ids", first, stop).view(np.uint32), self._values("mask", first, stop)
@@ -189,7 +189,7 @@ def _check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextlib.contextmanager
 def progress_bars(progress: bool) -> Iterator[None]:
-    """Context manager that hides the progress bars of the datasets library.
+    """Context manager that hides the progress bars of the datasets library, unless `progress` is true.
 
     Args:
         progress: Whether to leave the bars on.

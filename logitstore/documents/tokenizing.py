@@ -49,10 +49,10 @@ class Encoder:
 
         Returns:
             Three columns with one row for each document:
-            ids, mask: token ids and loss mask. Both are empty for a dropped document. Dropped documents are not
-            filtered out, so that the values of many documents stay contiguous in memory.
-            unlocated: number of assistant turns of the whole record that were not found in the text that the chat
-            template renders. The first document of the record has this number; its other documents have 0.
+            ids, mask: token ids and loss mask. A document in which no prediction counts is dropped: both are empty.
+            Dropped documents are not filtered out, so that the values of many documents stay contiguous in memory.
+            unlocated: number of the record's assistant turns that were not found in the rendered conversation. The
+            first document of the record has this number; the record's other documents have 0.
 
         Raises:
             ValueError: A record is malformed. The message says where the record is in the data.

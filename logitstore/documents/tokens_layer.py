@@ -43,7 +43,7 @@ class Shards(Protocol):
         """Number of shards."""
 
     def shard(self, number: int) -> dict[str, NDArray[Any]]:
-        """Returns the arrays of a `tokens` shard by name; `number` counts from 0."""
+        """Returns the `tokens` arrays of one shard, keyed by name. Shards are numbered from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Part:
     data: DataSpec
     """Source and identity of the documents."""
     first_shard: int
-    """Number, in the store, of the first shard of the part."""
+    """Number that the first shard of the part has in the store."""
     num_shards: int
     """Number of shards in the part."""
 
@@ -109,8 +109,8 @@ def write_part(storage: Storage, spec: StoreSpec, documents: Shards, *, append: 
         check_same(stored, spec, "store", writer.OTHER_STORE)
     writing = _Writing(storage=storage, stored=stored, own=own, documents=documents, digests=digests, progress=progress)
     appended = False
-    # Each complete pass ends after this job or another job has published an append. The parts are then read again,
-    # because the append of another job may hold these documents.
+    # Each complete pass of this loop ends after this job or another job has published an append. The parts are then
+    # read again, because the append of another job may hold these documents.
     while True:
         parts = writing.parts()
         if (part := next((part for part in parts if part.data.documents == own.documents), None)) is not None:
@@ -179,8 +179,8 @@ class _Writing:
                 f"{self.own.source} ({_short(self.own.documents)}) cannot be appended now; finish the other append by "
                 f"--data {holder.data.source} --append, or give it up with `logitstore verify --repair`"
             )
-        # Shards after the store's end are checked twice: before this job writes, because another job may have written
-        # some of them, and before all of them become part of the store.
+        # Shards after the store's end are checked twice. The first check comes before this job writes, because another
+        # job may have written some of them. The second check comes before all of them become part of the store.
         if not self._check_behind(number, end):
             return
         self.write(end)

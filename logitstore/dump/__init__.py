@@ -1,1 +1,1 @@
-"""Fills the layers of a store. Models run over the documents, and their rows or losses are written shard by shard."""
+"""Fills the layers of a store: runs models over the documents, and writes the rows or losses shard by shard."""

@@ -89,8 +89,9 @@ def size(nodes: Sequence[Mapping[str, float]], plan: DumpPlan) -> tuple[int, flo
 
     Args:
         nodes: For each node, its number of CPUs under the key "CPU" and its number of GPUs under the key "GPU".
-        plan: The plan. If the plan gives one of these numbers, this number is used, even if the actors then do not fit.
-            Only a fraction of a GPU is changed: it is rounded up to 1, 1/2, 1/3, ..., so that 0.6 becomes a whole GPU.
+        plan: The plan. If the plan gives the number of actors, or the CPUs or GPUs of each, the given number is used
+            even if the actors then do not fit on the nodes. The exception is a fraction of a GPU, which is rounded up
+            to 1, 1/2, 1/3, ...: for example, 0.6 becomes a whole GPU.
 
     Returns:
         The number of actors, the CPUs of each actor, and the GPUs of each actor.

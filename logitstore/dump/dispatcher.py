@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FATAL = (StorageRefusedError, IdentityError, FidelityError)
-"""Errors that end the dump, because every other shard would fail with them too: the disk or the bucket refuses (no
-space, no permission), another job replaced a layer, or storing loses more than `max_kl`."""
+"""Errors that end the dump, because every other shard would fail in the same way.
+
+StorageRefusedError: the disk or the bucket refuses an operation (no space, no permission). IdentityError: another job
+replaced a layer. FidelityError: storing the target's rows loses more than `max_kl`."""
 
 PROGRESS_S = 1.0
 """Interval in seconds at which actors are asked for the progress of running shards."""
@@ -46,7 +48,7 @@ class _Run:
     """The loop that hands shards out to actors, waits for the results, and records them."""
 
     def __init__(self, store: Store, pool: Pool, todo: Todo, bar: tqdm[Any]) -> None:
-        # Number of rows of each shard. The index in this array is the shard's number, because no shard lacks tokens.
+        # Number of rows of each shard. Every shard has tokens, so a shard's number is its index in this array.
         self.rows = store.layers["tokens"].index.rows
         self.storage = store.storage
         self.pool = pool
@@ -103,7 +105,7 @@ class _Run:
             self.shown[shard] = rows
 
     def open(self, started: Any, place: int) -> None:  # noqa: ANN401
-        """Opens the place of an actor that has started. If the start failed, counts a failure of the place."""
+        """Opens the place of an actor if the actor has started. If the start failed, counts a failure of the place."""
         try:
             ray.get(started)
         except RayError as error:
@@ -165,10 +167,10 @@ class _Run:
             place: The place where the failure happened.
             shard: The shard that failed; None if the actor could not be started.
             reason: The cause of the failure in one line.
-            is_lost: Whether the actor cannot be used any more.
+            is_lost: Whether the actor has become unusable.
 
         Raises:
-            DumpError: This was the last place, and shards are left.
+            DumpError: The last place is given up, but some shards are neither finished nor set aside.
         """
         if not self.schedule.blame(place, shard):
             if shard is None:
@@ -215,18 +217,20 @@ class _Run:
 def run_dump(store: Store, plan: DumpPlan, todo: Todo | None = None, *, progress: bool = True) -> DumpReport:
     """Computes the missing and stale shards of the plan's layers. Ray must be initialised before the call.
 
-    Shards that are committed and not stale are skipped. A shard that raises an error, or whose actor dies, is tried up
-    to MAX_ATTEMPTS times and then set aside; the dump goes on with the other shards. If another job or a repair takes
-    shards back during the dump, these shards are reported, but not computed again.
+    Shards that are committed and not stale are skipped. If a shard raises an error or its actor dies, the shard is
+    tried up to MAX_ATTEMPTS times and then set aside. The dump goes on with the other shards.
+
+    If another job or a repair takes shards back during the dump, these shards are reported, but not computed again.
 
     Args:
         store: A store that was opened just before the call. It must have tokens, and the layers of the plan must exist.
         plan: The layers to fill, the models and the resources.
-        todo: The result of `find_missing`. If None, this function calls it.
-        progress: Whether to show a bar of rows on stderr.
+        todo: The result of `find_missing`. If None, this function calls `find_missing` itself.
+        progress: Whether to show a progress bar on stderr. The bar counts rows.
 
     Returns:
-        The rows that were written, and the shards and documents that could not be computed.
+        The report of the dump, with the numbers of rows, entries and shards that were written, and the shards and
+        documents that could not be computed.
 
     Raises:
         DumpError: The dump stopped early for one of these reasons: no actor can load the models; the disk or the
@@ -284,12 +288,12 @@ def find_missing(store: Store, plan: DumpPlan) -> Todo:
     """Finds the shards in which layers of the plan are missing or must be replaced.
 
     Raises:
-        IdentityError: Another job replaced a layer by one of another model.
+        IdentityError: Another job replaced a layer of the plan with a layer of another model.
     """
     check_makers(store.storage, plan.made_by)
     return find_todo(store, list(plan.made_by), retry_set_aside=plan.retry_set_aside)
 
 
 def _line(error: BaseException) -> str:
-    """Returns the first line of an error's message that is not blank. If there is none, returns its class name."""
+    """Returns the first non-blank line of an error's message, or the name of the error's class if there is none."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

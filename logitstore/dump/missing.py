@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from logitstore.store.reader import Store
 
 FIRST_COMMITS = 256
-"""Number of commit records of each layer that a dump checks when it starts, to find shards that another model made. A
-job whose layer was replaced stops within a second or two, and commits fewer shards than this number in that time."""
+"""Number of commit records in each layer that a dump checks at its start to find shards that another model made. A job
+whose layer was replaced stops within one or two seconds. In that time, it commits fewer than FIRST_COMMITS shards."""
 MOST_NAMED = 1000
-"""Maximum number of documents of each layer for which a dump reads the reason why they were set aside."""
+"""Maximum number of documents in each layer for which a dump reads the reason for setting them aside."""
 READ_AT_ONCE = 64
 """Number of commit records read in parallel."""
 
@@ -40,14 +40,14 @@ class Todo:
     """The shards that a dump has to compute."""
 
     layers: tuple[str, ...]
-    """Layers to fill, target first. An actor finds out itself which of these layers a shard lacks."""
+    """Layers to fill, with `target` first. The actor that gets a shard checks which of these layers the shard lacks."""
     shards: dict[int, tuple[str, ...]]
-    """Numbers of the shards that lack a layer, or in which a layer must be computed again, ascending. The value of a
-    shard names those of its commit records that are tried again because they set documents aside."""
+    """The keys are the numbers of the shards to compute, in ascending order. The value holds the names of the shard's
+    commit records that set documents aside, if these documents are tried again; otherwise the value is empty."""
     stale: dict[str, list[int]]
     """Stale shards in `shards`, by layer. A stale shard was computed from values that the store no longer holds."""
     retried: dict[str, list[int]]
-    """Shards in `shards`, by layer, that are tried again because documents were set aside in them."""
+    """For each layer, the shards in `shards` that are tried again because documents were set aside in them."""
     failed_before: frozenset[int]
     """Shards in `shards` that an earlier dump set aside."""
 
@@ -57,7 +57,7 @@ def check_makers(storage: Storage, made_by: Mapping[str, str]) -> None:
 
     Args:
         storage: Root of the store.
-        made_by: Digest of the spec that each layer had when it was added, by layer.
+        made_by: For each layer, the digest of the spec that the layer had when it was added.
 
     Raises:
         IdentityError: Another job gave a layer another spec, or the layer no longer exists.
@@ -77,9 +77,9 @@ def find_todo(store: Store, layers: Sequence[str], *, retry_set_aside: bool) -> 
     """Finds the shards in which at least one of the given layers is missing, stale or made by another model.
 
     Args:
-        store: The store, just opened.
-        layers: Layers to fill, target first.
-        retry_set_aside: Whether shards in which documents were set aside are dumped again.
+        store: A store that was opened just before the call.
+        layers: Layers to fill, with `target` first.
+        retry_set_aside: Whether to include shards in which documents were set aside.
     """
     wanted: dict[int, list[str]] = {}
     stale: dict[str, list[int]] = {}
@@ -112,8 +112,8 @@ def _of_others(store: Store, layer: Layer) -> Iterator[int]:
     """Finds committed shards of a layer that were made by another model.
 
     A job may replace the spec of a layer only while the layer has no commits. The job that worked with the earlier spec
-    may still commit a few shards just afterwards, before it stops. Only the first commit records of a layer can come
-    from such a job.
+    may still commit a few shards after the replacement, before it stops. Only the first commit records of a layer can
+    come from such a job.
     """
     for commit in _read_commits(store, layer, np.arange(min(FIRST_COMMITS, len(layer.index.upto(store.num_shards))))):
         if commit.made_by != layer.made_by:
@@ -128,7 +128,8 @@ def documents_set_aside(store: Store, layer: Layer) -> dict[int, str]:
         layer: A layer of the store.
 
     Returns:
-        Reasons for the first MOST_NAMED documents that were set aside, by number of the document in the store.
+        The reason for each of the first MOST_NAMED documents that were set aside. The keys are the numbers of the
+        documents in the store.
     """
     index = layer.index.upto(store.num_shards)
     # Commit records number the documents within their shard. `first` is the number, in the store, of the first document

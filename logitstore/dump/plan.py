@@ -31,8 +31,8 @@ class DumpPlan:
     batch_tokens: int = 16384
     """Largest number of tokens in a forward pass, including padding."""
     max_kl: float | None = None
-    """Limit for the loss that storing the target's rows causes, in nats per row. The dump stops if the mean loss of the
-    rows that are measured in a shard is larger. None for no limit."""
+    """Largest loss, in nats per row, that storing the target's rows may cause. The dump stops if the mean loss of the
+    rows that are measured in a shard is larger than `max_kl`. None for no limit."""
 
 
 @dataclass(kw_only=True)
@@ -54,8 +54,8 @@ class DumpReport:
     counted: dict[str, int] = field(default_factory=dict)
     """Number of committed rows that count (loss mask 1, document not set aside), by layer of the plan."""
     num_documents: dict[str, int] = field(default_factory=dict)
-    """Number of documents that are set aside in each layer of the plan after the dump. Includes those that earlier jobs
-    set aside. Layers without such documents are left out."""
+    """For each layer of the plan, the number of documents that are set aside after the dump. Includes documents that
+    earlier jobs set aside. Layers without documents that are set aside are left out."""
     documents: dict[str, dict[int, str]] = field(default_factory=dict)
     """Reasons why documents are set aside, by layer and by number of the document in the store. Holds at most a
     thousand documents of each layer."""
@@ -63,8 +63,8 @@ class DumpReport:
     """Stale shards by layer. A stale shard was computed from values that the store no longer holds. Layers outside the
     plan are included."""
     missing: dict[str, list[int]] = field(default_factory=dict)
-    """Shards that are not committed after the dump although they did not fail, by layer of the plan. Another job or a
-    repair took them back."""
+    """For each layer of the plan, the shards that did not fail but are not committed after the dump. Another job or a
+    repair took these shards back."""
 
 
 class DumpError(RuntimeError):

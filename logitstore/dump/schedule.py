@@ -96,7 +96,7 @@ class Schedule:
                     yield place, shard
 
     def _next(self, place: int, depth: int) -> int | None:
-        """Returns the first waiting shard that may run at a place with fewer than `depth` shards; None if none may."""
+        """Returns the first waiting shard that may start at a place, or None. A place runs at most `depth` shards."""
         beside = self._at[place]
         # A shard that failed before runs alone, so nothing is started beside it.
         if len(beside) >= depth or any(self._attempts[shard] for shard in beside):
@@ -112,7 +112,7 @@ class Schedule:
     def finish(self, place: int, shard: int) -> None:
         """Records that a shard was finished at a place."""
         self._at[place].remove(shard)
-        # A finished shard shows that the actor works, so its earlier failures no longer count.
+        # A finished shard shows that the actor works, so the earlier failures of the place no longer count.
         self._in_a_row[place] = 0
         self._num_finished += 1
 
@@ -150,7 +150,7 @@ class Schedule:
         Returns:
             Whether the place is given up.
         """
-        # A shard that failed in an earlier run too is itself the likely cause, not the place.
+        # If the shard failed in an earlier run too, the likely cause is the shard, not the place.
         if shard in self._failed_before:
             return False
         self._in_a_row[place] += 1

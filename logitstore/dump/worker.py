@@ -71,8 +71,8 @@ class ShardDumper:
             num_threads: Number of CPU threads that torch uses; None for the default of torch.
             made_by: By layer, the digest that the layer's spec must have. Layers that are not in this mapping are not
                 checked.
-            max_kl: Limit for the loss that storing the target's rows causes, in nats per row. For each shard, the mean
-                loss of the rows that are measured is compared with this limit. None for no limit.
+            max_kl: Largest loss, in nats per row, that storing the target's rows may cause. For each shard, the mean
+                loss of the rows that are measured is compared with `max_kl`. None for no limit.
 
         Raises:
             IdentityError: The spec of a layer does not have the digest that `made_by` gives for this layer.
@@ -94,8 +94,8 @@ class ShardDumper:
             self._references = {name: self._load(source, f"reference {name}") for name, source in references.items()}
         self._device_lock = threading.Lock()
         self._progress: dict[int, tuple[int, int]] = {}
-        """Number of rows scored and number of rows to score, for each running shard. A row counts once for each model
-        that scores it."""
+        """For each running shard, the number of rows scored so far and the total number of rows to score. A row is
+        counted once for each model that scores the row."""
 
     def _load(self, source: ModelSource, what: str) -> SplitLM:
         model = load_model(source, what=what, device=self._device)
@@ -104,7 +104,7 @@ class ShardDumper:
         return lm
 
     def progress(self) -> dict[int, float]:
-        """Returns the fraction of each running shard that is scored, in [0, 1]. Safe to call from another thread."""
+        """Returns the scored fraction, in [0, 1], of each running shard. Safe to call from another thread."""
         # The copy is needed because other threads change the dict meanwhile.
         return {shard: min(1.0, done / max(total, 1)) for shard, (done, total) in list(self._progress.items())}
 
@@ -127,8 +127,9 @@ class ShardDumper:
             shard_number: Number of a shard whose tokens are committed.
             layers: Layers to fill, in any order: `target` and `losses/<name>`. Without `target`, losses are computed on
                 the target rows that are stored already.
-            retry: Names of commit records that set documents aside and are computed again, although they are not
-                useless. Such a commit is replaced only if its layer now sets fewer documents aside.
+            retry: Names of commit records that set documents aside. Their layers are computed again even if the commits
+                are not useless. Such a commit is replaced only if the documents that are set aside now are a proper
+                subset of the documents that the commit sets aside.
 
         Returns:
             The commit records of the layers that were written, in the order of writing.
@@ -194,8 +195,8 @@ class ShardDumper:
 
         Returns:
             The values to write; the shard as readers will see it; and the exact distributions of the measured rows. In
-            the returned shard, documents that are set aside are masked. It has target rows only if there are
-            references, which need them.
+            the returned shard, documents that are set aside are masked. The shard has target rows only if there are
+            references, because only references need these rows.
         """
         if self._target is None or self._target_spec is None:
             raise ValueError(f"target must be loaded before its rows are computed, got none for shard {shard.index}")
@@ -235,7 +236,7 @@ class ShardDumper:
         """
         computed_from = shard.tokens_digest if layer == "target" else shard.target_digest
         # A retry may fail with other documents than before, for example on a smaller device. It replaces a commit only
-        # if all documents with which it fails are set aside in that commit too, and the commit sets aside more.
+        # if the documents that it sets aside are a proper subset of the documents that the commit sets aside.
         if replaced is not None and (
             self._is_useless(replaced, computed_from) or set(values.set_aside) < set(replaced.set_aside)
         ):

@@ -22,8 +22,8 @@ class Codebook:
 
     Neighbouring codes differ by the same step in ``p ** (1 / exponent)``, where p is the probability. Rounding the
     logprob of an entry to a code adds about p times the square of the rounding error to the KL divergence. Because the
-    steps are equal, this increase of the KL divergence depends only weakly on p. A store has many entries of small
-    probability, and these entries share few of the codes.
+    steps are equal, this increase of the KL divergence depends only weakly on p. Most of the codes stand for larger
+    probabilities. Entries of small probability, of which a store has many, share few codes.
     """
 
     exponent: float = 4.0
@@ -36,14 +36,14 @@ class Codebook:
 
     @cached_property
     def table(self) -> NDArray[np.float32]:
-        """Float32 [256]: logprob that each code stands for, descending from 0."""
+        """Float32 [256]: logprob that each code stands for, in descending order. The first is 0."""
         # The logarithm of the formula in the class docstring: log((256 - c) / 256) = log1p(-c / 256).
         table: NDArray[np.float32] = (self.exponent * np.log1p(-np.arange(LEVELS) / LEVELS)).astype(np.float32)
         return table
 
     @cached_property
     def boundaries(self) -> NDArray[np.float32]:
-        """Float32 [255]: boundaries between the negated logprobs of neighbouring codes, ascending.
+        """Float32 [255]: boundaries between the negated logprobs of neighbouring codes, in ascending order.
 
         The code of a logprob is the number of boundaries that are smaller than -logprob. Each boundary is halfway
         between the logprobs of two neighbouring codes, so encoding picks the nearest code. The dump encodes with the

@@ -1,10 +1,10 @@
-"""Commit records: the small JSON files that make the shards of a layer exist for readers.
+"""Commit records: small JSON files, one for each shard of a layer. Readers see only shards that have a record.
 
 A writer writes the commit record of a shard after all values of the shard. The file name of a record holds counts and
-short digests. From the file names alone, a reader numbers the documents and finds stale shards (shards that were
-computed from values that the layer below no longer holds). A reader therefore only lists the folder of each layer,
-however many shards there are. The content of a record holds the checksums and digests against which a reader checks
-the values of the shard. docs/format.md describes the file names and the content.
+short digests. From the file names alone, a reader numbers the documents and finds stale shards. A shard is stale if the
+layer below no longer holds the values from which the shard was computed. To open a store, a reader therefore only lists
+the folder of each layer, however many shards there are. The content of a record holds the checksums and digests against
+which a reader checks the values of the shard. docs/format.md describes the file names and the content.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SHORT_DIGEST_LENGTH = 12
 """Number of hexadecimal digits of each digest in a record's name."""
 NO_DIGEST = "0" * SHORT_DIGEST_LENGTH
-"""Placeholder for the short digest of the layer below in the name of a `tokens` record. `tokens` has no layer below."""
+"""Placeholder in the name of a `tokens` record, where other records have the short digest of the layer below."""
 
 _COUNT = "(?:0|[1-9][0-9]{0,9})"
 RECORD_NAME = re.compile(
@@ -48,8 +48,8 @@ therefore determine the name, and a reader rebuilds a name from them instead of 
 SHA256_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 """Pattern of a full digest. A record's name holds only the first digits of a digest."""
 MAX_SECONDS = 1e12
-"""Upper limit of a record's `seconds`. A record with this value or more is refused, because readers sum `seconds` over
-all shards."""
+"""Upper limit of a record's `seconds`. A record with this value or more is refused. With this limit, the sum of
+`seconds` over all shards is always finite."""
 CHECKSUM_FIELD = "crc32c"
 """Name of the stored field that holds the checksum over all other fields of a record. The checksum reveals damage even
 in fields that cannot be compared with the arrays, such as `seconds`."""

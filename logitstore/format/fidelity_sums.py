@@ -22,10 +22,10 @@ COUNTS = {
     "rows": "",
     "shards": "",
 }
-"""Divisors of the sums: maps the name of each sum to the name of a count. The sum divided by the count is a mean. Sums
-that are not listed here are divided by "rows". A name that is itself a count maps to ""."""
+"""Divisors of the sums: maps the name of a sum to the name of a count. The sum divided by the count is a mean. Sums
+that are not listed here are divided by "rows". A sum that is itself a count is not divided, and maps to ""."""
 LARGEST = 1e12
-"""Maximum absolute value of a sum. Larger values are refused, because readers add the sums of all shards."""
+"""Maximum absolute value of a sum. With this limit, the totals that readers compute over all shards are finite."""
 
 
 def is_measured(layer: str, values: Mapping[Any, Any], counted: int) -> bool:

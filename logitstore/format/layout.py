@@ -27,7 +27,7 @@ class ArraySpec:
     dtype: str
     """NumPy type with byte order, such as `<u4`."""
     per: Literal["row", "document", "entry"]
-    """Unit that the array has one value for: "row", "document" or "entry". A shard has room for shard_rows rows,
+    """Whether the array has one value per "row", per "document" or per "entry". A shard has room for shard_rows rows,
     shard_rows documents and shard_rows * k entries, where k is the number of entries that a row has room for."""
     fill: float
     """Fill value: the value of all elements of the array that were never written."""
@@ -125,8 +125,8 @@ def chunk_length(array: ArraySpec, shard_rows: int, k: int) -> int:
     row_chunk = min(shard_rows, ROW_CHUNK)
     if array.per != "entry":
         return row_chunk
-    # Zarr requires chunks that divide a shard evenly. The result is the largest such multiple of `row_chunk` with at
-    # most ENTRY_CHUNK entries.
+    # Zarr requires chunks that divide a shard evenly. The result is the largest multiple of `row_chunk` that divides
+    # the shard evenly and is at most ENTRY_CHUNK.
     num, most = shard_rows // row_chunk * k, ENTRY_CHUNK // row_chunk
     return row_chunk * max(m for m in range(1, most + 1) if num % m == 0)
 

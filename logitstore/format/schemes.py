@@ -38,8 +38,9 @@ class Scheme:
       at most k tokens.
     - sample: the distinct tokens of num_draws independent draws.
     - hybrid: all tokens with a probability of about 1 / num_draws or more, each weighted by its probability. The other
-      tokens are laid end to end in the order of their ids, each as long as its probability. One token is drawn per
-      step of about 1 / num_draws along this line. The weight of a drawn token is the step.
+      tokens are laid end to end on a line in the order of their ids. The length of a token on the line is its
+      probability. One token is drawn per step of about 1 / num_draws along the line. The weight of a drawn token is
+      the length of the step.
     """
     k: int = 64
     """Maximum number of entries that topk and nucleus keep at a row, 1 to 65535; 0 for sample and hybrid."""
@@ -48,7 +49,7 @@ class Scheme:
     k_min: int = 1
     """Minimum number of entries of a nucleus, 1 to k; 1 for the other schemes."""
     num_draws: int = 0
-    """Number of draws at each row, 2 to 4096; 0 for topk and nucleus. hybrid makes fewer draws than this, because it
+    """Number of draws at each row, 2 to 4096; 0 for topk and nucleus. hybrid usually makes fewer draws, because it
     keeps the likeliest tokens without drawing them."""
     seed: int = 0
     """Seed of the draws, 0 to 2**63 - 1; 0 for topk and nucleus. The random numbers of a shard depend only on the seed
@@ -129,7 +130,7 @@ def make_scheme(name: str, given: Mapping[str, int | float | None]) -> Scheme:
 def describe(scheme: Scheme) -> str:
     """Returns the name and options of a scheme as one line of text, such as `topk, k 64`."""
     values = {name: getattr(scheme, name) for name in OPTIONS[scheme.name]}
-    # Only floats get the format "g", because it would round a large seed to six digits.
+    # Only floats get the format "g". This format would round a large integer, such as a seed, to six digits.
     options = [f"{name} {value:{'g' if isinstance(value, float) else 'd'}}" for name, value in values.items()]
     return ", ".join([scheme.name, *options])
 
@@ -189,7 +190,7 @@ def check_smaller(stored: Scheme, scheme: Scheme) -> None:
                 "rows hold no more than k_min entries); give a smaller k, or a nucleus of lower mass"
             )
         return
-    # A nucleus with at most the stored mass and k_min is part of the stored nucleus at every row.
+    # If neither mass nor k_min exceeds its stored value, the new nucleus is part of the stored nucleus at every row.
     for name in ("mass", "k_min"):
         if getattr(scheme, name) > getattr(stored, name):
             raise ValueError(

@@ -1,8 +1,8 @@
 """Specs: the metadata that identifies the content of a store, kept as JSON in the attributes of its Zarr groups.
 
-The attributes of the root group hold a `StoreSpec`, which describes the tokens. The attributes of the other layers hold
-a `TargetSpec` or a `LossSpec`. Specs never contain credentials or storage options. Fields that are called informational
-are ignored when two specs are compared (`check_same`).
+The attributes of the root group hold a `StoreSpec`, which describes the tokens. The attributes of the `target` group
+hold a `TargetSpec`, and those of each `losses/<name>` group hold a `LossSpec`. Specs never contain credentials or
+storage options. Fields that are marked as informational are ignored when two specs are compared (`check_same`).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class DataSpec:
     """Predictions whose loss mask is 1: all of them (`all`), those of response tokens (`response`), or those that the
     data's `loss_mask` column selects (`given`)."""
     documents: str | None = None
-    """sha256 over the digests of the `tokens` shards that hold the documents, in order. It identifies the documents
-    themselves, not the files that they came from. Informational."""
+    """sha256 over the digests of the `tokens` shards that hold the documents, in the order of the shards. This hash
+    identifies the documents themselves, not the files that they came from. Informational."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class StoreSpec:
     losses: dict[str, LossSpec] = field(default_factory=dict)
     """Specs of the `losses/<name>` layers by name, read from the attributes of these layers."""
     appends: tuple[Append, ...] = ()
-    """Documents that were added later, in order. Read from the records in `appends/`."""
+    """Documents that were added later, in the order of their shards. Read from the records in `appends/`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_shards <= MAX_SHARDS:
@@ -227,7 +227,7 @@ def to_json(spec: StoreSpec | TargetSpec | LossSpec) -> dict[str, Any]:
 
 
 def check_room(shard_rows: int, room: int) -> None:
-    """Checks that a shard cannot have more than `MAX_SHARD_ENTRIES` entries, which bounds the memory of a reader.
+    """Checks that a shard cannot have more than `MAX_SHARD_ENTRIES` entries. This limit bounds the memory of a reader.
 
     Args:
         shard_rows: Number of rows that a shard has room for.
@@ -269,7 +269,7 @@ def from_json(cls: type[T], values: object, where: str) -> T:
     """Builds a spec from JSON values, and checks every type, because a store may come from an untrusted source.
 
     Args:
-        cls: Class of the spec: StoreSpec, TargetSpec, LossSpec, Append or a part of them.
+        cls: Class of the spec: StoreSpec, TargetSpec, LossSpec, Append, or the class of a field of one of these.
         values: The JSON object, such as the content of a group's attributes.
         where: Name of the spec for error messages.
 
@@ -303,7 +303,7 @@ def from_json(cls: type[T], values: object, where: str) -> T:
             converted[name] = _convert(hints[name], values[name], f"{where}.{name}")
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise FormatError(f"{where} must have a field {name!r}, got none; the metadata is incomplete")
-    # The types are right now. __post_init__ raises ValueError for values that are out of range.
+    # All types are correct at this point. __post_init__ raises ValueError for values that are out of range.
     try:
         return cls(**converted)
     except ValueError as error:
@@ -323,7 +323,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:  # noqa: ANN401
         if value not in typing.get_args(hint):
             raise FormatError(f"{where} must be one of {list(typing.get_args(hint))}, got {where}={value!r:.80}")
         return value
-    # Some writers of JSON drop the fraction of 1.0. Below 2**53 the conversion is exact.
+    # Some JSON writers write 1.0 as 1. Below 2**53 the conversion to float is exact.
     if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     # Types are compared exactly, because isinstance would accept JSON's true and false as int.
@@ -333,8 +333,8 @@ def _convert(hint: Any, value: object, where: str) -> Any:  # noqa: ANN401
 
 
 INFORMATIONAL = frozenset({"name", "source", "digest", "documents", "num_shards"})
-"""Names of fields that `check_same` ignores, because two specs of the same content may differ in these fields. They
-say where the content came from, or how much of the content exists. The `name` of a scheme is an exception and is
+"""Names of fields that `check_same` ignores, because two specs of the same content may differ in these fields. These
+fields say where the content came from, or how much of the content exists. The `name` of a scheme is an exception and is
 compared."""
 
 
@@ -345,7 +345,7 @@ def check_same(stored: object, given: object, what: str, next_step: str) -> None
         stored: Spec in the store.
         given: Requested spec, of the same class.
         what: Name of the spec for the error message.
-        next_step: End of the error message, which says what the user can do.
+        next_step: Last part of the error message: what the user can do.
 
     Raises:
         IdentityError: The specs differ. The message names the first field that differs and both of its values.

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 FROM_A_COPY = "restore it from a copy of the store"
-"""Next step that error messages about a file that is not JSON suggest by default."""
+"""Next step that an error message suggests by default if a file is not JSON."""
 MAX_JSON_DEPTH = 32
 """Maximum nesting depth of a JSON file. The deepest file of a store, an array's metadata, is nested 7 deep."""
 MAX_JSON_BRACKETS = 2**16
 """Maximum number of lists and objects in a JSON file. An empty list takes 3 bytes of JSON but 60 bytes of memory, so
-a hostile file could exhaust memory and time. The metadata of an array has 18 lists and objects, the most of all files
-of a store."""
+without this limit a hostile file could take too much memory and time. Among the files of a store, the metadata of an
+array has the most lists and objects: 18."""
 
 
 def to_json_bytes(value: Mapping[str, Any]) -> bytes:
-    """Returns a JSON object in its stored form: indented, keys sorted, one newline at the end."""
+    """Returns a JSON object in its stored form: indented, with sorted keys and one newline at the end."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -70,8 +70,8 @@ def _refuse_constant(constant: str) -> None:
 def _is_deeper(value: object, depth: int) -> bool:
     """Returns whether a value is nested more than `depth` deep.
 
-    Error messages show parts of the value with repr, which is recursive, so a deeply nested value could exceed Python's
-    recursion limit.
+    Error messages show parts of the value with repr. Because repr is recursive, a deeply nested value could exceed
+    Python's recursion limit there.
     """
     level = [value]
     for _ in range(depth):

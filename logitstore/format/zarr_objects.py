@@ -89,7 +89,7 @@ def same_metadata(found: object, expected: bytes) -> bool:
 
 
 def num_shards_of(found: object, array: ArraySpec, *, shard_rows: int, k: int) -> int:
-    """Returns the number of shards that the shape in a stored zarr.json covers; 0 if it describes a different array.
+    """Returns the number of shards that the shape in a stored zarr.json covers; 0 if the file describes another array.
 
     Args:
         found: Parsed content of the stored zarr.json.
@@ -102,7 +102,7 @@ def num_shards_of(found: object, array: ArraySpec, *, shard_rows: int, k: int) -
     # isinstance would accept JSON's true as an int, so the type of the size is compared exactly.
     if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or not 0 < shape[0] < 2**63:
         return 0
-    # If the shape is not a whole number of shards, it differs from the wanted shape, and the result is 0 too.
+    # A shape that is not a whole number of shards differs from the wanted shape. The result is then 0 too.
     num_shards = shape[0] // room
     wanted = array_metadata(array, num_shards=num_shards, shard_rows=shard_rows, k=k)
     return num_shards if same_metadata(found, wanted) else 0
@@ -162,7 +162,7 @@ def decode(data: bytes | None, num: int, array: ArraySpec, *, shard_rows: int, k
     """Decodes the object of one shard of an array.
 
     Args:
-        data: The bytes of the object; None if the object does not exist. Then all values are the fill value.
+        data: The bytes of the object. None if the object does not exist: all values are then the fill value.
         num: Number of values in the shard, at most as many as the shard has room for.
         array: The array.
         shard_rows: Number of rows that a shard has room for.
@@ -172,7 +172,7 @@ def decode(data: bytes | None, num: int, array: ArraySpec, *, shard_rows: int, k
         The first `num` values.
 
     Raises:
-        ValueError: The object is malformed or too large, holds more than `num` values, or a checksum in it is wrong.
+        ValueError: The object is malformed or too large, holds more than `num` values, or holds a wrong checksum.
     """
     dtype, length = np.dtype(array.dtype), chunk_length(array, shard_rows, k)
     if data is None:
@@ -194,7 +194,7 @@ def decode(data: bytes | None, num: int, array: ArraySpec, *, shard_rows: int, k
             blosc.decompress(chunk, part)
         except RuntimeError as error:
             raise ValueError(f"chunk {i} cannot be decompressed ({error})") from error
-    # The checksum in the commit record covers only the first `num` values, so this code must find any further values.
+    # The checksum in the commit record covers only the first `num` values, so further values must be detected here.
     # Bytes are compared, because NaN is not equal to NaN.
     unused = np.full_like(values[num:], array.fill)
     if (index[used:]["bytes"] != ABSENT).any() or not np.array_equal(values[num:].view("u1"), unused.view("u1")):
@@ -251,7 +251,7 @@ def _read_index(data: bytes, num_chunks: int, chunk_bytes: int) -> NDArray[Any]:
     overhead = BLOSC_HEADER.size + CHECKSUM_BYTES
     if ((there["bytes"] < overhead) | (there["bytes"] > min(chunk_bytes + overhead, len(data) - size))).any():
         raise ValueError("the index has chunks of impossible sizes")
-    # offset + bytes could overflow 64 bits, so bytes are subtracted from the bound instead.
+    # The sum of `offset` and `bytes` could overflow 64 bits, so `bytes` is subtracted from the bound instead.
     if (there["offset"] > len(data) - size - there["bytes"]).any():
         raise ValueError("the index has chunks beyond the end of the object")
     # If chunks could share bytes, a small object could take as much time and memory as a large one.

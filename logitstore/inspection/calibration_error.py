@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from logitstore.store.reader import Store
 
 NUM_BINS = 15
-"""Number of bins that rows are divided into by confidence, all of the same width. 15 as in arXiv 1706.04599."""
+"""Number of bins of equal width into which rows are divided by confidence. arXiv 1706.04599 uses 15 bins too."""
 
 
 def expected_calibration_error(confidence: NDArray[np.float64], is_right: NDArray[np.bool_]) -> float:
@@ -48,7 +48,7 @@ def measure(store: Store, shards: Sequence[int]) -> dict[str, Any]:
         shards: Numbers of committed target shards.
 
     Returns:
-        `rows`: number of rows whose loss mask is 1. If it is not 0, also
+        `rows`: number of rows whose loss mask is 1. If `rows` is 0, the other keys are absent.
         `accuracy`: share of rows whose likeliest token is the next token of the document;
         `ece`: expected calibration error, in [0, 1];
         `ece_renormalised`: the same error after the tail is dropped and the kept probabilities are scaled to sum to 1.

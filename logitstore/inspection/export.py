@@ -34,14 +34,14 @@ def dense(store: Store, shard: int) -> dict[str, NDArray[Any]]:
         loss_mask: bool [R], whether the prediction of each row counts.
         lengths: int64 [D], number of tokens of each document.
         counts: int64 [R], number of entries of each row; 0 where the loss mask is 0.
-        token_ids: uint32 [R, K], ascending within a row; 0 after the last entry of a row.
+        token_ids: uint32 [R, K], in ascending order within a row; 0 after the last entry of a row.
         probs: float32 [R, K], probabilities of the tokens in `token_ids`; 0 after the last entry of a row.
         tail_mass: float32 [R], in [0, 1], NaN where the loss mask is 0. (The store holds the logarithm of this value.)
         label_logprob: float32 [R], logprob of the document's next token, NaN where the loss mask is 0.
         entropy: float32 [R], entropy of the whole distribution in nats, NaN where the loss mask is 0.
         weights: float32 [R, K], weights of the tokens in `token_ids`; 0 after the last entry of a row. The weights,
-            together with 0 for all other tokens, are an unbiased estimate of the whole distribution. Given only for
-            stores whose entries were drawn.
+            together with 0 for all other tokens, are an unbiased estimate of the whole distribution. This array is
+            present only if the entries of the store were drawn.
 
     Raises:
         LayerNotFoundError: The store has no target layer, or the shard is not committed.
@@ -82,10 +82,11 @@ def write(store: Store, shard: int, out: str, *, overwrite: bool = False) -> Ite
         overwrite: Whether an existing file may be replaced.
 
     Raises:
-        ValueError: `out` is not an .npz file in an existing folder, cannot be written, or exists and `overwrite` is
-            False.
+        ValueError: `out` does not end in .npz, its folder does not exist, it cannot be written, or it exists and
+            `overwrite` is False.
         LayerNotFoundError: The store has no target layer, or the shard is not committed.
         DamagedShardError: The stored bytes differ from what was committed.
+        IdentityError: The target rows were computed from other tokens than the store holds now.
     """
     path = Path(out)
     if path.suffix != ".npz":
@@ -98,7 +99,7 @@ def write(store: Store, shard: int, out: str, *, overwrite: bool = False) -> Ite
     arrays: dict[str, Any] = dense(store, shard)
     try:
         with partial_file(path) as partial:
-            # savez gets an open file. If it got the partial file's name, it would append .npz to the name.
+            # savez gets an open file: given the name of the partial file, savez would append .npz to that name.
             with partial.open("xb") as file:
                 np.savez(file, **arrays)
             partial.replace(path)

@@ -43,8 +43,8 @@ DIVERGENCES = {
     "control_tv": "total variation, run twice",
 }
 """Labels of the divergences that are shown for the target layer. The keys are the names of the means. The two control
-divergences compare two runs of the target. They show its numerical noise, with which the other divergences can be
-compared."""
+divergences compare two runs of the target. They show the numerical noise of the target, as a scale for the other
+divergences."""
 SMALL_LOSS = 0.01
 """If the mean loss of a row is at most this value, in nats, the verdict calls the store close to its target."""
 OF_A_LOST_TAIL = ("kl_tail", "kl_renormalised")
@@ -67,7 +67,7 @@ def describe(store: Store, *, sample: float = 1.0, seed: int = 0) -> dict[str, A
     Args:
         store: A store with a target layer, finished or not.
         sample: Share of each layer's shards to read, in (0, 1]. The commit records of all chosen shards are read,
-            and the stored values of only a few of these shards.
+            but the stored values of only a few of them.
         seed: Seed of the random choice of the shards.
 
     Raises:

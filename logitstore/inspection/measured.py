@@ -50,8 +50,8 @@ def read_measured(store: Store, layer: str, shards: Sequence[int]) -> Measured:
     Args:
         store: The open store.
         layer: Name of the layer.
-        shards: Numbers of committed shards. Shards whose commit record is damaged, stale or missing are left out,
-            because `verify` reports these.
+        shards: Numbers of committed shards. Shards whose commit record is damaged, stale or missing are left
+            out; `verify` reports them.
     """
 
     def of(shard: int) -> dict[str, float]:
@@ -68,9 +68,9 @@ def read_measured(store: Store, layer: str, shards: Sequence[int]) -> Measured:
 
 
 def layer_bytes(store: Store, layer: str) -> dict[str, int]:
-    """Returns the sizes in bytes of the arrays of a layer, by name of the array.
+    """Returns the sizes in bytes of the arrays of a layer, by array name.
 
-    The entry "metadata" is the size of all other objects of the layer together, so the sizes add up to the size of the
+    The key "metadata" holds the total size of all other objects of the layer, so the sizes add up to the size of the
     layer. If the scheme is not `sample`, the array `draws` is left out, because it has no values.
     """
     target = store.stored.target

@@ -1,4 +1,4 @@
-"""Checks what a store has outside its shards: metadata of groups and arrays, names of commit records, and appends."""
+"""Checks what a store holds outside its shards: metadata of groups and arrays, names of commit records, and appends."""
 
 from __future__ import annotations
 
@@ -68,19 +68,19 @@ def write_anew(store: Store, layer: str) -> None:
 
 
 def plain_group(layer: str) -> str | None:
-    """Returns the path of a zarr.json file of a layer that can be created again after the file was lost.
+    """Returns the path of a layer's zarr.json file, if that file only marks a folder as a Zarr group.
 
-    Such a file only marks a folder as a Zarr group.
+    If such a file is lost, it can be created again.
 
     Returns:
         For `tokens`, the zarr.json of the layer. For a losses layer, the zarr.json of the group of all losses layers.
-        None for `target`: its zarr.json holds the spec of the layer, which cannot be recovered.
+        None for `target`: its zarr.json holds the spec of the layer, and a lost spec cannot be recovered.
     """
     return {"tokens": "tokens/zarr.json", "target": None}.get(layer, "losses/zarr.json")
 
 
 def _check_names(store: Store, layer: str) -> Iterator[Problem]:
-    """Yields a problem for each .json file in the commits folder that does not have the name of a commit record."""
+    """Yields a problem for each .json file in the commits folder whose name is not that of a commit record."""
     for name in store.layers[layer].index.unknown:
         if name.endswith(".json"):
             path = f"{commits_folder(layer)}/{name}"

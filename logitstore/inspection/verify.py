@@ -1,4 +1,4 @@
-"""Verifies a store: reads every committed byte and compares it with its commit record. Also repairs a store.
+"""Verifies a store: reads all committed bytes and compares them with the commit records. Also repairs a store.
 
 Other jobs may write to the store meanwhile, so every problem is checked a second time before it is reported.
 """
@@ -52,22 +52,23 @@ def verify(
     and documents of an unfinished append, are not problems.
 
     Args:
-        store: The open store. Shards that were committed after it was opened are not read.
+        store: The open store. Shards that were committed after the store was opened are not read.
         sample: Share of each layer's committed shards to read, above 0 and at most 1. At least one shard is read.
         seed: Seed of the random choice of the shards.
         num_threads: Number of shards read at the same time. A shard of 2**18 rows may take about 100 MB of memory.
         progress: Called with 1 after each shard of each layer, for a progress bar.
 
     Returns:
-        The problems, first those outside shards, then by layer and shard. Empty for an intact store.
+        The problems: first those outside the shards of the store, then those of the shards, in order of layer and
+        shard. An empty list if the store is intact.
 
     Raises:
         ValueError: `sample` or `num_threads` is out of range.
         StorageError: The store cannot be reached, so its state is unknown.
     """
     check_num_threads(num_threads)
-    # The store is opened again in two cases. A local cache may differ from the bucket. And a store that was opened with
-    # a smaller scheme than the stored one shows no losses layers.
+    # The store is opened again in two cases. First, if it was opened with a local cache: the cache may differ from the
+    # bucket. Second, if it was opened with a smaller scheme than the stored one: it then shows no losses layers.
     if store.storage.cache is not None or store.spec != store.stored:
         store = Store(store.storage.without_cache())
 
@@ -88,7 +89,7 @@ def verify(
         general = {*check_metadata(now), *_check_outside(now)}
 
         def is_still(problem: Problem) -> bool:
-            """Returns whether the problem still exists. Its shard may have been replaced or taken back meanwhile."""
+            """Returns whether a problem still exists. Its shard may have been replaced or taken back meanwhile."""
             if problem in general:
                 return True
             if problem.shard is None or problem.layer not in now.layers:
@@ -132,10 +133,11 @@ def places(store: Store, sample: float = 1.0, seed: int = 0) -> list[tuple[str, 
 
 
 def check_shard(store: Store, layer: str, shard: int) -> Problem | None:
-    """Checks one shard of a layer, and whether it fits the layers below it, from which it was computed.
+    """Checks that one shard of a layer is intact, and that it fits the layers below, from which it was computed.
 
     Returns:
-        The problem of the shard in this layer; None if it is intact. Problems of the layers below are not returned.
+        The problem of the shard in this layer; None if the shard is intact. Problems of the layers below are not
+        returned.
     """
     try:
         values = store.reader.read_layers(shard, layers=(layer,))
@@ -146,7 +148,7 @@ def check_shard(store: Store, layer: str, shard: int) -> Problem | None:
         if error.layer == layer:
             return Problem(layer=layer, shard=shard, reason=error.reason)
     except (IdentityError, LayerNotFoundError):
-        pass  # The error may come from this layer or from a layer below. `_check_alone` finds out.
+        pass  # The error may come from this layer or from a layer below. `_check_alone` finds out which.
     else:
         return None
     return _check_alone(store, layer, shard)
@@ -240,14 +242,14 @@ def _spread(pool: ThreadPoolExecutor, action: Callable[[U], T], items: Sequence[
 def repair(store: Store, problems: list[Problem]) -> list[str]:
     """Takes back damaged and stale shards, so that the next dump writes only these shards again.
 
-    The commit records of these shards are removed; the stored values stay until a dump replaces them. Metadata that was
-    lost is written again if it follows from the specs. An unfinished append is given up, and leftovers of killed
+    The commit records of these shards are removed; the stored values stay until a dump replaces them. Lost metadata is
+    written again if it can be derived from the specs. An unfinished append is given up, and leftovers of killed
     writers are removed. No job should write to the store meanwhile. If a job does write, a second repair may be
     needed, but wrong values are never read.
 
     Args:
         store: The store that was verified.
-        problems: The problems that `verify` found. A problem with neither a shard nor a path cannot be repaired.
+        problems: The problems that `verify` found. Those whose `shard` and `path` are both None cannot be repaired.
 
     Returns:
         One line of text for each action.

@@ -27,8 +27,8 @@ def model_spec(name: str, config: PreTrainedConfig, dtype: str, *, weights: bool
         name: Hugging Face id or folder, as the user gave it.
         config: The model's configuration.
         dtype: Data type that the model will run in; "auto" for the data type in the configuration.
-        weights: Whether to read a folder's weight files to compute its revision. If False, the revision of a folder is
-            "unknown". For a model from the hub, the revision is its commit in both cases.
+        weights: Whether to read the weight files of a folder to compute the revision. If False, the revision of a
+            folder is "unknown". For a model from the hub, the revision is its commit in both cases.
 
     Raises:
         OSError: The configuration file or the weight files of the folder cannot be read.
@@ -112,8 +112,8 @@ def check_model(
         The model's description, and the model's own tokenizer.
 
     Raises:
-        ValueError: The model's tokenizer differs from `made`, its vocabulary or its context is too small, or its
-            weights cannot be read.
+        ValueError: The model's tokenizer differs from `made`, the model's vocabulary or context is too small, or its
+            configuration, tokenizer or weights cannot be read.
     """
     name = source.name
     config, tokenizer = load_config(source, what=what), load_tokenizer(source, what=what)

@@ -99,10 +99,10 @@ def load_model(source: ModelSource, *, what: str, device: torch.device | str) ->
             f"{what} must have weights that can be read, got {what}={source.name} ({error}); copy or download it again"
         ) from error
     except (ImportError, ValueError) as error:
-        # If no implementation was requested, the cause of the error is not known here: it is raised unchanged.
+        # If no implementation was requested, the cause of the error is not known here. The error is raised unchanged.
         if source.attn_implementation is None:
             raise
-        # Messages of transformers are long. Their first sentence tells the cause.
+        # Messages of transformers are long. The first sentence states the cause.
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
             f"attn_implementation must be one that {what}={source.name} can run with here, got attn_implementation="

@@ -99,8 +99,8 @@ def _compare(lm: SplitLM, head: nn.Module, ids: Tensor, hidden: Tensor, factor: 
         )
     whole = whole[0, :, : lm.vocab_size].float()
     halves = lm.logits(hidden * factor)
-    # The two matrix products have different shapes, so their bf16 results differ in the last bits. NaN is accepted on
-    # both sides, because a NaN says nothing about whether the model can be split.
+    # The two matrix products have different shapes, so their bf16 results differ in the last bits. A place where
+    # both logits are NaN is accepted, because NaN does not show whether the model can be split.
     size = float(whole.nan_to_num().abs().max())
     if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * size, equal_nan=True):
         raise ValueError(
@@ -114,16 +114,16 @@ def _compare(lm: SplitLM, head: nn.Module, ids: Tensor, hidden: Tensor, factor: 
 def check_packing(lm: SplitLM) -> None:
     """Checks that the hidden states of a document do not depend on the documents packed into the same batch row.
 
-    Runs three documents packed into one row, then changes the neighbours of the middle document or its place in the
-    row. The hidden states of the middle document must stay the same. The result holds only for the attention
+    Runs three documents packed into one batch row. Then changes the neighbours of the middle document, or its place in
+    the batch row. The hidden states of the middle document must stay the same. The result holds only for the attention
     implementation that runs on the model's current device: flash attention cannot be checked on a CPU.
 
     Args:
         lm: The model, on the device where it will run. Its training mode is restored afterwards.
 
     Raises:
-        ValueError: The hidden states of a document depend on the other documents in the row, or on its place in the
-            row.
+        ValueError: The hidden states of a document depend on the other documents in the batch row, or on the place of
+            the document in the batch row.
     """
     must = "keep the documents of a packed row apart"
     config = lm.model.config.get_text_config()
@@ -141,8 +141,8 @@ def check_packing(lm: SplitLM) -> None:
 
     def packed(*documents: Tensor, start: int) -> Tensor:
         positions = torch.cat([torch.arange(len(one)) for one in documents])
-        # The documents of the second row begin at other places. If the model takes the boundaries of the first row
-        # from the second one, the hidden states of the first row change.
+        # The documents of the second row begin at other places. If the model took the boundaries of the first row from
+        # the second one, the middle document would attend to the one before it, and `leak` would be large.
         ids = torch.stack([torch.cat(documents), beside])
         rows = torch.stack([positions, torch.arange(len(beside)) % 9]).to(lm.device)
         return lm.hidden(ids, rows)[0, start : start + len(middle)]
@@ -150,7 +150,8 @@ def check_packing(lm: SplitLM) -> None:
     with _evaluating(lm):
         plain = packed(first, middle, last, start=5)
         # In a causal model, a later document can change the states of an earlier one only by rounding, which
-        # `arithmetic` measures. `leak` is the effect of an earlier document, which must not be clearly larger.
+        # `arithmetic` measures. `leak` measures the effect of an earlier document. It must not be clearly larger than
+        # `arithmetic`.
         arithmetic = _difference(plain, packed(first, middle, other_last, start=5))
         leak = _difference(plain, packed(other_first, middle, last, start=5))
         moved = _difference(plain, packed(middle, first, last, start=0))

@@ -49,7 +49,7 @@ class SplitLM:
     def rows_per_chunk(self) -> int:
         """Number of rows whose logits are computed at once.
 
-        At least 64. Each matrix product reads all weights of the head, which would be slow for only a few rows.
+        At least 64: each matrix product reads all weights of the head, so chunks of only a few rows would be slow.
         """
         return max(64, LOGITS_PER_CHUNK.get(self.device.type, 2**26) // self.vocab_size)
 
@@ -74,8 +74,8 @@ class SplitLM:
             input_ids: Int64 [B, T], right-padded. No attention mask is needed: attention is causal, so no hidden
                 state depends on padding after it.
             position_ids: Int64 [B, T], only for packed documents, and only for models that pass `check_packing`. The
-                positions begin at 0 in each document, and documents do not attend to one another. If None, each row
-                is a single document, and its tokens are numbered from 0.
+                positions begin at 0 in each document, and documents do not attend to one another. If None, each
+                batch row is a single document, and its tokens are numbered from 0.
 
         Returns:
             [B, T, H]: hidden states after the last norm, in the dtype of the head. They are converted to this dtype,

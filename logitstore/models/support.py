@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TAIL_FLOOR = 1e-6
 """Lowest tail mass of a model; smaller values are raised to it. The tail mass is 1 minus a float32 sum of kept
-probabilities, which is no more accurate than this."""
+probabilities, and that sum is no more accurate than 1e-6."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,8 @@ def on_support(logprobs: Tensor, support: Support) -> tuple[Tensor, Tensor]:
         support: N rows of the target.
 
     Returns:
-        The model's logprobs of the kept entries [N, K] (0 beyond a row's entries), and the log of its tail mass [N].
+        The model's logprobs of the kept entries [N, K] (0 beyond a row's entries), and the log of the model's tail
+        mass [N].
     """
     kept = logprobs.gather(1, support.token_ids).where(support.used, 0.0)
     return kept, log_tail(kept, support)
@@ -138,8 +139,8 @@ def acceptance_estimate(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
         tail: Log of q's tail mass [N].
 
     Returns:
-        Float32 [N]. For truncated rows, an upper bound of alpha in [0, 1]: sum_S min(p, q) + min(p_t, q_t). For drawn
-        entries, an unbiased estimate, which can be above 1: sum_S w min(1, q / p).
+        Float32 [N]. For truncated rows, an upper bound of alpha: sum_S min(p, q) + min(p_t, q_t), which is in [0, 1].
+        For drawn entries, an unbiased estimate of alpha: sum_S w min(1, q / p), which can be above 1.
     """
     q = kept.exp().where(support.used, 0.0)
     if support.weights is None:
@@ -151,10 +152,10 @@ def acceptance_estimate(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
 def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
     """Computes the soft cross entropy CE(p, q) = -sum_S p log q - p_t log q_t of each row.
 
-    The tail counts as a single outcome. Drawn entries are treated in the same way as kept ones, because their
-    probabilities p are stored too. An estimate with the weights of the draws would be unbiased, but its noise would
-    hide the loss gap of two similar models. The loss gap is CE(p, q) - CE(p, r), where r is the distribution of a
-    reference model. The entropy of p cancels in this difference.
+    The tail counts as a single outcome. Drawn entries are treated like the entries of truncated rows, because the
+    probabilities p of drawn entries are stored too. An estimate with the weights of the draws would be unbiased, but
+    its noise would hide the loss gap of two similar models. The loss gap is CE(p, q) - CE(p, r), where r is the
+    distribution of a reference model. The entropy of p cancels in this difference.
 
     Args:
         support: N rows of the target p.

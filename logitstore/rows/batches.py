@@ -65,14 +65,14 @@ def batches(shard: Shard, batch_tokens: int) -> Iterator[Batch]:
         batch_tokens: Maximum number of tokens of a batch, padding included. A longer document gets its own batch.
 
     Yields:
-        Batches that together hold every row that counts exactly once. Documents without such a row are left out.
+        Batches. Every row that counts is in exactly one batch. Documents in which no row counts are left out.
     """
     counted = np.add.reduceat(shard.loss_mask, shard.starts[:-1], dtype=np.int64) > 0
     documents = np.flatnonzero(counted)
     for chosen in plan_batches(shard.lengths[documents], batch_tokens):
         members = documents[chosen]
         longest = int(shard.lengths[members].max())
-        # The ids, the mask and the places are all taken through one [B, T] table of row indices in the shard.
+        # The ids, the mask and the places are all looked up with one [B, T] table of row indices in the shard.
         columns = np.arange(longest)
         real = columns < shard.lengths[members][:, None]
         table = np.where(real, shard.starts[members][:, None] + columns, 0)

@@ -117,8 +117,8 @@ def ungap(differences: NDArray[np.uint32], counts: NDArray[np.int64]) -> NDArray
         counts: [N]: number of entries of each row; they sum to E.
 
     Returns:
-        Int64 [E]: token ids. If malformed gaps sum to more than 32 bits, the ids do not wrap around. They are then
-        larger than any vocabulary.
+        Int64 [E]: token ids. The ids never wrap around: if the gaps of a row are malformed and their sum needs more
+        than 32 bits, the last ids are larger than any vocabulary.
     """
     steps = differences.astype(np.int64) + 1
     first = _firsts(counts)
@@ -232,9 +232,9 @@ def decode_bounds(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> tup
         codebook: Codebook of the layer.
 
     Returns:
-        First the rows with the smallest logprobs and tail masses, then the rows with the largest. `decode` returns the
-        entries in the same order. The kept probabilities and the tail mass of a row sum to at most 1 in the first rows,
-        and to at least 1 in the second rows, apart from float32 rounding errors of the encoder.
+        Two `Rows` objects: the first has the smallest logprobs and tail masses, the second has the largest. The order
+        of the entries is the same as in `decode`. The kept probabilities and the tail mass of a row sum to at most 1 in
+        the first object, and to at least 1 in the second, apart from float32 rounding errors of the encoder.
     """
     counts = arrays["counts"].astype(np.int64)
     token_ids = ungap(arrays["gaps"], counts).astype(np.uint32)
@@ -242,7 +242,8 @@ def decode_bounds(arrays: Mapping[str, NDArray[Any]], codebook: Codebook) -> tup
     least = np.append(-codebook.boundaries, np.float32(-np.inf))[codes]
     upper = codes.astype(np.int64)
     # In each row, the encoder gives the smallest code to the likeliest entry only, and moves other entries that round
-    # to this code to the next code. An entry whose code is 1 above the smallest may thus have a larger exact logprob.
+    # to this code to the next code. If the code of an entry is 1 above the smallest, the exact logprob of the entry may
+    # thus be above the upper boundary of its code.
     if len(codes):
         first = np.minimum.reduceat(upper, _firsts(counts))
         upper -= upper == np.repeat(first + 1, counts[counts > 0])

@@ -47,8 +47,8 @@ class Rows:
     """[E]: natural log of each entry's probability, normalised over the whole vocabulary."""
     weights: NDArray[np.float32] | None
     """[E]: weight of each entry, if entries were drawn. Tokens without an entry have weight 0. The weights of a row are
-    an unbiased estimate of the target's probabilities, and sum to 1 on average. None if the rows were truncated: each
-    entry then counts with its probability, and all other tokens together count with the tail mass."""
+    an unbiased estimate of the target's probabilities, and sum to 1 on average. None if the rows were truncated: the
+    weight of an entry is then its probability, and the tail mass is the weight of all other tokens together."""
     tail_mass: NDArray[np.float32]
     """[N]: 1 minus the sum of the kept probabilities, in [0, 1]."""
     label_logprob: NDArray[np.float32]
@@ -131,7 +131,7 @@ class Padded:
     probs: NDArray[np.float32]
     """[M, K]: probabilities of the entries; 0 beyond a row's last entry."""
     tail: NDArray[np.float32]
-    """[M]: tail mass, the probability of all tokens without an entry together."""
+    """[M]: tail mass, the total probability of all tokens without an entry."""
     weights: NDArray[np.float32] | None = None
     """[M, K]: weights of the entries, 0 beyond a row's last entry; None if the rows were truncated."""
     entropy: NDArray[np.float32] | None = None

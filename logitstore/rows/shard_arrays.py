@@ -84,7 +84,7 @@ def check_commit_fits(spec: StoreSpec, commit: Commit) -> None:
 def decode_layer(
     spec: StoreSpec, commit: Commit, data: list[bytes | None], arrays: frozenset[str] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Decodes the objects of a shard into arrays without padding, and checks them against its commit record.
+    """Decodes the objects of a shard into arrays without padding, and checks the arrays against the commit record.
 
     Args:
         spec: Spec of the store, with the specs of its layers.
@@ -111,7 +111,7 @@ def decode_layer(
         except ValueError as error:
             raise DamagedShardError(layer, shard, f"{array.name} that cannot be decoded ({error})") from error
         if (checksum := crc32c(values[array.name])) != commit.checksums[array.name]:
-            # Zarr stores no object if all values are the fill value, so only the checksum shows that one was lost.
+            # Zarr stores no object if all values are the fill value, so only the checksum shows that one is missing.
             absent = " (its object is missing)" if found is None and array.name in objects_of else ""
             raise DamagedShardError(
                 layer, shard, f"{array.name}{absent} with checksum {checksum}, not {commit.checksums[array.name]}"

@@ -34,7 +34,7 @@ def check_lengths(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[
         arrays: Stored arrays by name; only `lengths` is used.
 
     Raises:
-        DamagedShardError: A length is out of range, or the lengths do not add up to the rows of the commit record.
+        DamagedShardError: A length is out of range, or the lengths do not add up to `commit.rows`.
     """
     lengths = arrays["lengths"].astype(np.int64)
     if (num_rows := int(lengths.sum())) != commit.rows:
@@ -77,7 +77,7 @@ def check_target(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[A
         spec: Spec of the store, with the spec of the target layer.
         commit: Commit record of the shard.
         arrays: Stored arrays by name, without padding.
-        mask: [R]: whether a row counts; False in documents that were set aside.
+        mask: [R]: whether each row counts; False in documents that were set aside.
 
     Raises:
         DamagedShardError: A row that counts has no entries, a row that does not count has entries, or a value is out of
@@ -116,7 +116,7 @@ def check_losses(commit: Commit, arrays: Mapping[str, NDArray[Any]], mask: NDArr
     Args:
         commit: Commit record of the shard.
         arrays: Stored arrays by name, without padding.
-        mask: [R]: whether a row counts; False in documents that were set aside.
+        mask: [R]: whether each row counts; False in documents that were set aside.
 
     Raises:
         DamagedShardError: A value is out of range, or exists at a row that does not count.

@@ -27,7 +27,7 @@ def encode_tokens(
     Args:
         ids: [R]: token ids of the documents, end to end.
         loss_mask: [R]: 1 at each row whose prediction of the next token counts, else 0.
-        lengths: [D]: number of tokens of each document; they add up to R.
+        lengths: [D]: number of tokens of each document; the lengths add up to R.
         digests: [D]: digests of the documents, if the caller has computed them before; None computes them here.
 
     Returns:
@@ -43,7 +43,9 @@ def encode_tokens(
 def document_digests(
     ids: NDArray[np.uint32], loss_mask: NDArray[np.uint8], lengths: NDArray[np.uint32]
 ) -> NDArray[np.uint64]:
-    """Returns the digest of each document's ids and loss mask. It does not depend on the document's place in the shard.
+    """Returns the digest of each document's ids and loss mask.
+
+    The digest does not depend on the position of the document in the shard.
 
     Args:
         ids: [R]: token ids of the documents, end to end.

@@ -67,7 +67,7 @@ def decode_bounds(
         scheme: A scheme that `check_smaller` allows; None keeps all entries.
 
     Returns:
-        First the rows with the smallest logprobs and tail masses, then the rows with the largest.
+        Two `Rows` objects: the first has the smallest logprobs and tail masses, the second has the largest.
     """
     least, most = codec.decode_bounds(arrays, target.codebook)
     if scheme is None or scheme == target.scheme:
@@ -91,7 +91,7 @@ def kept(rows: Rows, codes: NDArray[np.uint8], stored: TargetSpec, scheme: Schem
     counts, firsts = rows.counts[rows.counts > 0], rows.offsets[:-1][rows.counts > 0]
     # Each entry gets one integer as its sort key, with the code in the high bits and the index in the row in the low
     # bits. Entries with equal codes are thus sorted by token id. All rows of a block are read through windows of the
-    # same width, so extra cells at the end, which belong to no row, fill the windows of the last rows.
+    # same width. The windows of the last rows may reach beyond the last entry, so extra cells are added at the end.
     cells = np.full(len(codes) + counts.max(initial=0), LEVELS << PLACE_BITS, dtype=np.int32)
     keys = cells[: len(codes)]
     keys[:] = codes
@@ -105,14 +105,14 @@ def kept(rows: Rows, codes: NDArray[np.uint8], stored: TargetSpec, scheme: Schem
         some = by_count[block]
         num, first = counts[some], firsts[some]
         in_order = sliding_window_view(cells, num[-1])[first]
-        # A window that is wider than its row also covers entries of the following rows. These get the largest key, so
-        # that they sort last.
+        # A window that is wider than its row also covers entries of the following rows. In this window, such entries
+        # get the largest key, so that they sort last.
         if num[0] < num[-1]:
             in_order[np.arange(num[-1]) >= num[:, None]] = LEVELS << PLACE_BITS
         in_order.sort(axis=1)
         most = np.minimum(num, scheme.k)
         if scheme.name == "nucleus":
-            # Decoding multiplies all probabilities of a row by one factor, which the row's first entry gives.
+            # Decoding multiplies all probabilities of a row by one factor. The row's first entry gives this factor.
             scale = np.exp(rows.logprobs[first] - stored.codebook.table[codes[first]])
             reached = _entries_to_reach(in_order >> PLACE_BITS, scale, stored, scheme)
             if (stored.scheme.name, stored.scheme.mass) == ("nucleus", scheme.mass):
@@ -148,14 +148,14 @@ def _entries_to_reach(
     """Returns the number of likeliest entries that each row needs to reach the mass of a nucleus, but at least k_min.
 
     Args:
-        codes: [N, K]: codes of the entries, ascending; LEVELS beyond a row's last entry.
+        codes: [N, K]: codes of the entries, in ascending order within each row; LEVELS beyond a row's last entry.
         scale: [N]: factor by which decoding multiplies the coded probabilities of each row.
         stored: Spec of the layer, with the codebook.
         scheme: A `nucleus` scheme, with the mass and k_min.
 
     Returns:
-        [N]: numbers of at least 1. The number of a row that cannot reach the mass is at least the row's number of
-        entries.
+        [N]: number of entries for each row, at least 1. If all entries of a row together do not reach the mass, the
+        result for this row is at least the row's number of entries.
     """
     # Cells beyond a row's last entry hold LEVELS instead of a code. The appended 0 is their probability.
     probs = np.append(np.exp(stored.codebook.table), np.float32(0.0))[codes]

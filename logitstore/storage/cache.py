@@ -1,7 +1,7 @@
 """Keeps objects of a bucket on the local disk, in a folder of bounded size that any number of processes may share.
 
-Use this cache only for objects that the caller checks by a checksum: a cached object is never compared with the bucket
-again.
+Use this cache only for objects that the caller checks with a checksum. A cached object is never compared with the
+bucket again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ OWN_FILE = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]{32}\.partial)?")
 SERVICE_OPTIONS = ("endpoint_url", "account_name", "host", "port")
 """File system options that determine which service holds a bucket, if the URL does not determine it."""
 FILES_PER_LOOK = 1000
-"""A process may add one file per this number of files in the folder before it scans the folder again. If the folder has
-5,000 files, for example, 5 files may be added, and the sixth causes a scan. A scan takes about 6 us per file, so it
-must not follow every new file."""
+"""Before a process scans the folder again, it may add one file for every FILES_PER_LOOK files in the folder. If the
+folder has 5,000 files, for example, 5 files may be added, and the sixth causes a scan. A scan takes about 6 us per
+file, so not every new file should cause one."""
 
 
 class ReadThroughCache:
@@ -41,26 +41,27 @@ class ReadThroughCache:
     concurrent `cat_ranges`. fsspec's cache `simplecache` (as of fsspec 2026.9) does not suit several processes and a
     bounded size:
 
-    - `simplecache` downloads to the final name and takes every file of that name for complete. So a second process may
+    - `simplecache` downloads to the final name and treats every file of that name as complete. So a second process may
       read half an object, and a download that fails or is killed leaves half an object there permanently.
     - `simplecache` has no limit on the size: files are removed only by age, and `pop_from_cache` removes nothing.
     - `simplecache` downloads objects of any length whole. One missing object fails the whole request.
     - `simplecache` hashes only the path, so buckets of the same name on two services share their files.
 
-    This cache renames a file to its final name once the file is whole, so no process ever sees half a file. A file that
-    is evicted while it is read stays readable to its end. Nothing is synced, so a power cut can leave a short file. The
-    caller's checksum finds it, like any other damage, and `drop` removes it.
+    This cache renames a file to its final name once the file is whole, so no process ever sees half a file. A process
+    can read a file to its end even if the file is evicted meanwhile. Nothing is synced, so a power cut can leave a
+    short file. The caller's checksum detects a short file, like any other damage, and `drop` removes the file.
 
-    **Eviction.** Files that were last used before this cache was opened are evicted, oldest first. The modification
-    time of a file records its last use. Files that were used after the cache was opened are kept. If the folder is full
-    of such files, no more files are added. The reason is that an epoch in random order reads every object once, so the
-    object that was read longest ago is as likely to be read next as any other. If a cache that holds a quarter of a
-    store evicted this object for the newest one, it would serve 3% of the reads instead of 25%.
+    **Eviction.** Files that were last used before this cache was opened are evicted, least recently used first. The
+    modification time of a file records its last use. Files that were used after the cache was opened are kept. If the
+    folder is full of such files, no more files are added. With this rule, a cache that holds a quarter of a store
+    serves 25% of the reads of an epoch in random order. A cache that evicts the least recently used file for each new
+    one would serve 3%: it would evict files that this epoch has not read yet, and keep files that are read again only
+    in the next epoch.
 
     **Bound.** The folder may exceed `max_bytes` for a moment. The excess consists of the files that the processes have
-    just added. In a folder of 1,000 files or more, each process may also add up to a thousandth of that number before
-    it scans the folder again. If the folder cannot be written or the disk is full, the cache logs one warning and adds
-    no more files.
+    just added. In a folder of 1,000 files or more, each process may add one file per 1,000 files before it scans the
+    folder again. If the folder cannot be written or the disk is full, the cache logs one warning and adds no more
+    files.
 
     Attributes:
         folder: Absolute path of the folder that holds the files.
@@ -117,8 +118,8 @@ class ReadThroughCache:
                 recognised by its length. Larger objects are not cached.
 
         Returns:
-            For each path, the object's bytes or the file system's exception; FileNotFoundError if the object does
-            not exist.
+            For each path, the bytes of the object, or the exception that the file system raised. The exception is a
+            FileNotFoundError if the object does not exist.
         """
         answers: list[bytes | Exception | None] = [
             self._cached(path, limit) for path, limit in zip(paths, limits, strict=True)
@@ -152,7 +153,7 @@ class ReadThroughCache:
         return self.folder / name
 
     def _cached(self, path: str, limit: int) -> bytes | None:
-        """Returns at most `limit` + 1 bytes of a cached object and marks it as just used; None if it is not cached."""
+        """Returns at most `limit` + 1 bytes of an object and marks its file as just used; None if it is not cached."""
         file = self._file(path)
         try:
             with file.open("rb") as opened:
@@ -193,7 +194,7 @@ class ReadThroughCache:
                             status = entry.stat(follow_symlinks=False)
                             times[entry.path], sizes[entry.path] = status.st_mtime_ns, status.st_size
             excess = sum(sizes.values()) - self.max_bytes
-            # Partial files of killed writers count and are evicted like the others.
+            # Partial files of killed writers are counted and evicted like the other files.
             old = sorted((path for path, used in times.items() if used < self._opened_ns), key=times.__getitem__)
             excess = _remove(old, sizes, excess)
             if excess > 0:

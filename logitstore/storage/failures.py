@@ -19,8 +19,8 @@ CREDENTIAL_ERRORS = frozenset(
         "ClientAuthenticationError",  # azure.core
     }
 )  # fmt: skip
-"""Class names of the credential errors that the drivers' libraries raise. They are compared by name, because
-the libraries need not be installed."""
+"""Class names of the credential errors that the drivers' libraries raise. The classes are compared by name,
+because the libraries may not be installed."""
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
 """Error numbers that mean a refusal: no space, no permission, or a file larger than allowed. A retry cannot succeed."""
 REFUSED_CODES = frozenset(
@@ -37,8 +37,8 @@ GCS_FORBIDDEN = "Forbidden: "
 """Beginning of the message of the exception that gcsfs raises for status 403. This exception has no status
 attribute."""
 GCS_THROTTLED = "ratelimitexceeded"
-"""Reason that Google Cloud Storage gives in a response with status 403 if it throttles requests. A retry may
-succeed."""
+"""Reason that Google Cloud Storage gives in a response with status 403 when it throttles requests. A retry of such a
+request may succeed."""
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers of a full disk, a full quota, or a file larger than allowed."""
 POINTLESS = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR})
@@ -77,7 +77,7 @@ def cause(error: BaseException) -> str:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Returns whether a retry may succeed, for example after throttling, a 5xx status, a reset or a time-out.
+    """Returns whether a retry may succeed, for example after throttling, a 5xx status, a connection reset or a timeout.
 
     A retry of a wrong request cannot succeed. Check `is_refusal` first: this function does not recognise refusals.
     """

@@ -62,10 +62,11 @@ def open_fs(url: Url, storage_options: dict[str, Any] | None = None, *, tries_ag
 def _open_s3(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     """Opens an S3 bucket without the driver's retries and without its cache of listings.
 
-    By default, botocore tries each request 5 times. s3fs repeats these tries 5 times, and for reads it repeats all of
-    them another 5 times. If a server never answers, the error would therefore appear only after half an hour. The cache
-    of listings is off because a thread that has just written an object could get an outdated listing, which another
-    thread requested before that write.
+    By default, botocore tries each request 5 times. s3fs makes 5 rounds of these tries, and 5 times as many rounds for
+    reads. If a server never answers, the error would therefore appear only after half an hour.
+
+    With the cache of listings, a thread that has just written an object could get an outdated listing, which another
+    thread requested before the write. This cache is therefore off.
     """
     options = apply_config(fsspec.get_filesystem_class("s3"), options)
     config = {"retries": {"total_max_attempts": 1}} | (options.get("config_kwargs") or {})
@@ -75,7 +76,7 @@ def _open_s3(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def fetch(fs: Any, paths: Sequence[str], limits: Sequence[int]) -> list[bytes | Exception]:  # noqa: ANN401
-    """Reads objects from a file system, concurrently if it can.
+    """Reads objects, concurrently if the file system supports it.
 
     Args:
         fs: An fsspec file system.
@@ -83,8 +84,8 @@ def fetch(fs: Any, paths: Sequence[str], limits: Sequence[int]) -> list[bytes | 
         limits: Maximum size of each object in bytes. One more byte is requested, to recognise objects that are longer.
 
     Returns:
-        For each path, the bytes of the object or the file system's exception; FileNotFoundError if the object does not
-        exist.
+        For each path, the bytes of the object, or the exception that the file system raised. The exception is a
+        FileNotFoundError if the object does not exist.
     """
     ends = [limit + 1 for limit in limits]
     answers = fs.cat_ranges(list(paths), [0] * len(paths), ends, on_error="return")

@@ -87,7 +87,7 @@ def create(final: Path, data: bytes) -> bool:
 def copy(source: Path, final: Path) -> None:
     """Creates a second name for a file by a hard link. Copies the file if hard links are impossible.
 
-    Replaces an existing file of the final name.
+    Replaces an existing file with the final name.
 
     Raises:
         FileNotFoundError: The source does not exist.
@@ -117,7 +117,7 @@ def remove(path: Path) -> None:
 
 
 def num_bytes(folder: str) -> int:
-    """Returns the total size of the files below a folder, in bytes, without partial files.
+    """Returns the total size in bytes of the files below a folder, excluding partial files.
 
     Files that are deleted during the call may or may not be included.
     """
@@ -159,7 +159,7 @@ def remove_folder(folder: str) -> None:
 
 
 def remove_partials(folder: Path) -> int:
-    """Deletes the partial files in a folder that are older than `ABANDONED_S`. Does not look into its subfolders.
+    """Deletes those partial files in a folder whose age is at least `ABANDONED_S`. Does not look into subfolders.
 
     Returns:
         Number of files that were deleted.
@@ -180,7 +180,7 @@ def remove_partials(folder: Path) -> int:
 def refresh(folder: Path) -> None:
     """Makes the next listing of a folder current. Creates the folder if it does not exist.
 
-    A network file system may list a folder from its cache for a minute. A change to the folder by this machine
+    A network file system may answer listings from its cache for up to a minute. A change to the folder by this machine
     invalidates that cache, so this function creates and deletes a file.
     """
     make_folder(folder)
@@ -227,12 +227,13 @@ def _write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def partial_file(final: Path, beside: Path | None = None) -> Iterator[Path]:
-    """Yields a unique path to write to, in the folder of `beside`, or in the folder of `final` if `beside` is None.
+    """Context manager that yields a unique path for a partial file.
 
-    Afterwards the partial file is deleted, and the folder of `final` is synced if no error occurred.
+    The path is in the folder of `beside`, or in the folder of `final` if `beside` is None. On exit, the partial file is
+    deleted, and the folder of `final` is synced if no error occurred.
     """
     make_folder(final.parent)
-    # The random part keeps several writers of the same file from sharing a partial file.
+    # The random part gives each of several writers of the same file its own partial file.
     partial = (beside or final).with_name(f"{final.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         yield partial

@@ -60,7 +60,8 @@ def _content(path: str, name: str, shown: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         reason = error.strerror
-    # Raised outside of the except block, so that it is not chained: the OSError shows the path, which may be a secret.
+    # The error is raised outside the except block, so that it is not chained to the OSError, which shows the path. The
+    # path may be a secret.
     raise ValueError(f"{name} must be a JSON file, got {shown} ({reason}); give the path of a file that can be read")
 
 
@@ -75,7 +76,8 @@ def _parsed(text: str | bytes, name: str, shown: str) -> dict[str, Any]:
         if isinstance(options, dict):
             return options
         fault = f"a {type(options).__name__}, not an object"
-    # Raised outside of the except blocks, so that it is not chained: the parser's error holds the whole text.
+    # The error is raised outside the except blocks, so that it is not chained to the parser's error, which holds the
+    # whole text.
     raise ValueError(f'{name} must be a JSON file with an object, got {shown} with {fault}; write {{"option": value}}')
 
 

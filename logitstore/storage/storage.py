@@ -34,8 +34,8 @@ U = TypeVar("U")
 PATIENCE_S = 60.0
 """Time in seconds for which a failing request is retried, if the bucket has answered an earlier request."""
 FIRST_PATIENCE_S = 15.0
-"""Time in seconds for which a failing request is retried, if the bucket has never answered. It is shorter than
-PATIENCE_S, so that a wrong address is reported soon."""
+"""Time in seconds for which a failing request is retried, if the bucket has never answered. This time is shorter
+than PATIENCE_S, so that a wrong address is reported soon."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
 """First and longest wait between tries, in seconds. Each wait is twice as long as the wait before it, and is then
 multiplied by a random factor from 0.5 to 1."""
@@ -51,8 +51,9 @@ MAX_JSON_BYTES = 2**22
 class Storage:
     """The objects below a root folder, local or in a bucket. Paths are relative to the root.
 
-    A missing object raises FileNotFoundError. Any other failure becomes a StorageError after some retries, or a
-    StorageRefusedError at once if a retry cannot help.
+    Methods that need an existing object raise FileNotFoundError if it is missing. Any other failure raises a
+    StorageError, after some retries if a retry may help. If the disk or the service refuses a request, for example
+    because a permission is missing, a StorageRefusedError is raised at once.
 
     Attributes:
         url: The root as given, without credentials.
@@ -71,7 +72,7 @@ class Storage:
 
         Args:
             url: A folder or any fsspec URL.
-            storage_options: Options of the file system, such as credentials. Never stored, never printed.
+            storage_options: Options of the file system, such as credentials. They are never stored or printed.
             cache: Folder and size in bytes of a local cache for a bucket's objects; ignored for a local folder.
 
         Raises:
@@ -111,7 +112,7 @@ class Storage:
     # Reading
 
     def names(self, path: str) -> list[str]:
-        """Lists the names in a folder, sorted; empty if the folder does not exist."""
+        """Lists the names in a folder in sorted order. Returns an empty list if the folder does not exist."""
         folder = f"{self.root}/{path}"
 
         def names() -> list[str]:
@@ -128,10 +129,11 @@ class Storage:
     def names_with(self, path: str, prefix: str) -> list[str]:
         """Lists the names in a folder that begin with a prefix, in one request if the service supports it.
 
-        Bypasses every cache of listings. Before a write that depends on the listing, call this method, not `names`.
+        Bypasses every cache of listings. Before a write that depends on the listing, call this method instead of
+        `names`.
         """
         if self.is_local:
-            # `_inside` checks the folder of a path, so any name is added to check the folder itself.
+            # `_inside` checks the folder that contains a path. To check the folder `path` itself, a name is appended.
             self._try(lambda: local_disk.refresh(self._inside(f"{path}/any").parent), path)
             return [name for name in self.names(path) if name.startswith(prefix)]
         folder = f"{self.root}/{path}"
@@ -161,14 +163,14 @@ class Storage:
         return data
 
     def get_many(self, paths: Sequence[str], limits: Sequence[int], *, cached: bool = False) -> list[bytes | None]:
-        """Reads objects, concurrently if the file system can.
+        """Reads objects, concurrently if the file system supports it.
 
         Args:
             paths: Paths of the objects.
             limits: Maximum size of each object in bytes. One more byte is read, so the caller can recognise a longer
                 object.
-            cached: Whether objects may come from the local cache. Use it only for objects that the caller checks by a
-                checksum.
+            cached: Whether objects may come from the local cache. Set this to True only for objects that the caller
+                checks with a checksum.
 
         Returns:
             The bytes of each object; None for objects that do not exist.
@@ -229,7 +231,9 @@ class Storage:
                 self._try(lambda: self._fs.pipe_file(f"{self.root}/{path}", data), path)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Writes an object whole, but only if no object has this path. Of several callers at once, one succeeds.
+        """Writes an object, whole or not at all. Writes nothing if an object already has this path.
+
+        Of several callers at the same time, at most one succeeds.
 
         Returns:
             Whether the object was written. False does not prove that another caller wrote the object: if the service's
@@ -261,7 +265,7 @@ class Storage:
             return
         full = (f"{self.root}/{source}", f"{self.root}/{path}")
         self._try(lambda: self._fs.cp_file(*full), path)
-        # Any other service may finish the copy after the call, so the copy is compared with its source.
+        # A service that is not in COPIES_AT_ONCE may finish a copy later, so the copy is compared with its source.
         if COPIES_AT_ONCE.isdisjoint([self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol):
             self._try(lambda: self._check_copied(*full), path)
 
@@ -294,7 +298,7 @@ class Storage:
     def remove_partials(self, path: str) -> int:
         """Deletes partial files that killed writers left in a folder at least a day ago. Returns their number.
 
-        Partial files exist only on a local disk. They are not the staged objects, which `protocol.clean` removes.
+        Partial files exist only on a local disk. Staged objects are not partial files; `protocol.clean` removes them.
         """
         if not self.is_local:
             return 0
@@ -323,7 +327,7 @@ class Storage:
             ) from error
 
     def for_each(self, action: Callable[[U], T], items: Iterable[U]) -> list[T]:
-        """Calls `action` for each item, in parallel threads if the root is in a bucket. Results are in order."""
+        """Calls `action` for each item, in parallel threads for a bucket. Returns the results in order of the items."""
         if self.is_local:
             return [action(item) for item in items]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -331,7 +335,10 @@ class Storage:
 
     @contextlib.contextmanager
     def _there_to_write(self, path: str) -> Iterator[None]:
-        """Turns a write's FileNotFoundError, which means that the bucket is missing, into a StorageRefusedError."""
+        """Context manager that turns a FileNotFoundError into a StorageRefusedError.
+
+        If a write raises FileNotFoundError, the bucket is missing.
+        """
         try:
             yield
         except FileNotFoundError as error:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from logitstore.store.commits.index import Index
 
 WAY_OUT = f"{FROM_A_COPY}, or delete it and run the dump again with the same options, which writes it anew"
-"""Next step in error messages about a malformed zarr.json of a group."""
+"""Next step that error messages suggest if the zarr.json of a group is malformed."""
 
 S = TypeVar("S", bound="StoreSpec | TargetSpec | LossSpec")
 
@@ -62,7 +62,7 @@ class Layer:
     @property
     def gaps(self) -> list[range]:
         """Runs of consecutive shards that are not committed yet, in order."""
-        # Only committed shards are looked at, so that a long run of missing shards takes no time.
+        # Only committed shards are examined, so that a long run of missing shards costs no time.
         edges = np.concatenate([[-1], self.index.upto(self.num_shards).shards, [self.num_shards]])
         (before,) = np.nonzero(np.diff(edges) > 1)
         return [range(a + 1, b) for a, b in zip(edges[before].tolist(), edges[before + 1].tolist(), strict=True)]
@@ -86,10 +86,10 @@ class Catalog:
         spec: The specs of the store and of all its layers, as stored.
         layers: The layers by name, in the order tokens, target, losses.
         num_shards: Number of visible shards: those before the first shard whose tokens are not committed.
-        first_document: Int64 [num_shards + 1]; shard s holds the documents from first_document[s] up to, not including,
-            first_document[s + 1].
+        first_document: Int64 [num_shards + 1]; shard s holds the documents with numbers from first_document[s] to
+            first_document[s + 1] - 1.
         num_rows: Number of rows in the visible shards.
-        num_counted: Number of rows in the visible shards whose loss mask is 1.
+        num_counted: Number of rows with loss mask 1 in the visible shards.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -241,7 +241,7 @@ def _list_layers(storage: Storage, spec: StoreSpec) -> dict[str, Layer]:
 
 
 def stale_shards(index: Index, below: Index) -> frozenset[int]:
-    """Returns the numbers of the shards that were computed from values that the layer below no longer holds.
+    """Returns the numbers of the stale shards: those computed from values that the layer below no longer holds.
 
     Shards that have several records in either layer are left out, because they are damaged, not stale.
 
@@ -296,7 +296,8 @@ def spans(shards: list[range], most: int = 10) -> str:
 
     Args:
         shards: Runs of shard numbers.
-        most: Maximum number of runs to show. If there are more runs, the text ends with the number of shards in them.
+        most: Maximum number of runs to show. If there are more runs, the text ends with the number of shards in
+            the other runs.
     """
     texts = [str(run.start) if len(run) == 1 else f"{run.start}-{run.stop - 1}" for run in shards[:most]]
     more = f" and {sum(map(len, shards[most:])):,} more" if len(shards) > most else ""

@@ -1,4 +1,4 @@
-"""The documents of a store by number: their lengths, their digests, and one value for each of their rows.
+"""Documents of a store, indexed by number: their lengths, their digests, and one value for each of their rows.
 
 In shapes, D is the number of documents, S the number of shards, R the number of rows of a shard, and T the number of
 tokens of a document.
@@ -30,7 +30,7 @@ class DocumentIndex:
     """[D]: digest of each document's ids and loss mask; documents of equal content have equal digests. The digests are
     uniformly distributed over 64 bits. A document has the same digest in every store, and keeps it after appends."""
     first_document: NDArray[np.int64]
-    """[S + 1]: shard s holds the documents from first_document[s] up to, not including, first_document[s + 1]."""
+    """[S + 1]: shard s holds the documents with numbers from first_document[s] to first_document[s + 1] - 1."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -44,7 +44,8 @@ class DocumentIndex:
 class RowValues:
     """Losses or loss gaps by document, in nats.
 
-    `values[17]` is float32 [T] for the T tokens of document 17, NaN where the loss mask is 0.
+    `values[17]` is a float32 array [T] with one value for each token of document 17. Values are NaN where the loss mask
+    is 0.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class RowValues:
         Args:
             num_documents: Number of documents in the store.
             locate: Takes the number of a document. Returns the number of the document's shard, and the document's place
-                in that shard, from 0.
+                in that shard, counting from 0.
             starts: Takes the number of a shard. Returns int64 [number of documents in the shard + 1]: the first row of
                 each document, then the number of rows of the shard.
             read: Takes the number of a shard. Returns the values of the shard, float32 [R].

@@ -39,14 +39,14 @@ SHARDS_AT_ONCE = 64
 """Maximum number of shards whose document lengths are requested together. A bucket answers 64 such requests in about
 the time that it takes for a few."""
 ROWS_AT_ONCE = 2**24
-"""Shards whose document lengths are requested together have room for at most this many rows in total. This limits the
-memory for the lengths and digests to 200 MB, even in a hostile store."""
+"""Maximum total capacity, in rows, of the shards whose document lengths are requested together. This limits the memory
+for the lengths and digests to 200 MB, even if a store was made to exhaust memory."""
 INDEX_ARRAYS = frozenset({"lengths", "digests"})
 """The arrays of the tokens layer that `Store.documents` reads."""
 
 
 class Store:
-    """A store opened for reading. It shows the contents that the store had when it was opened.
+    """A store opened for reading, with the contents that it had when it was opened.
 
     Documents are numbered from 0 in the order of the shards. If the tokens of a shard are not committed, this shard and
     all later shards are not visible.
@@ -61,7 +61,7 @@ class Store:
         layers: The layers that can be read, by name: tokens, target, losses/<name>.
         num_shards: Number of visible shards.
         num_rows: Number of rows in the visible shards.
-        num_counted: Number of rows in the visible shards whose loss mask is 1; only these rows have entries and losses.
+        num_counted: Number of rows with loss mask 1 in the visible shards; only these rows have entries and losses.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -168,8 +168,8 @@ class Store:
     def loss(self, name: str) -> RowValues:
         """Returns the losses of a named model, by document, in nats.
 
-        The loss is the soft cross entropy between the target's distribution (the stored entries and the tail) and the
-        distribution of the named model.
+        The loss is the soft cross entropy between the target's distribution (the stored entries and the tail mass)
+        and the distribution of the named model.
 
         Raises:
             LayerNotFoundError: The store has no losses of that name; the error message lists the existing names.
@@ -192,7 +192,7 @@ class Store:
         return self._row_values(read)
 
     def _row_values(self, read: Any) -> RowValues:  # noqa: ANN401
-        # The shards are read when a value is asked for. `shard` keeps the last ones in memory.
+        # A shard is read when one of its values is requested. `shard` keeps the most recently used shards in memory.
         return RowValues(
             self.num_documents, self.locate, lambda shard: self.shard(shard, layers=("tokens",)).starts, read
         )
@@ -212,7 +212,7 @@ class Store:
         return layout.losses_layer(name)
 
     def check_losses_readable(self) -> None:
-        """Raises IdentityError if the store has losses, but is read with a smaller scheme than the losses belong to."""
+        """Raises IdentityError if the store has losses but is read with a smaller scheme than theirs."""
         if self.spec.target != self.stored.target and self.stored.losses:
             raise IdentityError(
                 f"losses must be computed on the rows that are read, got {', '.join(sorted(self.stored.losses))} on "
@@ -230,7 +230,7 @@ class Store:
             yield self.read_shard(shard, layers)
 
     def shard(self, shard: int, layers: Sequence[str] | None = None) -> Shard:
-        """Reads one shard like `read_shard`, and keeps the last CACHED_SHARDS shards in memory."""
+        """Reads one shard like `read_shard`, and keeps the CACHED_SHARDS most recently used shards in memory."""
         key = (shard, tuple(layers if layers is not None else self.layers))
         with self._lock:
             if key in self._cache:
@@ -254,23 +254,26 @@ class Store:
         Raises:
             LayerNotFoundError: The store has no such layer, or the shard is not committed in it.
             DamagedShardError: The stored bytes differ from what was committed.
-            IdentityError: The layer was computed from tokens or target rows that the store no longer holds.
+            IdentityError: Another model made the shard, or the shard was computed from tokens or target rows that the
+                store no longer holds.
         """
         return self.reader.assemble(self.reader.read_layers(shard, self.layers if layers is None else layers))
 
     def read_as(self, scheme: Scheme) -> Store:
         """Returns this store as if it had been dumped with a smaller scheme. Reads nothing.
 
-        The returned store has no losses, because the losses were computed on all stored entries. If this store is
-        already read with a smaller scheme, `scheme` may keep more entries than that scheme, because it is applied to
-        the stored rows. If `scheme` is the stored scheme, the returned store has all entries and its losses.
+        If `scheme` is the stored scheme, the returned store has all entries and the losses. Otherwise the returned
+        store has no losses, because the losses were computed on all stored entries.
+
+        `scheme` is always applied to the stored rows. If this store is already read with a smaller scheme, `scheme` may
+        therefore keep more entries than that scheme.
 
         Args:
-            scheme: A `topk` or `nucleus` scheme. Every entry that it keeps must be stored, at every row.
+            scheme: A `topk` or `nucleus` scheme. Every row must store all entries that this scheme keeps.
 
         Raises:
             LayerNotFoundError: The store has no target layer.
-            ValueError: `scheme` is not a Scheme, or the stored rows may lack entries that it keeps.
+            ValueError: `scheme` is not a Scheme, or the stored rows may lack entries that `scheme` keeps.
         """
         if not isinstance(scheme, Scheme):
             raise ValueError(
@@ -287,12 +290,12 @@ class Store:
         return other
 
     def read_smaller(self, *, k: int | None, mass: float | None) -> Store:
-        """Returns this store read with fewer entries per row, or the store itself if neither option is given.
+        """Returns this store read with fewer entries per row, or the store itself if both arguments are None.
 
         Args:
             k: Maximum number of entries of a row; None keeps the stored limit.
             mass: Probability mass of a nucleus, above 0 and at most 1; None keeps the stored mass. If `mass` is given
-                for a `topk` store, the rows are read as a nucleus.
+                for a `topk` store, the rows are read with a `nucleus` scheme.
 
         Raises:
             LayerNotFoundError: The store has no target layer.

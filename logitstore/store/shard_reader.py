@@ -30,7 +30,7 @@ CACHED_COMMITS = 10_000
 
 
 class Stored(NamedTuple):
-    """The arrays of one shard of a layer as they are stored, without padding, and the shard's commit record."""
+    """The stored arrays of one shard of a layer, without padding, and the shard's commit record."""
 
     arrays: dict[str, NDArray[Any]]
     commit: Commit
@@ -81,11 +81,11 @@ class ShardReader:
         return self._read_once(parts, cached=False)
 
     def read_arrays(self, layer: str, shard: int) -> dict[str, NDArray[Any]]:
-        """Returns the arrays of a shard as they are stored, without padding. Raises the errors of `read_parts`."""
+        """Returns the stored arrays of a shard, without padding. Raises the errors of `read_parts`."""
         return self.read_parts([Part(layer, shard)])[0].arrays
 
     def read_layers(self, shard: int, layers: Iterable[str]) -> dict[str, Stored]:
-        """Returns the stored arrays of a shard in `tokens` and in the given layers, by layer name.
+        """Returns the stored arrays and commit records of a shard in `tokens` and the given layers, by layer name.
 
         Raises the errors of `read_parts`.
         """
@@ -108,7 +108,7 @@ class ShardReader:
         return self._commits[layer, shard]
 
     def assemble(self, values: dict[str, Stored]) -> Shard:
-        """Builds a shard from the layers that `read_layers` returned, and checks that the values are possible.
+        """Builds a shard from the result of `read_layers`, and checks that its values can occur in an intact store.
 
         Raises:
             DamagedShardError: A value cannot occur in an intact store, such as a token id beyond the vocabulary.
@@ -124,7 +124,8 @@ class ShardReader:
         if "target" in values:
             mask = without_set_aside(mask, lengths, values["target"][1])
         elif len(values) > 1:
-            # Losses are missing for documents that were set aside in the target layer, so its record is read too.
+            # Losses are missing for documents that were set aside in the target layer, so the target's commit record is
+            # read too.
             mask = without_set_aside(mask, lengths, self.commit("target", shard))
         if "target" in values:
             arrays, commit = values["target"]
@@ -160,7 +161,10 @@ class ShardReader:
         return truncating.decode(arrays, self._target(), self.scheme)
 
     def decode_bounds(self, arrays: dict[str, NDArray[Any]]) -> tuple[Rows, Rows]:
-        """Returns the rows of `decode` twice: with the smallest and with the largest values that the codes allow.
+        """Decodes the smallest and the largest values that the stored codes allow, for the rows of `decode`.
+
+        Returns:
+            First the rows with the smallest logprobs and tail masses, then the rows with the largest.
 
         Raises:
             LayerNotFoundError: The store has no target layer.

@@ -71,7 +71,7 @@ def give_up_append(storage: Storage) -> str | None:
 
 
 def sweep(storage: Storage) -> int:
-    """Removes leftovers of killed writers that no other step removes.
+    """Removes those leftovers of killed writers that no other step removes.
 
     These are the staged objects of committed shards, the claims of published appends, and partial files on a local
     disk that are at least a day old.

@@ -38,7 +38,7 @@ this size can name about 4,000 documents that were set aside, with the reasons. 
 there is probably a common cause, so the writer refuses the shard."""
 
 OTHER_STORE = "give that value, or another --store"
-"""Next step in error messages about a store that was made from other data, another model or other options."""
+"""Next step that error messages suggest if a store was made from other data, another model or other options."""
 
 
 def create_store(storage: Storage, spec: StoreSpec) -> None:
@@ -81,7 +81,7 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
         storage: The store's root.
         spec: The store's spec, as read from the store.
         layer: `target` or `losses/<name>`.
-        layer_spec: The model of the layer, and for `target` the scheme.
+        layer_spec: Spec of the layer: its model and, for `target`, its scheme.
 
     Raises:
         IdentityError: The layer has committed shards that were made with another model or scheme, or another job
@@ -92,7 +92,7 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
     if isinstance(layer_spec, TargetSpec):
         check_room(spec.shard_rows, layer_spec.room)
     is_ours = check_layer(storage, layer, layer_spec)
-    # The layers of all losses share the group `losses`, which needs its own metadata.
+    # All losses layers share the group `losses`, which needs its own metadata.
     if "/" in layer:
         storage.create(f"{layer.partition('/')[0]}/zarr.json", zarr_objects.group_metadata({}))
     path, metadata = f"{layer}/zarr.json", zarr_objects.group_metadata({"logitstore": to_json(layer_spec)})
@@ -144,7 +144,7 @@ def check_layer(storage: Storage, layer: str, layer_spec: TargetSpec | LossSpec)
 
 
 def _check_shards(storage: Storage, layer: str, own: StoreSpec | TargetSpec | LossSpec, next_step: str) -> None:
-    """Raises IdentityError if the committed shards of a layer without zarr.json were made with another spec than `own`.
+    """Raises IdentityError if the committed shards of a layer without zarr.json were made with a spec other than `own`.
 
     Only the first committed shard is compared.
     """
@@ -191,7 +191,7 @@ def make_room(storage: Storage, spec: StoreSpec, layer: str) -> None:
 
 
 def _with(spec: StoreSpec, layer_spec: TargetSpec | LossSpec) -> StoreSpec:
-    """Returns the store's spec, with `layer_spec` as the spec of its target if it is a TargetSpec.
+    """Returns `spec`, with `layer_spec` as its target if `layer_spec` is a TargetSpec.
 
     The spec of the target determines how many entries a row has room for.
     """
@@ -214,7 +214,7 @@ def _is_readable(commit: Commit) -> bool:
 class LayerWriter:
     """Writes shards of one layer.
 
-    Any number of writers, in any processes, may write at the same time, even the same shard.
+    Any number of writers, in any number of processes, may write at the same time, even to the same shard.
     """
 
     def __init__(self, storage: Storage, spec: StoreSpec, layer: str) -> None:
@@ -262,11 +262,12 @@ class LayerWriter:
             values: The layer's arrays, by name, without padding.
             documents: Number of documents in the shard.
             rows: Number of rows in the shard.
-            counted: Number of rows whose loss mask is 1, excluding rows of documents that are set aside.
+            counted: Number of rows with loss mask 1, excluding rows of documents that are set aside.
             computed_from: Digest of the same shard in the layer below. The values were computed from that shard. None
                 for tokens.
             started: time.monotonic() at the start of the computation. The commit record holds the seconds since then.
-            set_aside: Documents that could not be computed: maps the index of the document in the shard to the reason.
+            set_aside: Documents that could not be computed, as a mapping from a document's index in the shard to the
+                reason.
             fidelity: Fidelity sums by name (`logitstore.format.fidelity_sums`), as `logitstore.dump.scoring.measuring`
                 computes them.
 
@@ -276,8 +277,8 @@ class LayerWriter:
 
         Raises:
             IdentityError: The layer now has another spec, or the committed shard was made by another model.
-            ValueError: The commit record is too large, because too many documents are set aside; or `fidelity` has
-                names that the layer does not have, or numbers that are not finite.
+            ValueError: Too many documents are set aside to fit in a commit record, or the names or values in `fidelity`
+                are not valid for the layer.
             FormatError: An encoded array does not decode to the same values.
             DamagedShardError: The shard has several records, or a record that does not match its file name.
         """
@@ -315,7 +316,9 @@ class LayerWriter:
         return kept
 
     def _encode(self, values: NDArray[Any], array: layout.ArraySpec) -> bytes | None:
-        """Encodes an array, and checks that decoding gives the same values. None if all values are the fill value.
+        """Encodes an array, and checks that decoding gives the same values.
+
+        Returns None if all values are the fill value.
 
         Encoding errors must be found now, because the target model may not be available later to compute the values
         again.

@@ -50,7 +50,7 @@ CACHE_RULES = (
 
 
 def parser() -> Parser:
-    """Returns the command line."""
+    """Returns the parser of the command line."""
     p = Parser(prog="logitstore evaluate", description=__doc__)
     p.add_argument("--draft", required=True, metavar="MODEL", help="Hugging Face id or folder of the draft")
     p.add_argument("--draft_revision", metavar="REV", help="branch, tag or commit of the draft on the hub")
@@ -116,7 +116,7 @@ def _evaluate(args: argparse.Namespace, plan: _Plan) -> tuple[dict[str, Any], li
                 progress=bar.update,
             )
         figures |= {"store": plan.store.url, "cached": _cached_json(cached, args.gamma)}
-        if plan.store.spec.target is not None:  # Always true, because cached_acceptance needs a target.
+        if plan.store.spec.target is not None:  # Always true: cached_acceptance needs a target layer.
             figures["cached"]["scheme"] = describe(plan.store.spec.target.scheme)
             lines += _cached_table(cached, args.gamma, plan.store.spec.target.scheme)
     if target is not None:

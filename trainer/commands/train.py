@@ -124,7 +124,7 @@ def run(argv: Sequence[str] | None = None) -> dict[str, float]:
             prepared = prepare(run, training, options)
             print(describe(prepared.dataset, make_module(prepared), prepared.plan, training, ranks=workers))
         return {}
-    # Everything but the figures goes to stderr with --json: also the losses that transformers prints to stdout.
+    # With --json, everything except the figures goes to stderr, even the losses that transformers prints to stdout.
     with contextlib.redirect_stdout(sys.stderr) if run.batches.json else contextlib.nullcontext():
         state = _finish(run, training, values, options, output, start)
     found = figures(state)

@@ -1,7 +1,7 @@
 """Arguments of `logitstore train`: options of this project, transformers' TrainingArguments, and a YAML file of both.
 
-Values come from the defaults of the dataclasses, then from the YAML file, then from flags. An unknown name is refused,
-and the error names the most similar known one.
+Values in the YAML file replace the defaults of the dataclasses, and flags replace both. An unknown name is refused, and
+the error names the most similar known one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ TRAINING_DEFAULTS: dict[str, object] = {
 """Defaults that differ from those of TrainingArguments. Learning rate, schedule and batch sizes do not differ."""
 
 DEVICE_OF_WORKERS: dict[str, object] = {"use_cpu": True, "tf32": None}
-"""Device settings that this process uses instead of the given ones if Ray workers train, because the machine of this
-process may have no GPU even if the workers have GPUs."""
+"""Device settings that replace the given ones in this process if Ray workers train. The machine of this process may
+have no GPU, even if the workers have GPUs."""
 
 
 THEIRS = tuple(f.name for f in dataclasses.fields(TrainingArguments) if f.init)
@@ -179,10 +179,10 @@ def parse(argv: list[str]) -> tuple[RunArguments, TrainingArguments, dict[str, A
 
 
 def check(values: dict[str, Any]) -> tuple[RunArguments, TrainingArguments]:
-    """Makes the options of this project and transformers' training arguments from values, and checks them.
+    """Turns values into the options of this project and transformers' training arguments, and checks them.
 
     Args:
-        values: All values by name. An unset `greater_is_better` is set here to fit the metric.
+        values: All values by name. If `greater_is_better` is None, it is changed in this dict to fit the metric.
 
     Returns:
         The options of this project, and transformers' training arguments.

@@ -59,7 +59,7 @@ def train_on_ray(
         each = "a GPU and a CPU" if "GPU" in resources else "a CPU"
         _note(f"{num_workers} workers with {each} each were requested, but the cluster has room for {most}; waiting "
               "for it to grow")  # fmt: skip
-    # A worker must not start workers itself, and it gets the parsed storage options instead of the path of their file.
+    # A worker must not start workers itself. It gets the parsed storage options, not the path of the file with them.
     task = {
         "values": values | {"num_workers": None, "storage_options": None},
         "repeated": repeated,
@@ -101,16 +101,17 @@ def work(task: dict[str, Any]) -> None:
     """Trains as one of the workers, in the process and environment that Ray prepared.
 
     Args:
-        task: Dict that `train_on_ray` makes: the run's arguments, the checkpoint, and settings of the first process.
+        task: Dict that `train_on_ray` makes: the run's arguments, the checkpoint, and settings of the starting process.
 
     Raises:
         SystemExit: The options are wrong, or the storage failed. The exception carries a one-line message and the exit
-            status for the process that started the workers. The exception is a builtin one, because Ray passes it
-            through processes that cannot import this package.
+            status for the process that started the workers. A builtin exception is needed here, because Ray passes
+            it through processes that cannot import this package.
     """
     import torch
 
-    # The starting process prints the first error. The other workers fail only as a result, so Ray must not log them.
+    # The starting process prints the first error. The other workers fail only as a result of it, so Ray must not log
+    # their errors.
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
     # Relative paths in the arguments are relative to the folder of the starting process.
     if Path(task["folder"]).is_dir():

@@ -2,8 +2,8 @@
 
 A pack is the list of documents that share one sequence of the batch. Documents are given as NumPy arrays.
 
-In shapes, B is the number of packs, T the number of tokens in the longest pack, N the number of rows whose loss mask
-is 1, and K the largest number of entries in a row.
+In the shapes of a batch, B is the number of packs, T the number of tokens in the longest pack, N the number of rows
+whose loss mask is 1, and K the largest number of entries in a row.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Collator:
             documents: Int64 [N], number of each row's document, counted from 0 within the batch.
             labels: Int64 [N], id of the token that follows each row in its document.
             token_ids, probs: Int64 and float32 [N, K], ids and probabilities of the target's entries. Rows with fewer
-                than K entries are filled up with 0. Only if the target is read.
+                than K entries are padded with 0. Only if the target is read.
             tail: Float32 [N], tail mass. Only if the target is read.
-            weights, entropy: Float32 [N, K] and [N], weights of the entries, and the target's entropy in nats. Only if
-                the target is read and its entries were drawn.
+            weights: Float32 [N, K], weights of the entries. Only if the target is read and its entries were drawn.
+            entropy: Float32 [N], the target's entropy in nats. Only if the target is read and its entries were drawn.
             columns: Columns, float32 [N] each, keyed by name. Only if samples have columns.
         """
         samples = [sample for pack in packs for sample in pack]

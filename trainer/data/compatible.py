@@ -43,7 +43,7 @@ def check_complete(store: Store, layer: str) -> None:
         layer: Name of the layer.
 
     Raises:
-        LayerNotFoundError: The store does not have the layer, or some of its shards are not committed.
+        LayerNotFoundError: The store does not have the layer, or some shards of the layer are not committed.
         IdentityError: Some shards of the layer are stale: the tokens or target rows that they were computed from have
             been replaced since. Without this check, reading a stale shard would fail, perhaps after hours of training.
     """

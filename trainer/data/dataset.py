@@ -4,12 +4,13 @@
 
 The dataset reads whole shards and keeps them decoded in memory. A shuffle window is a group of shards whose packs are
 shuffled together. Each reading process keeps the shards of at most two shuffle windows. A shard of 2**18 rows with 20
-entries each takes about 60 MB. A thread reads and decodes the next shards before they are needed, so that training
-waits neither for the latency of a bucket nor for decoding.
+entries each takes about 60 MB. A thread reads and decodes the next shards before they are needed, so that training does
+not wait for a bucket or for decoding.
 
 DataLoader workers (`--dataloader_num_workers`) do not help. A batch may need any shard of a window, so every worker
 decodes every shard. Sending a batch to another process also takes longer than building the batch. On two cores, the
-main process alone reads 700,000 rows/s from a folder and 250,000 from a bucket; one worker reads 130,000 and 90,000.
+main process alone reads 700,000 rows/s from a folder and 250,000 rows/s from a bucket. With one worker, these rates are
+130,000 and 90,000 rows/s.
 The two drafts of the demo train on 8,000 and 20,000 rows/s, and workers slow this training down by 5 to 45 %
 (benchmarks/bench_loader.py).
 """
@@ -66,8 +67,8 @@ class DocumentDataset(Dataset[list[Sample]]):
             stores: One or more open stores that `check_alike` accepts together.
             columns: Names of additional values that a batch holds for each row. Possible names: `reference_ce`,
                 `initial_ce`, `target_entropy`, `random`.
-            losses: Names of the stored losses, keyed by the column that is read from them: `reference_ce` or
-                `initial_ce`.
+            losses: Names of the stored losses, keyed by the column (`reference_ce` or `initial_ce`) that is read from
+                them.
             reads_target: Whether batches hold the target's rows. If false, the stores need no target layer, unless
                 `columns` contains `target_entropy`.
             weights: Number of times that an epoch reads the documents of each store; 1 each by default.
@@ -81,7 +82,7 @@ class DocumentDataset(Dataset[list[Sample]]):
 
         Raises:
             ValueError: A value is out of its range, or the stores cannot be trained on together.
-            LayerNotFoundError: A store does not have a layer that is read, or some of its shards are not committed.
+            LayerNotFoundError: A store lacks a layer that is read, or some shards of this layer are not committed.
             IdentityError: Some shards of a layer are stale: the tokens or target rows that they were computed from have
                 been replaced since.
             DamagedShardError: The stored lengths or digests of documents differ from those that were committed.
@@ -89,7 +90,7 @@ class DocumentDataset(Dataset[list[Sample]]):
         self.stores = tuple(stores)
         self.columns = tuple(columns)
         self._losses = {name: check_losses_given(name, losses or {}) for name in LOSSES if name in self.columns}
-        # Two columns may be read from the same losses. The dict drops the layer that would then be listed twice.
+        # Two columns may be read from the same losses. The dict makes sure that their layer is listed only once.
         self._layers = tuple(
             dict.fromkeys(
                 ["tokens"]

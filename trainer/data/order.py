@@ -1,4 +1,4 @@
-"""Order of packs: which documents fill a pack, and in which order an epoch reads the packs. NumPy only.
+"""Order of packs: which documents fill a pack, and in which order an epoch reads the packs. Depends on NumPy only.
 
 A pack fills one sequence of a batch: it is one document, or several documents of one shard, joined end to end. The
 order of an epoch depends on the documents, the options, the seed and the number of the epoch, but never on ranks or
@@ -45,7 +45,7 @@ class Pack:
     shard: int
     """Number of the documents' shard within the store."""
     documents: tuple[int, ...]
-    """Numbers of the documents within the store, ascending."""
+    """Numbers of the documents within the store, in ascending order."""
     seed: int = 0
     """Seed of the order of packs."""
     epoch: int = 0
@@ -60,8 +60,8 @@ class PackOrder:
 
     The weight of a store is the number of times that an epoch reads its packs. The P packs of a store are read in an
     endless sequence of passes. Each pass reads every pack once, in a new order. An epoch takes the next
-    round(weight * P) packs of this sequence, and at least 1. All epochs therefore have the same length. At weight 0.5,
-    for example, epoch 0 reads one half of the packs, and epoch 1 the other half.
+    max(1, round(weight * P)) packs of this sequence. All epochs therefore have the same length. At weight 0.5, for
+    example, epoch 0 reads one half of the packs, and epoch 1 the other half.
 
     Attributes:
         packs_per_epoch: Number of packs in an epoch, of all stores together.
@@ -86,7 +86,8 @@ class PackOrder:
 
         Args:
             stores: Lengths and digests of each store's documents.
-            weights: Number of times that an epoch reads the packs of each store, above 0; 1 each by default.
+            weights: For each store, the number of times that an epoch reads its packs: a number above 0. None stands
+                for 1 each.
             packing: Whether a pack holds as many documents as fit. If false, each pack holds one document.
             pack_length: Maximum number of tokens in a pack, used only with packing. None stands for the length of the
                 longest document.
@@ -118,7 +119,7 @@ class PackOrder:
                     f"stores must have documents to train on, got {len(stores[i])} documents in store {i + 1} with "
                     f"eval_fraction={eval_fraction}; omit the store, or give a smaller eval_fraction"
                 )
-        # Packs are numbered through all stores; this array holds the number of each store's first pack.
+        # Packs are numbered across all stores. This array holds the number of each store's first pack.
         self._first = np.cumsum([0, *map(len, self._packings)])
         # At least one pack is taken, so that a store with a tiny weight is not left out.
         self._taken = [
@@ -162,7 +163,7 @@ class PackOrder:
         digests = np.concatenate([i.digests[found] for i, found in zip(self._stores, places, strict=True)])
         stores = np.repeat(np.arange(len(places)), [len(found) for found in places])
         documents = np.concatenate(places)
-        # Sorted by position again, so that a reader meets the documents of each shard together.
+        # The chosen documents are sorted by store and number again, so that each shard's documents stay together.
         chosen = np.sort(np.argsort(digests, kind="stable")[:at_most])
         return list(zip(stores[chosen].tolist(), documents[chosen].tolist(), strict=True))
 
@@ -198,11 +199,12 @@ class PackOrder:
         """Yields the packs that an epoch takes from a store, shard by shard.
 
         Yields:
-            Number of the store, number of the shard, and numbers of the packs, int64. The caller shuffles the packs.
+            Tuples of the store's number, the shard's number, and an int64 array of pack numbers. The caller shuffles
+            the packs.
         """
         packs, num_packs = self._packings[store], len(self._packings[store])
         begin, end = epoch * self._taken[store], (epoch + 1) * self._taken[store]
-        # The epoch takes the positions from begin to end of the endless sequence of passes. `number` counts the passes.
+        # In the endless sequence of passes, the epoch takes positions `begin` to `end` - 1. `number` counts the passes.
         for number in range(begin // num_packs, -(-end // num_packs)):
             shards = np.random.default_rng([self._seed, PASS, store, number]).permutation(len(packs.first_pack) - 1)
             place = number * num_packs
@@ -228,7 +230,7 @@ class Epoch:
     seed: int
     """Seed of the order."""
     packs: NDArray[np.int64]
-    """[packs_per_epoch]: numbers of the packs, in the order of the epoch. Packs are numbered through all stores."""
+    """[packs_per_epoch]: numbers of the packs, in the order of the epoch. Packs are numbered across all stores."""
     windows: tuple[tuple[tuple[int, int], ...], ...]
     """(store, shard) pairs of each window. The packs of a window are shuffled together."""
     bounds: tuple[int, ...]
@@ -244,7 +246,7 @@ class Epoch:
 
     def __getitem__(self, place: int) -> Pack:
         """Returns the pack at a position of the order, from 0 to packs_per_epoch - 1."""
-        # A pack's number counts through all stores at first. Below, it counts within the pack's own store.
+        # Here, `number` counts the packs of all stores. Below, it counts only the packs of the pack's own store.
         number = int(self.packs[place])
         store = int(np.searchsorted(self.first, number, side="right")) - 1
         packing, number = self.packings[store], number - int(self.first[store])

@@ -1,4 +1,4 @@
-"""Fills packs with documents, and chooses the documents that are held out. NumPy only.
+"""Fills packs with documents, and chooses the documents that are held out. Depends on NumPy only.
 
 In shapes, D is the number of documents, P the number of packs, and S the number of shards.
 """
@@ -26,7 +26,7 @@ class Packing:
     starts: NDArray[np.int64]
     """[P + 1]: pack i holds documents[starts[i] : starts[i + 1]]."""
     first_pack: NDArray[np.int64]
-    """[S + 1]: the documents of shard s fill the packs from first_pack[s] up to, not including, first_pack[s + 1]."""
+    """[S + 1]: the documents of shard s fill the packs in range(first_pack[s], first_pack[s + 1])."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -62,7 +62,7 @@ def best_fit(lengths: NDArray[np.int64], pack_length: int) -> NDArray[np.int64]:
     """
     by_length = np.argsort(-lengths, kind="stable")
     shortest = int(lengths.min(initial=1))
-    rooms: list[int] = []  # the keys of packs_of, ascending
+    rooms: list[int] = []  # the keys of packs_of, in ascending order
     packs_of: dict[int, list[int]] = {}  # packs that have room, keyed by the number of tokens that still fit
     found = np.empty(len(lengths), dtype=np.int64)
     num_packs = 0
@@ -88,7 +88,7 @@ def best_fit(lengths: NDArray[np.int64], pack_length: int) -> NDArray[np.int64]:
 
 
 def make_packing(index: DocumentIndex, *, pack_length: int | None, eval_fraction: float) -> Packing:
-    """Fills packs with the documents of a store that are trained on.
+    """Fills packs with those documents of a store that are not held out.
 
     Args:
         index: Lengths and digests of the store's documents.

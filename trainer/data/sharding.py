@@ -1,4 +1,6 @@
-"""Division of packs into optimizer steps, micro-batches and ranks, and the position of a run. Standard library only.
+"""Division of packs into steps and micro-batches and among ranks, and position of a run in the order of packs.
+
+Depends on the standard library only.
 
 An optimizer step takes the next packs of the order. The position of a run therefore consists of the epoch and the
 number of this epoch's packs that are done. When a run continues from a position, the number of ranks and the number of
@@ -102,14 +104,14 @@ class Position:
     def num_steps(self, packs_per_epoch: int, deal: Deal, *, epochs: float) -> int:
         """Returns the number of steps that a run has made when it has finished `epochs` epochs.
 
-        The result includes the steps before this position. Each of those steps may have had another number of packs
-        than the steps after this position.
+        The result includes the steps before this position. The number of packs per step may have been different in
+        those steps.
 
         Args:
             packs_per_epoch: Number of packs in an epoch.
             deal: Division of the packs from this position on.
-            epochs: Number of epochs since the run began. With a fraction, such as 2.5, the run ends at that fraction of
-                the packs of the last epoch.
+            epochs: Number of epochs since the run began; not necessarily an integer. With 2.5, for example, the run
+                ends after half of the packs of the third epoch.
         """
         steps, packs = self.steps, self.packs
         for epoch in range(self.epoch, math.ceil(epochs)):

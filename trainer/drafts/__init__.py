@@ -1,1 +1,1 @@
-"""Makes the draft: loads it, initialises it from a configuration, or cuts it from a larger model; can add LoRA."""
+"""Makes the draft: loads it, initialises it, or cuts it from a larger model. Adds LoRA if the options ask for it."""

@@ -26,8 +26,8 @@ ELSEWHERE = frozenset({"architectures", "auto_map", "model_type", "torch_dtype",
 CONTRADICTIONS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Exceptions that architectures raise if values of their configuration contradict each other."""
 NOT_PER_LAYER = ("token_id", "limit", "multipliers")
-"""Endings of configuration keys whose lists do not hold one value per layer. This is so even if such a list has as many
-values as the model has layers."""
+"""Endings of configuration keys. Under a key with such an ending, a list does not hold one value per layer, even if it
+has as many values as the model has layers."""
 
 Settings = dict[str, Any]
 
@@ -215,7 +215,7 @@ def _check_known(settings: Iterable[str], known: set[str]) -> None:
 
 
 def _listed(settings: Mapping[str, object]) -> str:
-    """Returns settings as text for a message, in the form of the option: draft_config=key=value ..."""
+    """Returns settings as text for a message: "draft_config=", followed by the settings as key=value pairs."""
     return "draft_config=" + " ".join(f"{key}={value}" for key, value in settings.items())
 
 

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) through peft: adds low-rank updates to a draft's linear layers, later merges them."""
+"""LoRA (arXiv 2106.09685) through peft: adds low-rank updates to a draft's linear layers, and merges them later."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ def chosen_layers(text: str, num_layers: int) -> tuple[int, ...]:
     """Parses the value of --draft_layers.
 
     Args:
-        text: Either the numbers of the layers to keep, counted from 0, ascending and separated by commas. Or, without a
-            comma, how many layers to keep; these are spaced evenly from the first layer to the last.
+        text: Either the numbers of the layers to keep, counted from 0, in ascending order and separated by commas. Or,
+            without a comma, how many layers to keep; these are spaced evenly from the first layer to the last.
         num_layers: Number of layers of the model.
 
     Returns:
-        The layer numbers, ascending.
+        The layer numbers, in ascending order.
 
     Raises:
         ValueError: The text has neither of the two forms, or the model does not have these layers.
@@ -60,7 +60,7 @@ def cut_config(config: PreTrainedConfig, layers: tuple[int, ...]) -> PreTrainedC
 
     Args:
         config: Configuration of the whole model; it is not modified.
-        layers: Numbers of the layers to keep, ascending from 0.
+        layers: Numbers of the layers to keep, counted from 0, in ascending order.
     """
     made = copy.deepcopy(config)
     text = made.get_text_config()
@@ -72,11 +72,11 @@ def cut_config(config: PreTrainedConfig, layers: tuple[int, ...]) -> PreTrainedC
 
 
 def cut_layers(model: PreTrainedModel, layers: tuple[int, ...], *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Makes a model from some layers of another model, and from all of that model's embeddings, norms and its head.
+    """Makes a model from some layers of another model. All weights outside the layers are kept.
 
     Args:
         model: A causal LM whose backbone has one list of layers.
-        layers: Numbers of the layers to keep, ascending from 0.
+        layers: Numbers of the layers to keep, counted from 0, in ascending order.
         trust_remote_code: Whether code from the model's repository may run.
 
     Returns:
@@ -88,7 +88,8 @@ def cut_layers(model: PreTrainedModel, layers: tuple[int, ...], *, trust_remote_
     """
     config = cut_config(model.config, layers)
     prefix = _layers_of(model)
-    # The initial weights are replaced below, so drawing them must not change the caller's random numbers.
+    # The initial weights are drawn inside a fork, so that the caller's random numbers do not change. These weights are
+    # replaced below.
     with torch.random.fork_rng(devices=[]):
         try:
             made: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -133,7 +134,7 @@ def _layers_of(model: PreTrainedModel) -> str:
 
 
 def _source(name: str, prefix: str, layers: tuple[int, ...]) -> str:
-    """Returns the name of a weight in the whole model, from its name in the cut model.
+    """Translates the name of a weight in the cut model into its name in the whole model.
 
     Args:
         name: Name of the weight in the cut model.
@@ -152,7 +153,8 @@ def _check_alike(
     """Raises ValueError if a layer computes something else at its new position than at its old position.
 
     The weights of both layers are already equal. An architecture may also derive values from a layer's number, such as
-    the size of an attention window. Such values are plain attributes of the layer's modules, so these are compared.
+    the size of an attention window. Such values are plain attributes of the layer's modules, so the plain attributes
+    are compared.
 
     Args:
         model: The whole model, for the message.
@@ -172,7 +174,7 @@ def _check_alike(
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Returns the attributes of a module that are plain values, and its type under the key ""."""
+    """Returns the attributes of a module whose values are plain, and the type of the module under the key ""."""
     kinds = (bool, int, float, str, type(None))
     return {key: value for key, value in vars(module).items() if isinstance(value, kinds)} | {"": type(module)}
 

@@ -1,9 +1,10 @@
 """Makes the draft to train: loads it, cuts it from a larger model, or initialises it with random weights.
 
-The options may also ask for padded embeddings and for LoRA, which are then added to this draft.
+If the options ask for it, the embeddings of this draft are then padded, and LoRA updates are added.
 
 `plan_draft` decides how the draft is made, and raises most errors before any weights are loaded. `make_draft` carries
-out the plan. The single steps are in `trainer.drafts.configs`, `trainer.drafts.reshaping` and `trainer.drafts.lora`.
+out the plan. The individual steps are in `trainer.drafts.configs`, `trainer.drafts.reshaping` and
+`trainer.drafts.lora`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class DraftSource:
             )
 
     def model(self, name: str) -> ModelSource:
-        """Returns a `ModelSource` for a model of the given name. Its revision and the rest are those of the draft."""
+        """Returns a `ModelSource` for a model of the given name. Its other fields are those of the draft."""
         return ModelSource(
             name=name,
             revision=self.revision,
@@ -175,7 +176,7 @@ def make_draft(plan: DraftPlan) -> PreTrainedModel:
 
 
 def context_note(config: PreTrainedConfig, spec: StoreSpec) -> str | None:
-    """Returns a warning if the draft accepts shorter sequences than the target does, else None.
+    """Returns a warning if the draft's maximum sequence length is below that of the target, else None.
 
     The result is also None if the store has no target, or if the target's configuration cannot be loaded.
 
@@ -195,7 +196,7 @@ def context_note(config: PreTrainedConfig, spec: StoreSpec) -> str | None:
     if own is None or other is None or own >= other:
         return None
     text = config.get_text_config()
-    # Rotary positions are computed, so they have no limit. Learned positions are rows of a table, which ends.
+    # Rotary positions are computed, so they have no limit. Learned positions are rows of a table of fixed size.
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     remedy = (
         f"its positions are rotary, so max_position_embeddings={other} in its config.json lets it draft further, but "
@@ -287,7 +288,7 @@ def _padded_size(source: DraftSource, spec: StoreSpec) -> int | None:
 
 
 def _loaded(source: DraftSource) -> PreTrainedModel:
-    """Loads the model to start from on the CPU."""
+    """Loads the model that the draft is made from, on the CPU."""
     return load_model(source.model(str(source.draft)), what="draft", device="cpu")
 
 

@@ -1,1 +1,1 @@
-"""Acceptance rate of a draft, measured from the cache, on held-out documents and by speculative decoding."""
+"""Acceptance rate of a draft, measured from the cache, on held-out documents, or by speculative decoding."""

@@ -66,8 +66,9 @@ class CachedAcceptance:
     Drawn rows: sum_S w min(1, q / p), where w are the weights of the entries. This is unbiased, except for the
     rounding to codes."""
     argmax_agreement: float
-    """Share of rows where the draft's likeliest token equals the likeliest kept token. If the likeliest kept
-    token is also the target's likeliest token, this is the acceptance rate of greedy decoding; see `argmax_known`."""
+    """Share of rows where the draft's likeliest token equals the likeliest kept token. If the likeliest kept token is
+    the target's likeliest token in every row, this share is the acceptance rate of greedy decoding; see
+    `argmax_known`."""
     argmax_known: float
     """Share of rows whose entries certainly include the target's likeliest token. It is 1 for truncated rows; the draws
     of a drawn row may miss that token."""
@@ -202,7 +203,7 @@ class StoredDocuments:
         """Returns a copy that holds only some of the documents.
 
         Args:
-            places: Positions of the documents to keep, counted among these documents; at least one.
+            places: Positions, within this object, of the documents to keep; at least one.
         """
         shard = self.shard
         spans = [(int(shard.starts[place]), int(shard.starts[place + 1])) for place in places]
@@ -338,7 +339,7 @@ def cached_acceptance(
 
 @contextmanager
 def evaluating(draft: PreTrainedModel) -> Iterator[None]:
-    """Switches a draft to evaluation mode (no dropout), and restores its previous mode at the end."""
+    """Context manager that switches a draft to evaluation mode (no dropout), and restores its mode at the end."""
     training = draft.training
     draft.eval()
     try:

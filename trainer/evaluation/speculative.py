@@ -1,8 +1,9 @@
-"""Acceptance rate of a draft in real speculative decoding, counted during transformers' assisted generation.
+"""Acceptance rate of a draft in real speculative decoding, measured with transformers' assisted generation.
 
-Both models generate at temperature 1, without truncation or penalties; the generation configs of their checkpoints are
-ignored. The output embeddings may have padding rows beyond the true vocabulary. The logits of these rows are cut off,
-so that both models generate only tokens of the true vocabulary.
+Both models generate without truncation or penalties, and sampling is at temperature 1. The generation configs of their
+checkpoints are ignored, except for the target's end-of-text tokens. The output embeddings may have padding rows beyond
+the true vocabulary. The logits of these rows are cut off, so that both models generate only tokens of the true
+vocabulary.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class SpeculativeResult:
     def alpha(self) -> float:
         """Acceptance rate: accepted / (accepted + rejections), in [0, 1].
 
-        Tokens after the first rejection of a call are not counted. In the mode "sampled", this estimates
-        the mean of sum_v min(p_v, q_v) on text that the target wrote, where p is the target and q the draft. In the
-        mode "greedy", it estimates how often the likeliest tokens of both models are equal on such text.
+        Tokens after the first rejection of a call are not counted. In the mode "sampled", the rate estimates the mean
+        of sum_v min(p_v, q_v) on text that the target wrote, where p is the target and q the draft. In the mode
+        "greedy", the rate estimates how often the likeliest tokens of both models are equal on such text.
         """
         return self.accepted / (self.accepted + self.rejections)
 
@@ -127,7 +128,7 @@ def measure_acceptance(
         mode: "greedy" (argmax) or "sampled" (temperature 1, whole vocabulary).
         vocab_size: The tokenizer's true vocabulary size. Either model may pad its embeddings beyond it.
         gamma: Maximum number of tokens drafted per target call; at least 1.
-        max_new_tokens: Maximum number of tokens generated per prompt; at least 2, because the last is never drafted.
+        max_new_tokens: Maximum number of tokens generated per prompt; at least 2: the last token is never drafted.
         seed: Seed of the sampling. Prompt i uses seed + i.
         progress: Called with 1 after each prompt.
 
@@ -253,7 +254,7 @@ class _Decoder:
 
     @contextlib.contextmanager
     def neutral(self, vocab_size: int) -> Iterator[None]:
-        """Makes both models ignore the settings of their checkpoints until the context ends."""
+        """Context manager in which both models ignore the generation configs of their checkpoints."""
         # Assisted generation reads its settings for drafting from the draft's generation config.
         drafting = GenerationConfig(
             num_assistant_tokens=self._gamma,
@@ -300,7 +301,10 @@ class _Decoder:
 
 @contextlib.contextmanager
 def _prepared(model: PreTrainedModel, generation_config: GenerationConfig, vocab_size: int) -> Iterator[None]:
-    """Gives a model another generation config and limits its logits to the true vocabulary, until the context ends."""
+    """Context manager that gives a model another generation config, and limits its logits to the true vocabulary.
+
+    The model is also switched to evaluation mode. All three changes are undone at the end.
+    """
     config = model.config.get_text_config()
     before = model.generation_config, config.vocab_size, model.training
     head = model.get_output_embeddings()

@@ -1,8 +1,8 @@
 """Functions that mark, check, list and delete finished checkpoints. They need neither a model nor a trainer.
 
 A checkpoint is a folder of files that several processes write. Its record, checkpoint.json, is written last and in one
-atomic step. The record lists the size of every file, and a digest of each small file. A checkpoint without a record, or
-with a file that does not match the record, is unfinished: its run was killed.
+atomic step. The record lists the size of every file, and a digest of each small file. A checkpoint is unfinished if it
+has no record, or if a file does not match the record. A run that is killed while it saves leaves such a checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write_record(folder: Path) -> None:
 
 
 def defect(folder: Path) -> str | None:
-    """Returns None if a folder is a finished checkpoint, otherwise the reason, such as "config.json is missing"."""
+    """Returns None if a folder is a finished checkpoint, otherwise its defect, such as "config.json is missing"."""
     files = recorded(folder / RECORD)
     if files is None:
         return f"it has no {RECORD}, which is written last"
@@ -65,12 +65,13 @@ def remove(folder: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, keep: Collection[Path]) -> None:
-    """Deletes all unfinished checkpoints of a run. Of the finished ones, deletes the oldest until `limit` remain.
+    """Deletes all unfinished checkpoints, and the oldest finished ones until `limit` remain.
+
+    Does nothing if there is no limit.
 
     Args:
         folder: Folder of the run.
-        limit: Maximum number of finished checkpoints that remain. If it is None or below 1, nothing is deleted, not
-            even unfinished checkpoints.
+        limit: Maximum number of finished checkpoints that remain. None or a number below 1 stands for no limit.
         keep: Finished checkpoints that are never deleted. They count towards `limit`.
     """
     if limit is None or limit <= 0:
@@ -109,13 +110,14 @@ def beyond(names: Sequence[str], limit: int, keep: Collection[str]) -> list[str]
     Args:
         names: Names of all checkpoints, oldest first.
         limit: Maximum number of names that should remain.
-        keep: Names that are never returned. They count towards `limit`, so more names remain if `keep` holds more.
+        keep: Names that are never returned. They count towards `limit`. If `keep` holds more than `limit` names, they
+            all remain.
     """
     return [name for name in names if name not in keep][: max(0, len(names) - limit)]
 
 
 def step_of(name: str) -> int | None:
-    """Returns the number of optimizer steps in a checkpoint's name; None if the name is not that of a checkpoint."""
+    """Returns the step number that a checkpoint's name contains; None if the name is not that of a checkpoint."""
     number = name.removeprefix(PREFIX)
     return int(number) if name.startswith(PREFIX) and number.isdecimal() else None
 

@@ -64,7 +64,8 @@ class DraftTrainer(Trainer):
             args: Training arguments of transformers.
             dataset: The documents to train on, in the order of the training.
             tokenizer: The tokenizer that is saved with the draft.
-            held_out: Documents of the final evaluation and of those that `args` requests; None for no evaluations.
+            held_out: Documents for all evaluations: the final one, and those that `args` requests. None for no
+                evaluations.
             denominator: Name of the number by which the weighted loss sum of a step is divided; see `DENOMINATORS`.
             queue_rows: Number of recent rows that each row competes with if the rule's scope is `queue`.
             remote: Copies finished checkpoints to a URL; None keeps checkpoints on the local disk only.
@@ -130,7 +131,7 @@ class DraftTrainer(Trainer):
             self._dataset.close()
 
     def _check_together(self) -> None:
-        """Raises ValueError if the ranks start at different steps, because they would wait for each other forever."""
+        """Raises ValueError if the ranks start at different steps. Such ranks would wait for each other forever."""
         own = torch.tensor([self._begin.steps], device=self.args.device)
         steps = self.accelerator.gather(own).tolist()
         if len(set(steps)) > 1:
@@ -142,7 +143,12 @@ class DraftTrainer(Trainer):
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader[Any]
     ) -> tuple[int, int, int, int, int, int, int]:
-        """Returns the numbers of epochs, steps and batches of the run. Totals include the steps before a resume."""
+        """Computes the numbers of epochs, steps, packs and micro-batches that Trainer needs.
+
+        Returns:
+            Epochs in the run, steps per epoch, packs per epoch, packs in the run, packs per step, micro-batches per
+            epoch, and steps in the run. The numbers for the run include the part before a resume.
+        """
         deal, packs = self._deal, self._dataset.order.packs_per_epoch
         max_steps = args.max_steps
         if max_steps <= 0:
@@ -190,7 +196,8 @@ class DraftTrainer(Trainer):
     ) -> None:
         """Trains on the packs that are left of an epoch.
 
-        Trainer gets these packs as if they were a full epoch, because it restores the random state at an epoch's start.
+        Trainer gets these packs as if they were a full epoch. In a resumed run, it therefore restores the random state
+        before the first of these packs.
         """
         order, deal = self._dataset.order, self._deal
         packs = self._begin.packs if epoch == self._begin.epoch else 0
@@ -237,7 +244,7 @@ class DraftTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self._remote is not None:
-            checkpoints.gather(folder, self.args.process_index)  # Machines share no folder if there is a URL.
+            checkpoints.gather(folder, self.args.process_index)  # With a URL, machines may share no folder.
         if not self.args.should_save:
             return
         checkpoints.write_record(folder)
@@ -307,9 +314,10 @@ class DraftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Runs the module on a micro-batch, adds up its statistics, and returns the scaled loss.
+        """Runs the module on a micro-batch, adds the results to the statistics, and returns the scaled loss.
 
-        `num_items_in_batch` is ignored, because `Steps` counts the rows itself.
+        If `return_outputs` is true, also returns the outputs of the module. `num_items_in_batch` is ignored, because
+        `Steps` counts the rows itself.
         """
         outputs = model(**inputs, **self._steps.compared())
         self._steps.add(outputs)

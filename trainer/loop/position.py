@@ -25,9 +25,9 @@ STATE = "trainer_state.json"
 class Progress(TrainerCallback, ExportableState):
     """Callback that counts the packs that a run has trained on.
 
-    Trainer saves the counts in each checkpoint, so that a resumed run knows which pack comes next. The counts also give
-    `epoch` in the logs. Trainer itself counts only steps, but the number of steps in an epoch depends on the number of
-    ranks and on the number of packs per step, which may change when a run is resumed.
+    Trainer saves the counts in each checkpoint, so that a resumed run knows which pack comes next. The value `epoch` in
+    the logs is computed from the counts too. Trainer itself counts only steps. The step count alone does not determine
+    the position, because the number of packs per step may change when a run is resumed.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ def is_stopped_early(state: TrainerState) -> bool:
 
 
 def read_position(checkpoint: str | Path, order: PackOrder) -> Position:
-    """Reads the position in the order of packs from which a run continues after a checkpoint.
+    """Reads from a checkpoint the position in the order of packs at which a resumed run continues.
 
     Args:
         checkpoint: Folder of the checkpoint.

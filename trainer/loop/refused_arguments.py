@@ -63,7 +63,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data_seed": (0, 2**32),
 }
 """Ranges of training arguments that transformers checks late or never. Each argument's name maps to the smallest
-allowed value, and to a limit that all allowed values are below."""
+allowed value and to the exclusive upper limit."""
 
 AWAITING: dict[str, tuple[tuple[object, ...], str]] = {
     "early_stopping": ((), "stop early"),
@@ -92,8 +92,8 @@ def check_supported(values: Mapping[str, object]) -> None:
     for name, (value, reason) in UNSUPPORTED.items():
         if values.get(name, value) != value:  # Some releases of transformers lack some of these arguments.
             raise ValueError(f"{name} must be {value}, got {name}={values[name]} ({reason}); omit it")
-    # Schedule-free optimizers train other weights than those that are evaluated. LOMO and layerwise optimizers update
-    # the weights during the backward pass, before the denominator of the step is known.
+    # Schedule-free optimizers train weights that differ from the weights that are evaluated. LOMO and layerwise
+    # optimizers update the weights during the backward pass, before the denominator of the step is known.
     optimizer = str(getattr(values["optim"], "value", values["optim"]))
     if optimizer.startswith("schedule_free"):
         raise ValueError(
@@ -127,7 +127,7 @@ def check_awaited(values: Mapping[str, object]) -> None:
     """Raises ValueError if an argument needs evaluations but none are requested.
 
     Args:
-        values: Values of the training arguments by name, and `early_stopping`.
+        values: Values of the training arguments and of the option `early_stopping`, by name.
     """
     words = {name: getattr(value, "value", value) for name, value in values.items()}
     for name, (waiting, purpose) in AWAITING.items():

@@ -44,7 +44,7 @@ class Remote:
 
     def upload(self, folder: Path) -> None:
         """Copies a finished checkpoint to the URL. The record is copied last: a copy without it is unfinished."""
-        # An earlier copy is deleted first, so that the earlier record never stands beside files of the new copy.
+        # An earlier copy is deleted first, so that the old record is never in the same folder as new files.
         self.remove(folder.name)
         self.put({f"{folder.name}/{name}": folder / name for name in recorded(folder / RECORD) or {}})
         self.put({f"{folder.name}/{RECORD}": folder / RECORD})
@@ -53,7 +53,7 @@ class Remote:
         """Copies local files to the URL, in any order, and overwrites existing files.
 
         Args:
-            files: Local paths by their names below the URL.
+            files: Local paths, keyed by the name that each file gets below the URL.
         """
         targets = {f"{self._root}/{name}": str(path) for name, path in files.items()}
         with self._reached():
@@ -70,7 +70,7 @@ class Remote:
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
-        """Turns the exceptions of file system drivers into StorageError or StorageRefusedError."""
+        """Context manager that turns exceptions of file system drivers into StorageError or StorageRefusedError."""
         try:
             yield
         except LogitStoreError:
@@ -115,7 +115,7 @@ class Remote:
             DamagedCheckpointError: The fetched files do not match the record.
         """
         local, partial = folder / name, folder / f"{name}.partial"
-        # Files are copied into a folder that is not named like a checkpoint: an interrupted copy must not count.
+        # The copy gets a checkpoint's name only when it is complete, so that an interrupted copy is not used.
         for stale in (local, partial):
             remove(stale)
         source = f"{self._root}/{name}"
@@ -147,11 +147,12 @@ class Remote:
                 self._fs.rm(folder, recursive=True)
 
     def rotate(self, limit: int | None, keep: Collection[str]) -> None:
-        """Deletes all unfinished checkpoints. Of the finished ones, deletes the oldest until `limit` remain.
+        """Deletes all unfinished checkpoints, and the oldest finished ones until `limit` remain.
+
+        Does nothing if there is no limit.
 
         Args:
-            limit: Maximum number of finished checkpoints that remain. If it is None or below 1, nothing is deleted, not
-                even unfinished checkpoints.
+            limit: Maximum number of finished checkpoints that remain. None or a number below 1 stands for no limit.
             keep: Names of finished checkpoints that are never deleted. They count towards `limit`.
         """
         if limit is None or limit <= 0:

@@ -87,9 +87,9 @@ class Steps:
         self._window["steps"] = self._window.get("steps", torch.zeros((), device=device)) + 1.0
 
     def compared(self) -> dict[str, Tensor]:
-        """Returns the scores in the queue as an argument of `DraftModule.forward`; empty unless the scope is `queue`.
+        """Returns a dict with the scores in the queue, as the keyword argument `others` of `DraftModule.forward`.
 
-        The rows of the next micro-batch compete with these scores.
+        The rows of the next micro-batch compete with these scores. The dict is empty unless the scope is `queue`.
         """
         return {"others": self.queue} if self._has_queue else {}
 
@@ -178,12 +178,14 @@ class Steps:
             loss: Weighted sum of the losses of all rows, divided by the sum of the steps' denominators, in nats.
             kl, alpha, label_nll: Mean KL(p‖draft) in nats, mean acceptance rate, and mean negative logprob of the
                 document's next token in nats. The means are over all rows with loss mask 1 if the selection evaluates
-                the draft on all of them, otherwise over the rows trained on.
+                the draft on all of them, otherwise over the rows trained on. Without a target, kl and alpha are absent.
             kept_fraction: Kept rows divided by rows with loss mask 1.
             denominator: Mean denominator of a step.
-            kept_kl: Mean KL(p‖draft) of the rows trained on, in nats.
-            score_mean, score_std, score_kept, score_threshold: Mean and standard deviation of the selection's scores
-                (for adaspec the loss gap, in nats), mean score of the kept rows, and mean threshold.
+            kept_kl: Mean KL(p‖draft) of the rows trained on, in nats. Only if the selection scores rows, and only with
+                a target.
+            score_mean, score_std, score_kept: Mean and standard deviation of the selection's scores (for adaspec the
+                loss gap, in nats), and mean score of the kept rows. Only if the selection scores rows.
+            score_threshold: Mean threshold. Only if the rule has a threshold.
             rows_per_second: Rows with loss mask 1 per second, summed over all ranks. It is an integer, because Trainer
                 prints large floats in the form 3.197e+04.
         """

@@ -69,21 +69,21 @@ class DraftModule(nn.Module):
 
         Args:
             input_ids: Int64 [B, T].
-            rows: Int64 [N], index of each row whose loss mask is 1 in the flattened [B * T] tokens.
+            rows: Int64 [N], indices into the flattened [B * T] tokens, one for each row whose loss mask is 1.
             labels: Int64 [N], id of the token that follows each row.
-            documents: Int64 [N], number of each row's document, ascending from 0.
+            documents: Int64 [N], number of each row's document, counted from 0, in ascending order.
             position_ids: Int64 [B, T], positions within documents; only if packs may hold several documents.
             token_ids: Int64 [N, K], token ids of the target's entries. Without a target, this argument and the four
                 that follow are None.
-            probs: Float32 [N, K], the target's probabilities of the entries. Rows with fewer than K entries are filled
-                up with 0.
+            probs: Float32 [N, K], the target's probabilities of the entries. Rows with fewer than K entries are padded
+                with 0.
             tail: Float32 [N], tail mass of the target.
             weights: Float32 [N, K], weights of the entries; only if entries were drawn.
             entropy: Float32 [N], entropy of the target in nats; only if entries were drawn.
             columns: Columns that the selection needs, float32 [N] each, keyed by name.
-            scores: Float32 [N], scores of the rows from the method `scores`. None makes `forward` compute the
-                scores, if the selection needs any.
-            others: Float32, scores that the scores of the N rows are compared with; see
+            scores: Float32 [N], scores of the rows from the method `scores`. If None, `forward` computes the
+                scores that the selection needs.
+            others: Float32, scores with which the scores of these N rows are compared; see
                 `trainer.loss.selection.choose`.
 
         Returns:
@@ -165,7 +165,7 @@ class DraftModule(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Turns on activation checkpointing in the draft's layers. Trainer calls this method.
+        """Turns on activation checkpointing in the draft's layers. The `Trainer` of transformers calls this method.
 
         Args:
             activation_checkpointing_kwargs: Passed to the draft's method of the same name.
@@ -195,7 +195,7 @@ def _loss_sums(losses: RowLosses) -> dict[str, Tensor]:
 
     known: number of rows whose losses were computed.
     label_nll: sum of the label's negative logprob under the draft, in nats.
-    kl, alpha: sum of KL(p‖draft) in nats, and sum of the acceptance rate (sampling); only with a target.
+    kl, alpha: sum of KL(p‖draft) in nats, and sum of the acceptance rates in speculative sampling; only with a target.
     """
     found = {"known": losses.label_nll.new_tensor(len(losses.label_nll)), "label_nll": losses.label_nll.sum()}
     if losses.kl is not None and losses.alpha is not None:
@@ -204,7 +204,7 @@ def _loss_sums(losses: RowLosses) -> dict[str, Tensor]:
 
 
 def _statistics(chosen: Chosen, scores: Tensor | None, trained: RowLosses, weights: Tensor) -> dict[str, Tensor]:
-    """Returns scalars for the log that may be summed over micro-batches and ranks. Losses are in nats.
+    """Returns scalars for the log, which may be summed over micro-batches and ranks. Losses are in nats.
 
     rows, kept: number of rows, and number of kept rows.
     weight, objective: sum of the weights, and sum of the weighted losses.

@@ -1,9 +1,9 @@
-"""Computes the LM head and the objective together, chunk by chunk, so that only the logits of a chunk are in memory.
+"""Computes the LM head and the objective together, chunk by chunk, so that only the logits of one chunk are in memory.
 
 The gradient of a chunk is computed in the forward pass, while the chunk's logits are in memory. This is cheap because
 an objective depends only on the logprobs of the label, the kept entries and the tail. Its gradient with respect to the
-logits is therefore a multiple of the softmax, plus a few numbers per row. A head that is not a plain linear layer (LoRA
-on the head, for example) computes the logits of each chunk again in the backward pass instead.
+logits is therefore a multiple of the softmax, plus a few numbers per row. If the head is not a plain linear layer (LoRA
+on the head, for example), the backward pass computes the logits of each chunk again instead.
 
 In shapes: N rows, M rows that are trained on, n rows in a chunk, at most K entries in a row, vocabulary size V, hidden
 size H. `grad_x` is the gradient of the weighted sum of the losses with respect to x.
@@ -40,14 +40,15 @@ if TYPE_CHECKING:
 
 LEAST_MASS = 1e-30
 """If the draft's mass outside the entries is below this value, this value is used in divisions and logarithms instead.
-A mass that underflows to 0 then gives the tokens outside the entries the gradient 0."""
+If the mass underflows to 0, the gradient of the tokens outside the entries is then 0."""
 
 
 def rows_at_once(split: SplitLM, hidden: Tensor) -> int:
     """Returns the number of rows in a chunk, for hidden states [N, H].
 
     Each chunk reads the head's weight, and adds to the weight's gradient. On a CPU, these two passes over memory take
-    most of the time if a chunk has fewer than H / 2 rows. With H / 2 rows, the logits take half the weight's memory.
+    most of the time if a chunk has fewer than H / 2 rows. With H / 2 rows, the logits have half as many values
+    as the weight.
     """
     return max(split.rows_per_chunk, hidden.shape[-1] // 2)
 
@@ -209,7 +210,7 @@ class _Task:
         return None if self.support is None else self.support[rows]
 
     def losses(self, part: Support | None, kept: Tensor | None, tail: Tensor | None, label: Tensor) -> Tensor:
-        """Returns the objective [n] of a chunk, from the draft's logprobs: entries [n, K], tail [n] and label [n]."""
+        """Returns the objective [n] of a chunk for the draft's logprobs of entries [n, K], tail [n] and label [n]."""
         share, divergence = self.objective.label_weight, self.objective.divergence
         if divergence is None or part is None or kept is None or tail is None:
             return -label
@@ -270,7 +271,7 @@ def _chunk(head: _LinearHead, hidden: Tensor, task: _Task, rows: slice) -> tuple
         head: The linear head.
         hidden: [n, H], hidden states of the chunk.
         task: Rows of all chunks, and the objective.
-        rows: Slice of the task's rows that is this chunk.
+        rows: Slice that selects the chunk's rows from the rows of `task`.
 
     Returns:
         The weighted sum of the losses; the losses; the gradient of that sum with respect to the head's linear output,
@@ -297,7 +298,8 @@ def _chunk(head: _LinearHead, hidden: Tensor, task: _Task, rows: slice) -> tuple
     losses, grad_kept, grad_tail, grad_label = _losses_and_gradients(task, part, kept, tail, label, weights)
 
     # log q_k = z_k - log sum exp z has the derivative 1[v = k] - q_v with respect to z_v. For the tail T, log q_t =
-    # log sum_T exp z - log sum exp z has 1[v in T] q_v / q_t - q_v, which is used even where q_t is below TAIL_FLOOR.
+    # log sum_T exp z - log sum exp z has the derivative 1[v in T] q_v / q_t - q_v. This derivative is used even where
+    # q_t is below TAIL_FLOOR.
     if part is None or kept is None or places is None or grad_kept is None:
         gradient = values.mul_(-grad_label / mass)
     else:
@@ -335,7 +337,7 @@ def _losses_and_gradients(
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """Adds gradient.T @ hidden to the gradient of the head's weight, [V, H]."""
+    """Adds gradient.T @ hidden to `total`, the gradient [V, H] of the head's weight."""
     # addmm_ needs no temporary tensor [V, H], but all of its arguments must have the same dtype.
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.T, hidden)

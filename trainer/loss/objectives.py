@@ -6,7 +6,8 @@ loss per row, [N], computed with natural logarithms.
 
 On truncated rows, the tail counts as one more token. By the data processing inequality, the divergence on stored rows
 is at most the divergence over the whole vocabulary. On rows with drawn entries, every divergence except `reverse_kl`
-is estimated with the entries' weights w: D = sum_v p_v f(q_v / p_v) is estimated by sum_S w f(q / p) over the entries.
+is estimated with the entries' weights w: the sum over the entries, sum_S w f(q / p), estimates the sum over the
+vocabulary, D = sum_v p_v f(q_v / p_v).
 docs/objectives.md lists, for each objective and kind of rows, whether the result is exact, a bound or unbiased.
 
 In formulas, p is the target, q the draft, S the kept entries of a row, and p_t and q_t the tail masses of p and q.
@@ -78,9 +79,9 @@ def reverse_kl(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
 
 
 def jensen_shannon(beta: float) -> Divergence:
-    """Makes JSD_beta = beta KL(p‖m) + (1 - beta) KL(q‖m) with m = beta p + (1 - beta) q (DistillSpec, 2310.08461).
+    """Makes the divergence JSD_beta = beta KL(p‖m) + (1 - beta) KL(q‖m), where m = beta p + (1 - beta) q.
 
-    JSD is the Jensen-Shannon divergence; p is the target and q the draft.
+    JSD is the Jensen-Shannon divergence (DistillSpec, arXiv 2310.08461); p is the target and q the draft.
 
     On drawn rows, the estimate subtracts the control variate c (q / p - 1) with c = -(1 - beta) log(1 - beta). The mean
     of the control variate is 0, so the estimate stays unbiased. The remaining terms grow only with log(q / p), so
@@ -144,8 +145,8 @@ def kl_tv(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
     """Computes lambda KL(p‖q) + (1 - lambda) TV of each row. No gradient flows through lambda = exp(-3 alpha).
 
     Here p is the target, q the draft, alpha the acceptance rate, and TV = 1 - alpha. If alpha is small, the KL
-    dominates, because its gradient does not vanish where p and q hardly overlap. If alpha is near 1, TV dominates,
-    because TV is the probability that a token is rejected.
+    dominates; its gradient does not vanish where p and q hardly overlap. If alpha is near 1, TV dominates; TV is the
+    probability that a token is rejected.
 
     The arguments and the shape of the result are those of `forward_kl`.
     """
@@ -191,13 +192,13 @@ class Objective:
     """Name of the objective, one of OBJECTIVES."""
     divergence: Divergence | None
     """Divergence between the target and the draft; None if the draft learns only the labels and needs no target.
-    Learning only the labels is called fine-tuning if the text is ordinary. If the target wrote the text, it is called
-    sequence-level distillation (Kim and Rush, arXiv 1606.07947)."""
+    Learning only the labels is called sequence-level distillation (Kim and Rush, arXiv 1606.07947) if the target wrote
+    the text, and fine-tuning otherwise."""
     label_weight: float
     """Weight of label_nll, in [0, 1]."""
 
     def check(self, target: TargetSpec | None) -> None:
-        """Raises ValueError if the rows of a target cannot be trained on with this objective.
+        """Raises ValueError if this objective cannot be used to train on the rows of a store.
 
         Args:
             target: Spec of the store's target; None for a store without target rows.

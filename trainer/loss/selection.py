@@ -1,7 +1,8 @@
 """Selection of the rows to train on: a score of each row, and a rule that turns scores into weights.
 
-A selection is a function from N candidate rows to N scores, with a list of the values that it needs. The scope is
-the set of rows whose scores are compared with each other: the rows with the highest scores are kept.
+A selection is a function from N candidate rows to N scores, together with a list of the values that the function
+needs. The scope is the set of rows whose scores are compared with each other: the rows with the highest scores are
+kept.
 docs/selections.md shows how to add a selection.
 
 This module uses torch only and holds no state.
@@ -25,25 +26,25 @@ if TYPE_CHECKING:
 
 Scope = Literal["document", "micro_batch", "step", "queue"]
 SCOPES: tuple[str, ...] = get_args(Scope)
-"""Names of the sets of rows within which the highest scores are kept. `document`: the rows of one document (SE-KD).
-`micro_batch`: the rows of a micro-batch on one rank (AdaSPEC). `step`: the rows of an optimizer step on all ranks.
-`queue`: the rows of a micro-batch and recent rows before them (selective KD for NMT)."""
+"""Names of the scopes, which are sets of rows whose scores are compared with each other. `document`: the rows of one
+document (SE-KD). `micro_batch`: the rows of a micro-batch on one rank (AdaSPEC). `step`: the rows of an optimizer step
+on all ranks. `queue`: the rows of a micro-batch and recent rows before them (selective KD for NMT)."""
 
 ACCEPTED_TOP = 5
-"""A row passes the gate of SpecKD if the draft's likeliest token is among this many of the target's likeliest
-tokens."""
+"""Number k in the gate of SpecKD. A row passes the gate if the draft's likeliest token is one of the target's k
+likeliest tokens."""
 
 COLUMNS = ("random", "reference_ce", "initial_ce", "target_entropy")
-"""Values of each row that the dataset provides, float32. `reference_ce` is the soft cross entropy of the reference
-model, and `initial_ce` is that of the draft before training, both in nats. `target_entropy` is the entropy of the
-target, in nats. `random` is a number in [0, 1) that depends only on the seed, the epoch and the row."""
+"""Names of the float32 values that the dataset provides for each row. `reference_ce` is the soft cross entropy of the
+reference model, and `initial_ce` is that of the draft before training, both in nats. `target_entropy` is the entropy of
+the target, in nats. `random` is a number in [0, 1) that depends only on the seed, the epoch and the row."""
 TARGET = "target"
 """Name that stands for the target's rows in `Selection.needs`."""
 LOOKS = ("draft_ce", "draft_label_nll", "draft_entropy", "draft_likeliest")
-"""Values of each row that are computed from the draft during training, without a gradient. `draft_ce` is the draft's
-soft cross entropy, `draft_label_nll` is minus the draft's logprob of the label (the token that follows), and
-`draft_entropy` is the draft's entropy: float32, in nats. `draft_likeliest` is the id of the draft's likeliest token,
-int64."""
+"""Names of the values that are computed from the draft for each row during training, without a gradient. `draft_ce` is
+the draft's soft cross entropy, `draft_label_nll` is minus the draft's logprob of the label (the token that follows),
+and `draft_entropy` is the draft's entropy. These three are float32, in nats. `draft_likeliest` is the id of the draft's
+likeliest token, int64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ Score = Callable[[Candidates], "Tensor"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """A function that scores rows, bundled with the values that it reads."""
+    """A function that scores rows, together with the names of the values that the function needs."""
 
     score: Score | None
     """Function from N candidates to scores, float32 [N]; None keeps every row."""
@@ -141,9 +142,9 @@ def score_gap_bottom(candidates: Candidates) -> Tensor:
 
 
 def score_gap_static(candidates: Candidates) -> Tensor:
-    """Returns the loss gap that the draft had before training: its stored loss minus the reference model's stored loss.
+    """Returns the loss gap before training: the draft's stored loss minus the reference model's stored loss.
 
-    This score needs no pass of the head, and it is the same in every epoch.
+    This score needs no forward pass of the draft's head, and it is the same in every epoch.
     """
     return candidates["initial_ce"] - candidates["reference_ce"]
 
@@ -169,9 +170,9 @@ def score_label_nll(candidates: Candidates) -> Tensor:
 def score_accepted(candidates: Candidates) -> Tensor:
     """Returns 1 where the draft's likeliest token is among the target's five likeliest, else 0: the gate of SpecKD.
 
-    Implements the greedy top-k gate of SpecKD / SelecTKD (arXiv 2510.24021). A token that is not stored gets the
-    score 0. Rows of scheme `nucleus` may hold fewer than five entries. Rows of scheme `hybrid` hold a token with a
-    probability below 1 / num_draws only if it was drawn.
+    Implements the greedy top-k gate of SpecKD / SelecTKD (arXiv 2510.24021). If the draft's token is
+    not stored, the row gets the score 0. Rows of scheme `nucleus` may hold fewer than five entries. Rows of scheme
+    `hybrid` hold a token with a probability below 1 / num_draws only if it was drawn.
     """
     support = candidates.support
     if support is None:
@@ -220,11 +221,13 @@ def quantile(scores: Tensor, keep: float) -> Tensor:
 
 
 def kept_of_documents(scores: Tensor, documents: Tensor, keep: float) -> Tensor:
-    """Marks the ceil(keep * n) rows with the highest scores in each document of n rows. Ties go to the first row.
+    """Marks the ceil(keep * n) rows with the highest scores in each document of n rows.
+
+    If rows have equal scores, earlier rows are kept first.
 
     Args:
         scores: Float32 [N].
-        documents: Int64 [N], number of each row's document, ascending from 0.
+        documents: Int64 [N], number of each row's document, counted from 0, in ascending order.
         keep: Fraction of the rows to keep, in (0, 1].
 
     Returns:
@@ -249,7 +252,7 @@ class Rule:
     selection: Selection
     """Selection that scores the rows."""
     scope: Scope
-    """Name of the set of rows within which the highest scores are kept, one of SCOPES."""
+    """Name of the scope, one of SCOPES."""
     keep: float
     """Fraction of the scope's rows that is kept, in (0, 1]."""
     outside_weight: float
@@ -265,8 +268,8 @@ class Chosen:
     kept: Tensor
     """Bool [N]: true for the rows that are kept."""
     threshold: Tensor
-    """Float32 scalar for the log: rows whose score is at least this value are kept. NaN under the scope `document`, and
-    if rows are kept without scores."""
+    """Float32 scalar for the log: rows whose score is at least this value are kept. NaN under the scope `document`,
+    and if every row is kept without a score."""
 
 
 def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None) -> Chosen:
@@ -275,9 +278,9 @@ def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None)
     Args:
         rule: Rule to apply.
         scores: Float32 [N].
-        documents: Int64 [N], number of each row's document, ascending from 0.
-        others: Float32, 1-dimensional. Under the scope `step`: the scores of all rows of the optimizer step, these N
-            included. Under the scope `queue`: the scores of recent rows. None under the other scopes.
+        documents: Int64 [N], number of each row's document, counted from 0, in ascending order.
+        others: Float32, 1-dimensional. Under the scope `step`: the scores of all rows of the optimizer step,
+            including these N rows. Under the scope `queue`: the scores of recent rows. None under the other scopes.
 
     Returns:
         The weights of the rows, with the mask of kept rows and the threshold. If the selection is a gate, all rows
@@ -288,7 +291,7 @@ def choose(rule: Rule, scores: Tensor, documents: Tensor, others: Tensor | None)
     nothing = scores.new_tensor(torch.nan)
     if rule.selection.least is not None:
         threshold = torch.full_like(nothing, rule.selection.least)
-        # `~ <` instead of `>=` keeps rows whose score is NaN, here and below, so that NaN becomes visible in the loss.
+        # Here and below, `~ <` is used instead of `>=`: it keeps rows whose score is NaN, so that the loss shows NaN.
         kept = ~(scores < threshold)
     elif rule.scope == "document":
         threshold, kept = nothing, kept_of_documents(scores, documents, rule.keep)

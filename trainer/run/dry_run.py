@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 STATES_PER_PARAMETER = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "rmsprop": 1, "adagrad": 1}
-"""Number of states that an optimizer keeps per parameter, by the start of the optimizer's name. Each state is as large
-as the parameter; a state of an 8-bit optimizer takes a quarter of the parameter's size."""
+"""Number of states that an optimizer keeps per parameter, keyed by the start of the optimizer's name. A state is as
+large as the parameter, or a quarter of that size in an 8-bit optimizer."""
 
 
 def describe(
@@ -44,7 +44,8 @@ def describe(
         ranks: Number of ranks that would train; None means the number of processes in this launch.
 
     Returns:
-        Several lines: numbers of documents, packs, steps and parameters, and the memory of a step in MiB.
+        Several lines of text: the numbers of documents, packs, steps and parameters; the share of padding; the memory
+        of a step in MiB; and the notes of the plan.
     """
     order, deal = dataset.order, make_deal(training, dataset.order)
     deal = dataclasses.replace(deal, ranks=deal.ranks if ranks is None else ranks)
@@ -80,7 +81,7 @@ def describe(
 
 
 def _padding(tokens: list[int], batch: int) -> float:
-    """Returns the fraction of tokens, in [0, 1], that is padding if each batch is padded to its longest pack.
+    """Returns the share of padding, in [0, 1], among the tokens of batches that are padded to their longest pack.
 
     Args:
         tokens: Number of tokens of each pack.
@@ -122,7 +123,7 @@ def _memory(module: DraftModule, batch: dict[str, Any], training: TrainingArgume
     states_bytes = of_gradients * states * (0.25 if "8bit" in name else 1.0)
     head = module.draft.get_output_embeddings().weight
     rows = min(len(batch["labels"]), rows_at_once(module.split, head))
-    # Float32 logits of one chunk of rows, and the float32 sum of the head's gradient.
+    # The float32 logits of one chunk of rows, plus the float32 buffer in which the head's gradient is summed.
     chunk = rows * module.split.vocab_size * 4 + head.numel() * 4
     module.zero_grad(set_to_none=True)
     return {

@@ -68,7 +68,7 @@ class Training:
     settings: Mapping[str, object] = field(default_factory=dict)
     """Training arguments by name."""
     weights: str | None = None
-    """Text that names the step that the draft's weights were taken from; None for the weights of the last step."""
+    """Step of the draft's weights in words, such as "of step 200 of 300"; None for the last step."""
     vocab_sizes: tuple[int, int] | None = None
     """Numbers of embedding rows of the draft and of the target; None if they are equal."""
     command: str | None = None

@@ -1,4 +1,4 @@
-"""Options of `logitstore train` in addition to those of transformers, in groups, with one-line help texts."""
+"""This project's own options of `logitstore train`, in groups. Each option has a one-line help text."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ class RunArguments:
             )
 
     def _check_used(self) -> None:
-        """Raises ValueError if an option is given without the other option that it needs to have an effect."""
+        """Raises ValueError if an option has no effect because the option that it depends on is not given."""
         loss, draft, rule = self.loss, self.draft, self.rule()
         selects, competes = rule.selection.selects, rule.selection.competes
         uses = {
@@ -264,11 +264,11 @@ class RunArguments:
         return make_rule(loss.selection, keep=loss.keep, scope=loss.scope, outside_weight=loss.outside_weight)
 
     def denominator(self) -> Denominator:
-        """Returns the name of the number by which the loss sum of a step is divided."""
+        """Returns the name of the number that divides the loss sum of a step: "kept" or "masked"."""
         return "kept" if self.loss.denominator == "kept" else "masked"
 
     def losses(self) -> dict[str, str]:
-        """Returns the names of the given stored losses, by the column that each fills; empty if none are given."""
+        """Returns the names of the stored losses to read, keyed by the column that each one fills; may be empty."""
         given = {"reference_ce": self.loss.reference, "initial_ce": self.loss.initial}
         return {column: name for column, name in given.items() if name is not None}
 

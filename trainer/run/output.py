@@ -51,7 +51,8 @@ def local_folder(output_dir: str) -> Path:
     """Returns the local folder into which the files of an output are written.
 
     Args:
-        output_dir: A local folder, which is returned itself; or a URL, whose working folder is returned.
+        output_dir: A local path or a URL. For a local path or a `file://` URL, the folder that it names is returned.
+            For any other URL, its working folder on this machine is returned.
 
     Raises:
         ValueError: Files at the URL would be lost when the process ends, or the URL names no folder.
@@ -91,13 +92,13 @@ class Output:
 
     @contextlib.contextmanager
     def look(self, *, with_kept: bool = False) -> Iterator[Held]:
-        """Yields the current contents of the output. Changes nothing.
+        """Context manager that yields the current contents of the output and changes nothing.
 
         Args:
             with_kept: Whether to also look in this machine's working folder for a checkpoint that is not at the URL.
 
         Yields:
-            The contents of the output. If the output is a URL, they can be read only within the context.
+            The contents of the output. If the output is a URL, they must be read before the `with` block ends.
 
         Raises:
             StorageError: The URL cannot be read.
@@ -113,7 +114,10 @@ class Output:
             yield dataclasses.replace(held, kept=lambda: self._later(held)) if with_kept else held
 
     def _later(self, held: Held) -> str | None:
-        """Returns this machine's last checkpoint of the same run if it is later than all checkpoints at the URL."""
+        """Returns this machine's last checkpoint if it is later than all checkpoints at the URL; otherwise None.
+
+        The result is also None if the working folder and the URL hold different runs.
+        """
         # Equal run.yaml files show that the local folder and the URL hold the same run.
         own, there = self.folder / RUN, held.folder / RUN
         if not own.is_file() or not there.is_file() or own.read_bytes() != there.read_bytes():
@@ -145,7 +149,7 @@ class Output:
         fetched = checkpoint is not None and checkpoint.startswith(f"{self.where}/")
         # The other processes of this machine wait here until the first one has fetched the checkpoint.
         with training.main_process_first(local=True):
-            # A folder with the checkpoint to resume from is not emptied: that checkpoint was never copied to the URL.
+            # A folder that holds the checkpoint to resume from is kept, because the URL has no copy of this checkpoint.
             if training.local_process_index == 0 and not (
                 checkpoint is not None and Path(checkpoint).resolve().is_relative_to(self.folder.resolve())
             ):
@@ -156,7 +160,10 @@ class Output:
         return str(checkpoints.finished(self.folder)[-1]) if fetched else checkpoint
 
     def _fetch(self, wanted: str) -> None:
-        """Fetches a checkpoint (if damaged, the last undamaged one before it), and the best checkpoint of the run."""
+        """Fetches a checkpoint, and the best checkpoint of the run.
+
+        If the wanted checkpoint is damaged, the last undamaged checkpoint before it is fetched instead.
+        """
         if self.remote is None:
             return
         names = self.remote.finished()
@@ -202,13 +209,14 @@ class Output:
         self.remote.put({STATE: state})
 
     def end(self, training: TrainingArguments) -> None:
-        """Deletes each machine's working folder when all files are at the URL. All processes must call this method."""
+        """Deletes each machine's working folder. All processes must call this method after all files are at the URL."""
         if self.remote is not None and training.local_process_index == 0:
             shutil.rmtree(self.folder.parent, ignore_errors=True)  # The parent folder belongs to this URL only.
 
     def kept(self) -> str:
         """Returns text for the end of an error message: the folder with files that were not copied to the URL.
 
+        The text also names this machine and, if the folder holds a finished checkpoint, the flag that resumes from it.
         The text is empty if this machine has no such files.
         """
         found = [] if self.remote is None else checkpoints.finished(self.folder)

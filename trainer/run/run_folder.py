@@ -37,7 +37,7 @@ SETTINGS = (
 transformers."""
 
 NOT_REPEATED = frozenset({"resume_from_checkpoint", "hub_token", "local_rank", "dataloader_pin_memory"})
-"""Training arguments that run.yaml leaves out, because they belong to one start or one machine only or are secret."""
+"""Training arguments that run.yaml leaves out: they apply to one start or one machine only, or they are secret."""
 
 STEPS = ("max_steps", "num_train_epochs")
 """Arguments that set the length of a run."""
@@ -48,7 +48,7 @@ MAY_CHANGE = NOT_REPEATED | {
     "cache_dir",
     "cache_bytes",
     "storage_options",  # Another machine may reach the same data in another way.
-    # The next step always starts with the next document, so these arguments do not change the order of documents.
+    # A resumed run always continues with the next document, so these arguments do not change the order of documents.
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
@@ -68,7 +68,7 @@ MAY_CHANGE = NOT_REPEATED | {
 run logs, saves and reports."""
 
 MAY_CHANGE_PREFIXES = ("log_", "logging_", "save_", "hub_", "trackio_")
-"""Prefixes of the names of more arguments that may differ when a run is resumed."""
+"""Name prefixes of further arguments that may differ when a run is resumed."""
 
 
 HOW_FAST = ("eval_runtime", "eval_rows_per_second")
@@ -111,8 +111,9 @@ def read_run(path: Path, known: set[str]) -> dict[str, Any]:
         known: Names that are allowed.
 
     Returns:
-        The values by name, as defaults for argparse. Numbers are returned as strings, because argparse then converts
-        and checks them like flags. (YAML reads some numbers, such as 3e-4, as strings anyway.)
+        The values by name, as defaults for argparse. Numbers and booleans are returned as strings, because argparse
+        converts and checks a default only if it is a string. (YAML reads some numbers, such as 3e-4, as strings
+        anyway.)
 
     Raises:
         ValueError: The file cannot be read, or contains unknown names.
@@ -211,11 +212,11 @@ def find_checkpoint(held: Held, wanted: str) -> str | None:
         wanted: "true" for the last finished checkpoint of the output, or the path or URL of a checkpoint.
 
     Returns:
-        Folder of the checkpoint, or its URL if the output is at a URL; None if "true" finds no checkpoint.
+        Local folder or URL of the checkpoint; None if `wanted` is "true" and there is no finished checkpoint.
 
     Raises:
-        ValueError: `wanted` is not a finished checkpoint, or the output has a later checkpoint. The next start with
-            "true" would continue from that later checkpoint, and ignore the steps made from `wanted`.
+        ValueError: `wanted` is not a finished checkpoint, or the output has a later checkpoint. In the second case, the
+            next start with "true" would continue from the later checkpoint and ignore the steps made after `wanted`.
     """
     found = [f"{held.where}/{name}" for name in held.finished()]
     if (kept := held.kept()) is not None:
@@ -268,7 +269,7 @@ def figures(state: TrainerState) -> dict[str, float]:
 
     Returns:
         steps, loss (nats; NaN if none was logged), train_runtime (seconds) and rows_per_second. If there was an
-        evaluation, also the metrics of the last evaluation, each under the name eval_NAME.
+        evaluation, also the results of the last one except its duration and speed, each under the name eval_NAME.
     """
     last = next(entry for entry in reversed(state.log_history) if "train_runtime" in entry)
     losses = [entry[name] for entry in state.log_history for name in ("train_loss", "loss") if name in entry]

@@ -1,4 +1,4 @@
-"""A training run: opens the stores, makes, trains and saves the draft. This module raises errors and never prints."""
+"""Training run: opens the stores, then makes, trains and saves the draft. Raises errors, and never prints."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def make_trainer(
         # Raises ValueError now if the checkpoint belongs to another order of documents.
         read_position(checkpoint, prepared.dataset.order)
         reached = TrainerState.load_from_json(str(Path(checkpoint, STATE)))
-        # If early stopping ended the run before it was killed, the resumed run only saves the model.
+        # If early stopping had ended the training before the run was killed, the resumed run only saves the model.
         if is_stopped_early(reached):
             training.max_steps = reached.global_step
     with _hub_errors():
@@ -202,10 +202,10 @@ def train(
         output.put_run()
     with loading_bars(wanted=False):  # Each save would show a bar inside the bar of the steps.
         trainer.train(resume_from_checkpoint=checkpoint)
-    # Training has changed the other rows of the head, whose mean the padding rows must hold.
+    # The padding rows of the head must hold the mean of its other rows, which training has changed.
     settle_padding(draft, prepared.plan.vocab_size)
     if writes:
-        # Without trainer_state.json the folder holds no finished model while its files are replaced.
+        # trainer_state.json marks a finished model, so it is deleted before the files of the model are replaced.
         (folder / STATE).unlink(missing_ok=True)
         specs, size = [store.spec for store in prepared.stores], draft.config.get_text_config().vocab_size
         write_card(prepared.run, training, specs, trainer.state, output.where, size)
@@ -221,7 +221,9 @@ def train(
 
 @contextmanager
 def _hub_errors() -> Iterator[None]:
-    """Turns errors of the hub into ValueError. With `--push_to_hub`, building the trainer creates a repository.
+    """Context manager that turns errors of the Hugging Face hub into ValueError.
+
+    With `--push_to_hub`, building the trainer creates a repository on the hub.
 
     Raises:
         ValueError: The hub did not create the repository.

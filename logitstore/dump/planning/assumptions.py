@@ -1,6 +1,6 @@
 """Assumed cost of a row, for plans without a measurement. Uses only NumPy.
 
-The cost consists of the entries per row and the bits per entry, which depend on the scheme.
+The cost consists of the entries per row and the bits per entry. Both depend on the scheme.
 
 The figures were measured in November 2026 with the code of the dump, on 2,048 to 20,000 rows of each of three models.
 The models have the architecture of Llama, a few million weights and vocabularies of 2,048, 8,192 and 32,768 tokens.
@@ -46,9 +46,9 @@ NUCLEUS_SIZES = {
         (6, 19, 42, 80, 162, 280, 459, 826, 1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024),
     ),
 }
-"""By probability mass, the number of tokens that a row must keep to reach this mass. The first tuple is for the
-confident target of `ENTROPY`, the second for the uncertain one. A tuple holds sixteen values, ascending, each of which
-stands for a sixteenth of the rows; 1024 means 1024 or more."""
+"""Number of tokens that a row must keep to reach a probability mass. The keys are the masses. The first tuple is for
+the confident target of `ENTROPY`, the second for the uncertain one. A tuple holds sixteen numbers in ascending order.
+Each of them stands for a sixteenth of the rows. The number 1024 means 1024 or more."""
 
 DRAWS = (10, 20, 50, 100, 200)
 """Numbers of draws for which `DISTINCT` has figures."""
@@ -110,8 +110,8 @@ class Cost:
     loss_bytes: Range
     """Compressed bytes of a row that counts, in each losses layer."""
     rows_per_s: float | None = None
-    """Number of rows that all models, one after the other, process in a second. Includes rows that do not count. None
-    if unknown."""
+    """Number of rows per second, if all models process each row, one model after the other. Includes rows that do not
+    count. None if unknown."""
 
 
 def assumed(scheme: Scheme, vocab_size: int) -> Cost:

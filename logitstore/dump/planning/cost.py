@@ -98,8 +98,8 @@ def _scheme(
     # For the target and losses layers, only rows that count are included: masked rows take almost no space there.
     num_bytes = corpus.rows * corpus.token_bytes
     num_bytes += corpus.counted * (cost.target_bytes + cost.loss_bytes * len(references))
-    # Each array, each layer and the root have a zarr.json. If there are references, so does the group of the losses
-    # layers.
+    # Each array, each layer and the root have a zarr.json. If there are references, the group of the losses layers has
+    # one too.
     num_objects = Range.exactly(sum(len(layout.layer_arrays(layer)) + 1 for layer in layers) + 1 + bool(references))
     num_bytes += Range.exactly(GROUP_BYTES * (len(layers) + 1 + bool(references)))
     for layer, k in layers.items():

@@ -1,4 +1,4 @@
-"""Formats the figures that `cost.plan` returns as text."""
+"""Turns the figures that `cost.plan` returns into text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def count_of(number: int, noun: str) -> str:
-    """Returns a number with thousands separators and its noun, in the plural unless the number is 1."""
+    """Returns a number with thousands separators, followed by a noun. The noun is plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

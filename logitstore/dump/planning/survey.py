@@ -89,7 +89,8 @@ def run(
     revision = args.target_revision if name == args.target else None
     what = "tokenizer" if args.tokenizer else "target"
     if args.target is not None:
-        # The configuration is read first. If the name is wrong, its error message is clearer than the tokenizer's.
+        # The configuration is loaded first. If the name is wrong, `load_config` gives a clearer error message than
+        # `load_tokenizer`.
         load_config(source_of(name=args.target, revision=args.target_revision), what="target")
     tokenizer = load_tokenizer(source_of(name=name, revision=revision), what=what)
     made = tokenizer_spec(tokenizer, uses_chat_template=False)
@@ -173,7 +174,7 @@ def _measured(
         for spec in specs
     ]
     # Losses are computed on the entries that a scheme keeps, so a reference may fail with one scheme but not with
-    # another. The scheme with the fewest documents is described.
+    # another. The text describes the scheme with the fewest documents.
     fewest = min(found, key=lambda one: one.documents)
     text = (
         f"{args.target} on this machine's {device}: {count_of(fewest.documents, 'document')}, "
@@ -273,9 +274,9 @@ def _estimate(values: NDArray[np.float64], total: int) -> Range:
         total: Number of all records.
 
     Returns:
-        The exact sum if the sample holds all records. Otherwise, the range of two standard errors to either side of the
-        estimate, but at least the sum of the sample. For a sample of one record, the range is from the value of this
-        record to twice the estimate.
+        The exact sum if the sample holds all records. Otherwise, the range from two standard errors below the estimate,
+        but at least the sum of the sample, to two standard errors above the estimate. For a sample of one record, the
+        range is from the value of this record to twice the estimate.
     """
     n = len(values)
     if n == total:

@@ -54,7 +54,7 @@ class Calibration(NamedTuple):
 
 
 def encoded_bytes(layer: str, arrays: Mapping[str, NDArray[Any]], shard_rows: int, k: int) -> int:
-    """Encodes the arrays of a shard as a dump would, and returns their size.
+    """Encodes the arrays of a shard as a dump would, and returns their encoded size.
 
     Args:
         layer: Name of the layer.
@@ -87,8 +87,8 @@ def score_all(
 
     Returns:
         A dictionary with the target's rows under the key "target", followed by the losses of each reference under the
-        key "reference NAME". If a model fails on every document, a string instead, with the key of this model and the
-        reason.
+        key "reference NAME". If a model fails on every document, the result is instead a string that holds the key of
+        this model and the reason.
     """
     what = "target"
     try:
@@ -135,8 +135,8 @@ def calibrate(
         shard_rows: Largest number of rows in a shard.
         batch_tokens: Largest number of tokens in a forward pass, including padding.
         records: [D]: number of the record that each document comes from.
-        share: Number of different records in `records`, divided by the number of all records that have documents. If it
-            is 1, the costs are exact; otherwise, they are ranges.
+        share: Number of different records in `records`, divided by the number of all records that have documents. If
+            the share is 1, the costs are exact; otherwise, they are ranges.
 
     Returns:
         The measured cost, and the number of documents and rows that were measured.
@@ -220,7 +220,8 @@ def _groups(kept: Sequence[_Rows], spec: TargetSpec) -> NDArray[np.float64]:
     counted = np.concatenate([rows.counted for rows in kept])
     arrays = {name: np.concatenate([rows.arrays[name] for rows in kept]) for name in kept[0].arrays}
     some = np.unique(records[counted])
-    # Records were drawn at random, so a group of every GROUPS-th record is random too. Group -1 is for other records.
+    # Records were drawn at random, so a group of every GROUPS-th record is random too. Group -1 holds the records
+    # without counted rows.
     group = np.where(np.isin(records, some), np.searchsorted(some, records) % GROUPS, -1)
     figures = []
     for number in range(min(len(some), GROUPS)):
@@ -256,5 +257,5 @@ def around(ratio: float, values: NDArray[np.float64], counted: NDArray[np.float6
 
 
 def rounded(shard_rows: int) -> int:
-    """Rounds a number of rows per shard as the dump does: above ROW_CHUNK, up to a multiple of ROW_CHUNK."""
+    """Rounds a shard's number of rows as the dump does: a number above ROW_CHUNK is rounded up to a multiple of it."""
     return shard_rows if shard_rows <= ROW_CHUNK else -(-shard_rows // ROW_CHUNK) * ROW_CHUNK

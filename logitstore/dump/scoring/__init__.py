@@ -1,1 +1,1 @@
-"""Runs models over the documents of a shard. Computes the target's rows, other models' losses, and their fidelity."""
+"""Runs models over a shard's documents. Computes the target's rows, other models' losses, and the fidelity of both."""

@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 MODEL_ERRORS = (AssertionError, LookupError, RuntimeError, ValueError)
 """Errors that a document may cause in a model.
 
-LookupError (such as IndexError): an id or a position lies beyond a table. ValueError and AssertionError: a check in the
-model's code failed; much code from the hub uses assertions. RuntimeError: any error within torch, including
-torch.OutOfMemoryError.
+LookupError (such as IndexError): an id or a position lies beyond the end of a table. ValueError and AssertionError: a
+check in the model's code failed; much code from the Hugging Face Hub uses assertions. RuntimeError: any error within
+torch, including torch.OutOfMemoryError.
 
-All other errors are raised to the caller. MemoryError means that the host is short of memory, and fewer documents in a
+All other errors propagate to the caller. MemoryError means that the host is short of memory, and fewer documents in a
 batch do not help. TypeError and similar errors are not caused by a document."""
 
 REASON_LENGTH = 200
@@ -47,7 +47,7 @@ class _InFlight:
     on_host: list[Tensor]
     """Results on the host. Results from a GPU are complete only after the event `copied`."""
     copied: torch.cuda.Event | None
-    """Event after the copies; None on a CPU, where the results are complete at once."""
+    """CUDA event that is recorded after the copies; None on a CPU, where the results are complete at once."""
 
     def wait(self) -> list[NDArray[Any]]:
         """Waits for the copies and returns the results.
@@ -95,14 +95,15 @@ def run_batches(
     Args:
         shard: Tokens and loss mask of the documents.
         batch_tokens: Largest number of tokens in a forward pass, including padding.
-        launch: Runs the model on a batch. Returns a list of chunks of the batch's rows; each chunk is a tuple of
-            tensors on the device.
-        collect: Receives a batch and its results on the host: for each tensor in the tuples of `launch`, one array of N
-            rows, joined from all chunks. Called once for each batch that was computed, in any order.
+        launch: Runs the model on a batch. Returns the results in chunks of rows: a list with one tuple of tensors, on
+            the device, for each chunk.
+        collect: Receives a batch and its results on the host. The results are one array of N rows for each position in
+            the tuples of `launch`, in which the rows of all chunks are joined. Called once for each batch that was
+            computed, in any order.
 
     Returns:
-        The reason for each document that fails, by the number of the document in the shard. A document fails if the
-        model raises one of MODEL_ERRORS even when it runs on this document alone.
+        For each document that fails, the reason. The keys are the numbers of the documents in the shard. A document
+        fails if the model raises one of MODEL_ERRORS even when the model runs on this document alone.
 
     Raises:
         torch.AcceleratorError: The device is no longer usable; a new process is needed.
@@ -140,7 +141,7 @@ def _run_again(
     same shape.
 
     Returns:
-        The reason for each document that fails, as `run_batches` returns it.
+        For each document that fails, the reason, in the form that `run_batches` returns.
 
     Raises:
         torch.AcceleratorError: The device is no longer usable.
@@ -166,7 +167,7 @@ def _run_again(
 
 
 def documents_of(shard: Shard, rows: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Returns the number, within the shard, of the document that each row belongs to."""
+    """Returns, for each of the given rows, the number of its document within the shard."""
     return np.searchsorted(shard.starts, rows, side="right") - 1
 
 

@@ -40,8 +40,8 @@ tokens of a shard, but on at least one document."""
 VALUES_PER_CHUNK = 2**20
 """Number of float64 values that are compared at once. A comparison needs about ten arrays of 8 MiB each."""
 SMALLEST = 1e-45
-"""Stored tail masses below this value are raised to it before their logarithm is taken. About the smallest positive
-float32."""
+"""Stored tail masses below this value are raised to it before their logarithm is taken. The value is about the
+smallest positive float32."""
 
 NO_ROWS: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
 """Selection of no rows."""
@@ -52,7 +52,7 @@ class Exact:
     """The exact distributions of some rows of a shard, on the device that computed them."""
 
     rows: NDArray[np.intp]
-    """[n]: places of the rows in the shard, ascending."""
+    """[n]: positions of the rows in the shard, in ascending order."""
     logprobs: Tensor
     """Float32 [n, V], nats, normalised; NaN for rows that were not computed."""
 
@@ -63,7 +63,7 @@ class Exact:
         64 rows with a vocabulary of 2**18 tokens take 64 MiB.
 
         Args:
-            rows: [n]: places of the rows in the shard, ascending.
+            rows: [n]: positions of the rows in the shard, in ascending order.
             vocab_size: Size V of the vocabulary.
             device: Device of the model.
         """
@@ -73,12 +73,12 @@ class Exact:
         """Stores the distributions of those rows of a chunk that are in `self.rows`. Ignores the other rows.
 
         Args:
-            rows: [N]: places of the chunk's rows in the shard.
+            rows: [N]: positions of the chunk's rows in the shard.
             logits: Float32 [N, V].
         """
         if not len(self.rows):
             return
-        # The last row is left out of the search, so that every result is a valid place. np.isin would be slower.
+        # The last row is left out of the search, so that every result is a valid index. np.isin would be slower.
         places = np.searchsorted(self.rows[:-1], rows)
         here = np.flatnonzero(self.rows[places] == rows)
         if len(here):
@@ -119,7 +119,7 @@ def choose(shard: Shard) -> NDArray[np.intp]:
         shard: The shard. Its number is the seed of the random order.
 
     Returns:
-        Indices of the chosen rows in the shard, ascending.
+        Positions of the chosen rows in the shard, in ascending order.
     """
     key = np.array([int.from_bytes(b"fidelity"), shard.index], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key))
@@ -138,7 +138,7 @@ def control_of(shard: Shard, rows: NDArray[np.intp]) -> Shard:
 
     Args:
         shard: The shard.
-        rows: Places of the measured rows, ascending.
+        rows: Positions of the measured rows in the shard, in ascending order.
     """
     documents = np.unique(documents_of(shard, rows))
     is_cheap = np.cumsum(shard.lengths[documents]) <= len(shard.ids) // CONTROL_SHARE
@@ -150,16 +150,17 @@ def control_of(shard: Shard, rows: NDArray[np.intp]) -> Shard:
 
 @torch.no_grad()
 def measure_target(exact: Exact, again: Exact, rows: Rows, spec: TargetSpec) -> dict[str, float]:
-    """Compares exact distributions of the target with its stored rows, and with a second computation.
+    """Compares exact distributions of the target with the stored rows, and with a second run of the target.
 
     Args:
         exact: Exact distributions of n rows of the shard. Each of these rows has at least one entry.
-        again: Exact distributions of some of these rows, computed a second time.
+        again: Exact distributions of some of these rows, computed in the second run.
         rows: The n stored rows, decoded.
         spec: Truncation scheme and codebook of the rows.
 
     Returns:
-        Sums over the n rows by name (docs/fidelity.md); empty if n is 0.
+        Sums by name (docs/fidelity.md); empty if n is 0. Sums whose names begin with `control_` are over the rows of
+        `again` for which the divergence is finite. All other sums are over the n rows.
     """
     if not len(exact.rows):
         return {}
@@ -268,7 +269,7 @@ def without(exact: Exact, shard: Shard, documents: Collection[int]) -> Exact:
 
 
 def _at(exact: Exact, part: Exact) -> Tensor:
-    """Returns the place in `exact` of each row of `part`; int64 [n], on the device of `exact`."""
+    """Returns the index in `exact` of each row of `part`; int64 [n], on the device of `exact`."""
     return torch.from_numpy(np.searchsorted(exact.rows, part.rows)).to(exact.logprobs.device)
 
 
@@ -294,7 +295,7 @@ def _gradient(logprobs: Tensor, support: Support) -> Tensor:
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the angles between the rows of two matrices, in degrees."""
+    """Returns the angle, in degrees, between each row of `a` and the same row of `b`."""
     # For small angles, this formula is more accurate than the arc cosine, because the cosine would round to 1.
     a, b = torch.nn.functional.normalize(a, dim=-1), torch.nn.functional.normalize(b, dim=-1)
     return torch.rad2deg(2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)))

@@ -50,7 +50,8 @@ class Scored:
     """Arrays by name, in the form in which they are stored (docs/format.md). Rows of documents that were set aside are
     stored like rows whose loss mask is 0."""
     set_aside: dict[int, str]
-    """Reason for each document that could not be computed, by the number of the document in the shard, ascending."""
+    """For each document that could not be computed, the reason. The keys are the numbers of the documents in the shard,
+    in ascending order."""
     exact: Exact
     """Exact distributions of the rows that the caller asked for, without rows of documents that were set aside."""
     fidelity: dict[str, float] = field(default_factory=dict)
@@ -74,15 +75,16 @@ def score_target(
         shard: Tokens and loss mask of the documents.
         spec: Truncation scheme and codebook.
         batch_tokens: Largest number of tokens in a forward pass, including padding.
-        keep: Places in the shard of the rows whose exact distributions are returned too, ascending. These rows must
-            count. There should be few of them, because each distribution takes 4 * V bytes on the device.
-        progress: Called after each batch that was computed, with its number of rows.
+        keep: Positions in the shard, in ascending order, of the rows for which exact distributions are also returned.
+            These rows must count. They should be few, because each distribution takes 4 * V bytes on the device.
+        progress: Called after each computed batch with the number of the batch's rows that count.
 
     Returns:
-        The arrays of the shard's `target` layer. Rows that are masked, or whose document is set aside, have count 0, no
-        entries, and NaN for their other numbers. A document is set aside if the model raises one of MODEL_ERRORS on
-        this document alone, or if one of its counted rows has an entropy that is not finite, or a tail or label logprob
-        that is NaN or plus infinity.
+        The arrays of the shard's `target` layer, the reasons for documents that are set aside, and the exact
+        distributions of the rows in `keep`. Masked rows and rows of documents that are set aside have count 0, no
+        entries, and NaN for their other numbers. A document is set aside in two cases: the model raises one of
+        MODEL_ERRORS on this document alone; or a counted row of the document has an entropy that is not finite, or a
+        tail or label logprob that is NaN or plus infinity.
 
     Raises:
         ValueError: No document with rows that count could be computed.
@@ -136,7 +138,7 @@ def score_again(lm: SplitLM, shard: Shard, rows: NDArray[np.intp]) -> Exact:
     Args:
         lm: The target.
         shard: Tokens and loss mask of the documents.
-        rows: Rows that were measured in the first run, ascending.
+        rows: Positions in the shard, in ascending order, of the rows that were measured in the first run.
 
     Returns:
         Exact distributions of the rows that `control_of` selects, without rows that fail or give NaN in the second run.
@@ -176,14 +178,16 @@ def score_losses(
             target's rows (`batch_runner.without`).
         rows: The target's rows of the shard, decoded from their stored form.
         batch_tokens: Largest number of tokens in a forward pass, including padding.
-        keep: Places in the shard of the rows whose exact distributions are returned too, ascending. These rows must
-            count. There should be few of them, because each distribution takes 4 * V bytes on the device.
-        progress: Called after each batch that was computed, with its number of rows.
+        keep: Positions in the shard, in ascending order, of the rows for which exact distributions are also returned.
+            These rows must count. They should be few, because each distribution takes 4 * V bytes on the device.
+        progress: Called after each computed batch with the number of the batch's rows that count.
 
     Returns:
-        Arrays `ce` and `label_logprob`, float32 [R] each, in nats; NaN for rows that are masked or whose document is
-        set aside. A document is set aside if the model raises one of MODEL_ERRORS on this document alone, or if one of
-        its counted rows has a cross entropy that is not finite, or a label logprob that is NaN or plus infinity.
+        The arrays `ce` and `label_logprob`, the reasons for documents that are set aside, and the exact distributions
+        of the rows in `keep`. Both arrays are float32 [R], in nats, with NaN for masked rows and for rows of documents
+        that are set aside. A document is set aside in two cases: the model raises one of MODEL_ERRORS on this document
+        alone; or a counted row of the document has a cross entropy that is not finite, or a label logprob that is NaN
+        or plus infinity.
 
     Raises:
         ValueError: No document with rows that count could be computed.
@@ -234,10 +238,12 @@ def _blank(values: Mapping[str, NDArray[np.float32]], shard: Shard, raised: dict
     Args:
         values: Arrays [R] by name, such as the entropy of each row; NaN for rows that were not computed.
         shard: Tokens and loss mask of the documents.
-        raised: Reasons for the documents on which the model raised an error, by number of the document in the shard.
+        raised: For each document on which the model raised an error, the reason. The keys are the numbers of the
+            documents in the shard.
 
     Returns:
-        Reason for each document that must be set aside, by the number of the document in the shard, ascending.
+        For each document that must be set aside, the reason. The keys are the numbers of the documents in the shard, in
+        ascending order.
 
     Raises:
         ValueError: All documents with rows that count would be set aside.
@@ -251,7 +257,8 @@ def _blank(values: Mapping[str, NDArray[np.float32]], shard: Shard, raised: dict
             not_finite.setdefault(
                 int(document), f"model must give finite numbers, got {name}={part[wrong[first]]} at row {place}"
             )
-    # A document on which the model raised has NaN rows too. The error is the better reason, so it comes last.
+    # A document on which the model raised an error has NaN rows too. The error is the better reason. It wins, because
+    # `raised` is the right operand of the union.
     set_aside = dict(sorted((not_finite | raised).items()))
     if set_aside and len(set_aside) == len(np.unique(documents_of(shard, np.flatnonzero(shard.loss_mask)))):
         document, reason = next(iter(set_aside.items()))

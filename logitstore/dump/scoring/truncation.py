@@ -27,9 +27,9 @@ class Kept(NamedTuple):
     """N truncated rows, in the form in which they are stored."""
 
     token_ids: Tensor
-    """Int32 [N, K]: ids of the entries, ascending; V beyond a row's entries."""
+    """Int32 [N, K]: ids of the entries of each row, in ascending order, padded with V."""
     codes: Tensor
-    """Uint8 [N, K]: codes of the logprobs; meaningless beyond a row's entries."""
+    """Uint8 [N, K]: codes of the logprobs of the entries; the values of the padding have no meaning."""
     draws: Tensor
     """Int32 [N, K]: number of times that `sample` drew each id; 0 for the other schemes."""
     counts: Tensor
@@ -45,8 +45,8 @@ class Kept(NamedTuple):
 def uniforms(spec: TargetSpec, shard: int, num_rows: int) -> NDArray[np.float64]:
     """Returns the random numbers for the draws of a shard.
 
-    The numbers depend only on the seed, the shard and the place of the row. A process that scores the shard again thus
-    uses the same numbers.
+    The numbers depend only on the seed, the shard and the position of the row among the rows that count. A process
+    that scores the shard again thus uses the same numbers.
 
     Args:
         spec: Scheme and seed.
@@ -72,8 +72,8 @@ def truncate(logits: Tensor, labels: Tensor, spec: TargetSpec, boundaries: Tenso
         uniform: Random numbers of these rows, as returned by `uniforms`.
 
     Returns:
-        The N rows. If the logits of a row are NaN, its values have no meaning, and the caller must set the row's
-        document aside.
+        The N rows. If the logits of a row are NaN, the values of the row have no meaning, and the caller must set the
+        row's document aside.
     """
     logprobs = logits.log_softmax(-1)
     probs = logprobs.exp()
@@ -108,9 +108,10 @@ def truncate(logits: Tensor, labels: Tensor, spec: TargetSpec, boundaries: Tenso
 def _codes(kept: Tensor, used: Tensor, spec: TargetSpec, boundaries: Tensor) -> Tensor:
     """Turns logprobs into codes in the same way as `codec.encode`.
 
-    An entry may have the same code as the row's likeliest entry although its logprob is smaller. It then gets the next
-    code, so that the likeliest entry can be recognised after decoding. There are two exceptions: the last code of all
-    has no next code, and the code after the last exact one would mark the entry as drawn.
+    An entry may have the same code as the row's likeliest entry although the entry's logprob is smaller. The entry then
+    gets the next code, so that the likeliest entry can be recognised after decoding. The entry keeps its code in two
+    cases: the last code of the codebook has no next code, and the code after `last_exact_code` would mark the entry as
+    drawn.
     """
     codes = torch.bucketize(-kept, boundaries)
     kept = kept.where(used, -torch.inf)
@@ -119,7 +120,7 @@ def _codes(kept: Tensor, used: Tensor, spec: TargetSpec, boundaries: Tensor) -> 
 
 
 def _likeliest(logprobs: Tensor, spec: TargetSpec) -> Tensor:
-    """Returns the ids of the k likeliest tokens, or of their nucleus; int64 [N, k], ascending, padded with V."""
+    """Returns the sorted ids of the k likeliest tokens, or of their nucleus; int64 [N, k], padded with V."""
     scheme, vocab_size = spec.scheme, logprobs.shape[1]
     top = logprobs.topk(scheme.k, dim=-1)
     token_ids = top.indices
@@ -140,8 +141,8 @@ def _sample(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         uniform: Float64 [N, n]: one random number in [0, 1) for each draw.
 
     Returns:
-        The distinct ids, int64 [N, n], ascending, padded with V; and how often each id was drawn, int64 [N, n]. In each
-        row, these numbers add up to n.
+        Two int64 tensors [N, n]: the distinct ids in ascending order, padded with V; and the number of times that each
+        id was drawn, padded with 0. In each row, the numbers of draws add up to n.
     """
     drawn = _first_above(probs, uniform, of_sum=True).sort(-1).values
     is_new = torch.ones_like(drawn)
@@ -164,8 +165,8 @@ def _first_above(mass: Tensor, marks: Tensor, *, of_sum: bool = False) -> Tensor
         of_sum: Whether the marks are fractions of the row's sum, all below 1.
 
     Returns:
-        Ids, int64 [N, M]. A token of mass 0 is never returned. V for marks that the row's sum does not exceed; rows of
-        NaN may give V too.
+        Ids, int64 [N, M]; V for marks that the row's sum does not exceed. Rows of NaN may give V too. A token of mass 0
+        is never returned.
     """
     num_rows, vocab_size = mass.shape
     in_blocks = marks.shape[1] * BLOCK < vocab_size
@@ -173,7 +174,7 @@ def _first_above(mass: Tensor, marks: Tensor, *, of_sum: bool = False) -> Tensor
         mass = torch.nn.functional.pad(mass, (0, -vocab_size % BLOCK)).view(num_rows, -1, BLOCK)
     ends = (mass.sum(-1).double() if in_blocks else mass.double()).cumsum(-1)
     if of_sum:
-        # By rounding, a mark may reach the row's sum. The limit keeps it just below, so that a token is always found.
+        # By rounding, a mark may reach the row's sum. The limit keeps it below the sum, so a token is always found.
         marks = torch.minimum(marks * ends[:, -1:], ends[:, -1:].nextafter(torch.zeros_like(marks[:, :1])))
     found = torch.searchsorted(ends, marks, right=True)
     if not in_blocks:
@@ -206,11 +207,12 @@ def _hybrid(logprobs: Tensor, probs: Tensor, excess: Tensor, spec: TargetSpec, u
         uniform: Float64 [N, 1] in [0, 1): position of the first draw within the first step.
 
     Returns:
-        Ids, int64 [N, K], ascending, padded with V.
+        Ids in ascending order, int64 [N, K], padded with V.
     """
     vocab_size, step = probs.shape[1], spec.step
     boundary = float(spec.codebook.boundaries[spec.last_exact_code])
-    top = logprobs.topk(min(int(1 / step), vocab_size), dim=-1)  # No more tokens can have a probability of `step`.
+    # At most 1 / step tokens can have a probability of at least `step`.
+    top = logprobs.topk(min(int(1 / step), vocab_size), dim=-1)
     is_likely = excess - top.values <= boundary
     likely = top.indices.masked_fill(~is_likely, vocab_size)
     mass = probs.scatter(1, top.indices, probs.gather(1, top.indices).masked_fill(is_likely, 0.0))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FOLDER = "appends"
 """Folder of the records and claims of appends."""
 NAME = re.compile(r"[0-9]{6}\.json")
-"""Pattern of the file name of an append's record: the number of the append, from 000001."""
+"""Pattern of the file name of an append's record: the number of the append, starting at 000001."""
 MAX_APPENDS = 10_000
 """Maximum number of appends of a store. The number is limited because every reader reads the records of all appends."""
 MAX_APPEND_BYTES = 2**16
@@ -36,7 +36,7 @@ READ_AT_ONCE = 100
 
 
 def read_appends(storage: Storage, spec: StoreSpec) -> tuple[Append, ...]:
-    """Reads the appends of a store, in order, up to the first number that is missing.
+    """Reads the appends of a store, in order, up to the first missing number.
 
     Args:
         storage: The store's root.
@@ -59,7 +59,7 @@ def read_appends(storage: Storage, spec: StoreSpec) -> tuple[Append, ...]:
             break  # The record was removed after the listing, so the result ends before this append.
         if len(data) > MAX_APPEND_BYTES:
             raise FormatError(f"{path} must have at most {MAX_APPEND_BYTES} bytes, got more; {FROM_A_COPY}")
-        # Each append must follow the shards before it without a gap, so that every shard belongs to one append at most.
+        # Each append must follow the shards before it without a gap, so that every shard belongs to at most one append.
         append = from_json(Append, parse_json(path, data), path)
         if append.first_shard != end or end + append.num_shards > MAX_SHARDS:
             raise FormatError(f"{path} must begin at shard {end}, got first_shard={append.first_shard}; "
@@ -143,7 +143,8 @@ def pending_append(storage: Storage, appends: tuple[Append, ...]) -> Pending | N
 def late_claim(storage: Storage, appends: tuple[Append, ...]) -> Pending | None:
     """Returns a claimed append that can no longer be published; None if no such claim exists.
 
-    This is the case if another job has published an append with the same number and other documents.
+    An append can no longer be published if another job has published an append with the same number and other
+    documents.
 
     Args:
         storage: The store's root.
@@ -191,7 +192,7 @@ def check_end(storage: Storage, spec: StoreSpec, tokens: Index) -> None:
     Args:
         storage: The store's root.
         spec: The spec of the opened store, including its appends.
-        tokens: Index of the tokens, listed after the appends were read.
+        tokens: Index of the tokens. Its listing must have been made after the appends were read.
 
     Raises:
         FormatError: Tokens are committed after the store's last shard, and the next append is neither claimed nor

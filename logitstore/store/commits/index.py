@@ -40,22 +40,22 @@ class Index:
     layer: str
     """Layer of the records."""
     shards: NDArray[np.int64]
-    """[S]: shard numbers, ascending."""
+    """[S]: shard numbers, in ascending order."""
     documents: NDArray[np.int64]
     """[S]: number of documents in each shard."""
     rows: NDArray[np.int64]
     """[S]: number of rows in each shard."""
     counted: NDArray[np.int64]
-    """[S]: number of rows in each shard whose loss mask is 1, excluding rows of documents that were set aside."""
+    """[S]: number of rows with loss mask 1 in each shard, excluding rows of documents that were set aside."""
     entries: NDArray[np.int64]
     """[S]: number of entries in each shard; 0 in layers without entries."""
     set_aside: NDArray[np.int64]
-    """[S]: number of documents in each shard that were set aside, because they could not be computed."""
+    """[S]: number of documents in each shard that were set aside because they could not be computed."""
     digests: NDArray[np.bytes_]
     """[S]: first hexadecimal digits of each shard's digest."""
     origins: NDArray[np.bytes_]
-    """[S]: first hexadecimal digits of the digest of the same shard in the layer below. Each shard was computed from
-    the values that have this digest. Zeros for tokens."""
+    """[S]: first hexadecimal digits of the digest of the values from which each shard was computed. These values were
+    those of the same shard in the layer below. Zeros for tokens."""
     contested: frozenset[int]
     """Numbers of the shards with more than one record. None of these records can be trusted. Each such shard appears
     once in `shards`."""
@@ -120,7 +120,7 @@ def index_from_names(layer: str, names: Sequence[str]) -> Index:
 
     Args:
         layer: The layer of the records.
-        names: Names in the layer's commits folder, sorted. Names that are not names of records become `unknown`.
+        names: Sorted names in the layer's commits folder. Names that are not names of records are put in `unknown`.
     """
     records = [name for name in names if RECORD_NAME.fullmatch(name)]
     # 100,000 names should take 0.1 s, so one call of NumPy parses all the counts. "drces" are the letters that follow
@@ -133,7 +133,7 @@ def index_from_names(layer: str, names: Sequence[str]) -> Index:
     # Names are sorted as text, which puts shard 1000000 before shard 999999, so shards are sorted by number here.
     order = np.argsort(numbers[:, 0], kind="stable")
     shards = numbers[order, 0]
-    # A shard with several records is contested. Its last record stands for it, so that each shard has one row.
+    # A shard with several records is contested. Its last record is used, so that each shard appears once in the index.
     is_last = np.append(shards[1:] != shards[:-1], True)[: len(shards)]
     kept = order[is_last]
     return Index(
@@ -145,9 +145,10 @@ def index_from_names(layer: str, names: Sequence[str]) -> Index:
 
 
 def commit_names(storage: Storage, layer: str, shard: int) -> list[str]:
-    """Lists the names of a shard's records. No record means not committed, and several records mean a damaged shard.
+    """Lists the names of a shard's records.
 
-    Bypasses all caches of listings, so a writer can rely on the result.
+    A shard without a record is not committed, and a shard with several records is damaged. The call bypasses all caches
+    of listings, so a writer can rely on the result.
     """
     return [name for name in storage.names_with(commits_folder(layer), f"{shard:06d}-") if RECORD_NAME.fullmatch(name)]
 

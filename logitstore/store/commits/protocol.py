@@ -9,7 +9,7 @@ there directly:
 3. Every writer copies the winner's objects to the Zarr keys, then writes the winner's commit record.
 
 Staged objects and the winner file stay until the shard is committed, so there is only one winner before the commit. A
-writer that wins a later election finds the commit record and publishes nothing.
+writer that wins an election after the commit finds the commit record, and publishes nothing.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ progress meanwhile; 100 such rounds in a row are not plausible."""
 
 @dataclass(frozen=True, kw_only=True)
 class Winner:
-    """An attempt to write a shard. The attempt is a candidate in the election of the shard, or has won the election."""
+    """An attempt to write a shard. The attempt is a candidate in the shard's election, or has won this election."""
 
     attempt: str
-    """Random name of the attempt, 32 hexadecimal digits; the names of its staged objects begin with it."""
+    """Random name of the attempt: 32 hexadecimal digits. The names of its staged objects begin with these digits."""
     objects: tuple[str, ...]
     """Names of the arrays that have a staged object. The other arrays hold only the fill value."""
     commit: Commit
@@ -68,7 +68,7 @@ def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None
         objects: The encoded values, by array name; None for an array that holds only the fill value.
 
     Returns:
-        The record that is committed now: `commit`, or the record of another writer that was faster.
+        The record that is committed now: `commit`, or the record of another writer's attempt if that attempt won.
 
     Raises:
         DamagedShardError: The shard has several records, or a record that does not match its file name.
@@ -80,14 +80,14 @@ def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None
         if (committed := find_commit(storage, layer, shard)) is not None:
             clean(storage, layer, shard)
             return committed
-        # Each round uses a new attempt name. Other writers may have passed over the old attempt, because its objects
-        # were deleted. After that, objects must not reappear under the old name.
+        # Each round uses a new attempt name. If the objects of the previous attempt were deleted, other writers may
+        # have rejected that attempt. Objects must therefore not reappear under its name.
         mine = Winner(attempt=uuid.uuid4().hex, objects=staged, commit=commit)
         try:
             _stage(storage, mine, objects)
             winner = _elect(storage, mine)
-            # Winner files are removed only after a commit. A writer that wins a later election therefore finds the
-            # commit record here, and must publish nothing.
+            # Winner files are removed only after a commit. If this attempt won because these files were removed,
+            # the commit record is found here, and nothing may be published.
             if winner is None or find_commit(storage, layer, shard) is not None:
                 continue
             _copy(storage, winner)
@@ -104,13 +104,13 @@ def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None
 
 
 def clean(storage: Storage, layer: str, shard: int) -> None:
-    """Removes the staged objects and winner files of all writers of a shard, the winner files first.
+    """Removes the winner files of a shard, then the staged objects of all its writers.
 
     Call this function only after the shard was committed or taken back.
     """
     folder = staging(layer, shard)
     names = storage.names(folder)
-    # The winner files go first, because a winner file without its objects would make other writers hold an election.
+    # The winner files are removed first. A winner file without its objects would make other writers hold an election.
     storage.for_each(storage.remove, [f"{folder}/{name}" for name in names if name.startswith(WINNER)])
     if storage.is_local:
         storage.remove_folder(folder)  # Also removes the partial files of killed writers.
@@ -141,7 +141,7 @@ def _elect(storage: Storage, mine: Winner) -> Winner | None:
         "commit": commit_bytes(mine.commit).decode(),
     }
     # Another election is held only if the previous winner is unusable: its file is damaged, or its staged objects were
-    # deleted. The winner file is not overwritten, because another writer may just have replaced it by a valid file.
+    # deleted. The winner file is not overwritten, because another writer may just have replaced it with a valid file.
     for number in range(MAX_ROUNDS):
         path = f"{folder}/{WINNER}-{number}.json"
         if storage.create(path, to_json_bytes(record)):
@@ -177,7 +177,7 @@ def _parse(found: object, commit: Commit) -> Winner:
         raise FormatError(f"winner file must name an attempt, got {attempt!r:.80}; delete that file")
     if not isinstance(name, str) or not isinstance(record, str):
         raise FormatError(f"winner file must hold a commit record as text, got {record!r:.80}; delete that file")
-    # A lone surrogate, which JSON allows, cannot be encoded; its replacement then fails the record's checksum.
+    # JSON allows lone surrogates, which cannot be encoded. They are replaced, and the record then fails its checksum.
     return Winner(
         attempt=attempt,
         objects=tuple(objects),
@@ -188,8 +188,8 @@ def _parse(found: object, commit: Commit) -> Winner:
 def _copy(storage: Storage, winner: Winner) -> None:
     """Copies the winner's objects to their Zarr keys, and deletes the keys of arrays without an object.
 
-    The objects are copied from the staging folder, not written from memory. This folder is emptied once the shard is
-    committed, so a writer that comes after that can publish nothing.
+    The objects are copied from the staging folder, not written from memory. The staging folder is emptied once the
+    shard is committed, so a writer that reaches this step later can publish nothing.
 
     Raises:
         FileNotFoundError: A staged object was removed.
@@ -201,6 +201,6 @@ def _copy(storage: Storage, winner: Winner) -> None:
 
     arrays = layout.layer_arrays(layer)
     storage.for_each(place, [array for array in arrays if array.name in winner.objects])
-    # The copies come first: a writer that comes after the commit fails at a copy, and so deletes nothing.
+    # The copies are made first, so that a writer that reaches this step after the commit fails before it deletes keys.
     absent = [layout.object_path(layer, array, shard) for array in arrays if array.name not in winner.objects]
     storage.for_each(storage.remove, absent)

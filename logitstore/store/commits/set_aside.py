@@ -42,14 +42,14 @@ AT_ONCE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class SetAside:
-    """The record of a shard that a job gave up and set aside."""
+    """The record of a shard that a job set aside after repeated failures."""
 
     reason: str
     """Message of the last failure, at most REASON_LENGTH characters."""
     attempts: int
     """Number of times that the job tried the shard."""
     when: str
-    """Time of the record, UTC, in ISO 8601."""
+    """UTC time at which the record was written, in ISO 8601 format."""
     writer: str
     """Host name and process id of the job, as `host:pid`."""
 
@@ -83,10 +83,10 @@ def record(storage: Storage, layer: str, shard: int, reason: str, attempts: int)
 
 
 def read_set_aside(storage: Storage, layer: str) -> dict[int, SetAside]:
-    """Reads the records of those set-aside shards of a layer that are still not committed.
+    """Reads the records of a layer's set-aside shards that are still not committed.
 
     Returns:
-        The records by shard, in ascending order, for at most MOST shards. UNREADABLE replaces a record that is
+        The records by shard number, in ascending order, for at most MOST shards. UNREADABLE replaces a record that is
         malformed or longer than MAX_BYTES.
     """
     if not (names := _names(storage, layer)):
@@ -98,7 +98,10 @@ def read_set_aside(storage: Storage, layer: str) -> dict[int, SetAside]:
 
 
 def explain_missing(storage: Storage, layer: str) -> str:
-    """Returns why the first set-aside shard of a layer failed, as the end of a message; "" if no shard is set aside."""
+    """Returns the end of a message that explains why shards of a layer are missing; "" if no shard is set aside.
+
+    The text gives the reason for which the first set-aside shard of the layer failed.
+    """
     found = read_set_aside(storage, layer)
     return "".join(f"; shard {shard} was set aside: {entry.reason}" for shard, entry in list(found.items())[:1])
 
@@ -123,7 +126,7 @@ def _path(layer: str, shard: int) -> str:
 def _names(storage: Storage, layer: str) -> list[str]:
     """Lists the names of a layer's records, in the order of the shard numbers."""
     layer_arrays(layer)
-    # Names are sorted by number, because as text shard 1000000 would come before shard 999999.
+    # Names are sorted by number, because sorting as text would put shard 1000000 before shard 999999.
     return sorted((name for name in storage.names(f"{FOLDER}/{layer}") if NAME.fullmatch(name)), key=_shard)
 
 
