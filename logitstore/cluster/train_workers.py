@@ -46,8 +46,8 @@ def check_ray(num_workers: int) -> None:
     """
     if LAUNCHED in os.environ:
         raise ValueError(
-            f"num_workers needs a process that torchrun did not start, got num_workers={num_workers}; omit "
-            "--num_workers, or start one process without torchrun"
+            f"num_workers must be omitted under torchrun, got num_workers={num_workers}; omit it, or start one process "
+            "without torchrun"
         )
     try:
         from ray.train import LoggingConfig  # noqa: F401 - only Ray Train's second version has it

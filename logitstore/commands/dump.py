@@ -52,7 +52,7 @@ def parser() -> Parser:
 
     data = p.add_argument_group("documents (not needed once a store has them)")
     data.add_argument("--data", metavar="DATA", help=shared.DATA)
-    shared.add_switch(data, "--append", "add the documents to a store that has others")
+    shared.add_switch(data, "--append", "add the documents to a store that holds other documents")
     data.add_argument("--tokenizer", metavar="MODEL", help="tokenizer of the documents. Default: the target's")
     data.add_argument("--max_length", type=int, metavar="N", help="maximum number of tokens of a document; "
                       "longer ones are cut into windows. "
@@ -91,7 +91,7 @@ def parser() -> Parser:
     shared.add_switch(
         work,
         "--retry_set_aside",
-        "also try documents again that were set aside (shards that were set aside are always tried again)",
+        "also try set-aside documents again (set-aside shards are always tried again)",
     )
     shared.add_no_progress(work)
     shared.add_json(work)
@@ -243,7 +243,7 @@ def parse_references(given: Sequence[str]) -> dict[str, str]:
         name, separator, model = value.partition("=")
         if not separator or not model:
             raise ValueError(
-                f"reference must be NAME=MODEL, got reference={value}; example: --reference ref=path/to/it"
+                f"reference must be NAME=MODEL, got reference={value}; example: --reference ref=path/to/model"
             )
         losses_layer(name)
         if name in models:

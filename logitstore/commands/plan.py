@@ -48,8 +48,8 @@ def parser() -> Parser:
     shared.add_loading(p)
     shared.add_batch_tokens(p)
     p.add_argument("--rows_per_s", type=float, metavar="R",
-                   help="rows that one actor computes in a second: the rows/s that a dump printed, over its "
-                   "--num_actors. Default: no hours are shown, or those that --calibrate measures")  # fmt: skip
+                   help="rows that one actor computes per second: the rows/s that a dump printed, divided by "
+                   "its --num_actors. Default: what --calibrate measures, else no hours are shown")  # fmt: skip
     p.add_argument(
         "--num_actors", type=int, default=1, metavar="N", help="number of actors of the dump. Default: %(default)s"
     )

@@ -84,12 +84,13 @@ def _repaired(store: Store, problems: list[Problem]) -> Iterable[str]:
     """Repairs the store. Yields lines about the repairs, about problems that remain, and about how to continue."""
     yield from (f"repaired: {line}" for line in repair(store, problems))
     if left := dict.fromkeys(p.layer for p in problems if p.shard is None and p.path is None):
-        yield f"not repaired: the problems of {', '.join(left)} listed above"
+        yield f"not repaired: the problems of {', '.join(left)} that are listed above"
     if shards := [f"{problem.layer}/{problem.shard}" for problem in problems if problem.shard is not None]:
         more = f" and {len(shards) - MOST_NAMED:,} more" if len(shards) > MOST_NAMED else ""
-        yield f"next: run each dump of this store again as it was run; it writes {', '.join(shards[:MOST_NAMED])}{more}"
+        written = ", ".join(shards[:MOST_NAMED]) + more
+        yield f"next: run each dump of this store again with the same options; the dumps write {written}"
         if any(problem.layer == "tokens" and problem.shard is not None for problem in problems):
-            yield "      with --data, because tokens are among them"
+            yield "      add --data, because shards of the layer tokens must be written again"
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def _find(data: str, name: str, storage_options: dict[str, Any] | None) -> Sourc
     if formats or known is None:
         suffixes = sorted({suffixes_of(file)[0] or "no suffix" for file in files})
         raise ValueError(
-            f"data must be files of one format out of {', '.join(FORMATS)} (compressed or not), got data={name} with "
-            f"{', '.join(suffixes)}; give a glob that matches only files of one of these formats"
+            f"data must be files of a single format ({', '.join(FORMATS)}; compressed or not), got data={name} with "
+            f"{', '.join(suffixes)}; give a glob that matches the files of one format"
         )
     # No file is read for the digest. The digest still changes when a file is replaced, because `ukey` changes.
     sha = hashlib.sha256()

@@ -175,9 +175,9 @@ class _Writing:
             )
         if holder.data.documents != self.own.documents:
             raise IdentityError(
-                f"an append of {holder.data.source} ({_short(holder.data.documents)}) is under way or unfinished, so "
-                f"{self.own.source} ({_short(self.own.documents)}) cannot be appended now; finish the other append by "
-                f"--data {holder.data.source} --append, or give it up with `logitstore verify --repair`"
+                f"an append of {holder.data.source} ({_short(holder.data.documents)}) is running or was left "
+                f"unfinished, so {self.own.source} ({_short(self.own.documents)}) cannot be appended now; finish the "
+                f"other append by --data {holder.data.source} --append, or discard it with `logitstore verify --repair`"
             )
         # Shards after the store's end are checked twice. The first check comes before this job writes, because another
         # job may have written some of them. The second check comes before all of them become part of the store.
@@ -218,8 +218,8 @@ class _Writing:
             # If another job has committed the shard first, `commit` is the commit of that job.
             if commit.digest != (digest := self.digests[number]):
                 raise IdentityError(
-                    f"shard {commit.shard} must hold the tokens {_short(digest)}, got {_short(commit.digest)}, which "
-                    "another job wrote; give another --store, or take the shard back with `logitstore verify --repair`"
+                    f"shard {commit.shard} must hold tokens with digest {_short(digest)}, got {_short(commit.digest)}, "
+                    "which another job wrote; give another --store, or remove the shard by `logitstore verify --repair`"
                 )
 
     def make_room(self, new: Append | None = None) -> None:
@@ -270,9 +270,10 @@ class _Writing:
             if len(self.parts()) > number:
                 return False
             raise IdentityError(
-                f"shard {shard} after the end of the store must hold the tokens {wanted.get(shard, 'none')} of these "
-                f"documents, got {found} from another job. If a file in appends/ is missing, restore it. Otherwise, "
-                "give up the unfinished append with `logitstore verify --repair`. Then run the same command again"
+                f"shard {shard} after the end of the store must hold the tokens of these documents (digest "
+                f"{wanted.get(shard, 'none')}), got digest {found} from another job. If a file in appends/ is missing, "
+                "restore it. Otherwise, discard the unfinished append with `logitstore verify --repair`. Then run the "
+                "same command again"
             )
         return True
 

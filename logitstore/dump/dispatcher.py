@@ -174,7 +174,7 @@ class _Run:
         """
         if not self.schedule.blame(place, shard):
             if shard is None:
-                logger.warning("an actor could not load the models and is started again: %s", reason)
+                logger.warning("an actor could not load the models; it is started again: %s", reason)
             if is_lost:
                 self.schedule.close(place)
                 self.pool.replace(place)
@@ -185,16 +185,16 @@ class _Run:
             return
         if self.schedule.has_places:
             logger.error(
-                "an actor was given up because every shard failed on it; the dump goes on with one actor less: %s",
+                "an actor was given up after too many failures; the dump goes on with one actor fewer: %s",
                 reason,
             )
         elif shard is None:
-            raise DumpError(f"no actor could load the models: {reason}; fix that and run the same command again")
+            raise DumpError(f"no actor could load the models: {reason}. Fix the cause and run the same command again")
         else:
             hint = "; too little memory is the usual cause: give a smaller --batch_tokens" if is_lost else ""
             raise DumpError(
-                f"all shards that were tried failed; the last error was: {reason}{hint}. Fix it and run the same "
-                "command again; finished shards are kept"
+                f"all shards that were tried failed; the last error was: {reason}{hint}. Fix the cause and run the "
+                "same command again; finished shards are kept"
             )
 
     def fail(self, place: int, shard: int, reason: str, *, again: bool) -> None:

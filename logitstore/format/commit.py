@@ -258,26 +258,30 @@ def parse_commit(data: bytes, layer: str, shard: int, name: str) -> Commit:
     for field_name, allowed in kinds.items():
         # Types are compared exactly, because isinstance would accept JSON's true as a number.
         if type(value[field_name]) not in allowed:
-            raise DamagedShardError(layer, shard, f"a commit record with {field_name}={value[field_name]!r:.80}")
+            raise DamagedShardError(
+                layer, shard, f"a commit record with {field_name}={value[field_name]!r:.80} of the wrong type"
+            )
     if min(value["documents"], value["rows"], value["counted"], value["entries"]) < 0:
         raise DamagedShardError(layer, shard, "a commit record with negative counts")
     # Every document has at least one row, so there are never more documents than rows.
     if max(value["documents"], value["counted"]) > value["rows"] or len(value["set_aside"]) > value["documents"]:
-        reason = "a commit record with more documents or counted rows than rows, or more set aside than documents"
+        reason = (
+            "a commit record with more documents than rows, more counted rows than rows, or more set aside than all"
+        )
         raise DamagedShardError(layer, shard, reason)
     if not 0 <= value["seconds"] < MAX_SECONDS:
-        raise DamagedShardError(layer, shard, f"a commit record with seconds={value['seconds']!r:.80}")
+        raise DamagedShardError(layer, shard, f"a commit record with seconds={value['seconds']!r:.80} out of range")
     if value["entries"] and layer != "target":
         raise DamagedShardError(
             layer, shard, f"a commit record with entries={value['entries']} in a layer without entries"
         )
     checksums = value["checksums"]
     if set(checksums) != {array.name for array in layer_arrays(layer)}:
-        raise DamagedShardError(layer, shard, "a commit record with checksums of other arrays than the layer has")
+        raise DamagedShardError(layer, shard, "a commit record whose checksums are not those of the layer's arrays")
     if not all(isinstance(found, str) and re.fullmatch("[0-9a-f]{8}", found) for found in checksums.values()):
         raise DamagedShardError(layer, shard, "a commit record with malformed checksums")
     if not all(SHA256_DIGEST.fullmatch(d) for d in (value["digest"], value["computed_from"]) if d is not None):
-        reason = f"a commit record with digest={value['digest']!r:.80} and computed_from={value['computed_from']!r:.80}"
+        reason = f"a malformed digest: digest={value['digest']!r:.80}, computed_from={value['computed_from']!r:.80}"
         raise DamagedShardError(layer, shard, reason)
     documents = value["set_aside"]
     if not all(re.fullmatch(r"[0-9]{1,10}", number) and isinstance(documents[number], str) for number in documents):

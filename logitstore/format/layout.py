@@ -96,8 +96,8 @@ def losses_layer(name: str) -> str:
     """
     if not is_loss_name(name):
         raise ValueError(
-            "reference name must be letters, digits, dots, dashes or underscores and not end in .json, "
-            f"got name={name!r:.80}; give --reference NAME=MODEL with such a NAME"
+            "reference name must consist of at most 64 letters, digits, dots, dashes and underscores, begin with a "
+            f"letter or digit, and not end in .json, got name={name!r:.80}; change NAME in --reference NAME=MODEL"
         )
     return f"losses/{name}"
 

@@ -184,7 +184,7 @@ def render(facts: dict[str, Any]) -> Iterator[str]:
         yield _line("calibration error of the likeliest (ece)", f"{found['ece']:.4f}", of)
         yield _line("  if the tail were dropped", f"{found['ece_renormalised']:.4f}")
     if not facts["tail_is_lost"]:
-        yield "  entries were drawn: they stand for the rest too"
+        yield "  entries were drawn: their weights also represent the tokens without an entry"
     for name, layer in facts["layers"].items():
         yield ""
         if name == "target":

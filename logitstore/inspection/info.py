@@ -206,13 +206,13 @@ def _render_layer(name: str, layer: dict[str, Any]) -> Iterator[str]:
         yield f"  {array:<14}{num_bytes:>14,} bytes{layer['bytes_per_row'][array]:>9.2f} a {kind}"
     if num := layer["documents_set_aside"]:
         shown = layer["first_documents_set_aside"]
-        yield f"  documents set aside: {num:,}; the model failed with them, and they are read as masked"
+        yield f"  documents set aside: {num:,}; the model failed on them, and readers get them with loss mask 0"
         yield from (f"    document {one['document']:,}: {one['reason']}" for one in shown)
         if num > len(shown):
             yield f"    and {num - len(shown):,} more"
     if num := layer["shards_set_aside"]:
         shown = layer["first_shards_set_aside"]
-        yield f"  shards set aside: {num:,}; they failed again and again, and the same dump tries them again"
+        yield f"  shards set aside: {num:,}; every attempt failed, and the next run of the same dump tries them again"
         yield from (
             f"    shard {one['shard']} ({one['attempts']} times, {one['when']}): {one['reason']}" for one in shown
         )

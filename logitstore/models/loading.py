@@ -105,7 +105,7 @@ def load_model(source: ModelSource, *, what: str, device: torch.device | str) ->
         # Messages of transformers are long. The first sentence states the cause.
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise ValueError(
-            f"attn_implementation must be one that {what}={source.name} can run with here, got attn_implementation="
+            f"attn_implementation must be one that works with {what}={source.name} here, got attn_implementation="
             f"{source.attn_implementation} ({reason}); omit it, or give sdpa or eager"
         ) from error
     model.eval()

@@ -65,7 +65,8 @@ def check_tokens(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[A
     # No token follows the last row of a document, so the last row has no prediction that could count.
     if mask.max(initial=0) > 1 or mask[np.cumsum(lengths) - 1].any() or counted != commit.counted:
         reason = (
-            f"a loss mask that is not 0 or 1, counts a document's last row, or does not count {commit.counted} rows"
+            "a loss mask with values other than 0 and 1, with 1 at a document's last row, or with another number of "
+            f"ones than {commit.counted}"
         )
         raise DamagedShardError("tokens", commit.shard, reason)
 
@@ -89,7 +90,7 @@ def check_target(spec: StoreSpec, commit: Commit, arrays: Mapping[str, NDArray[A
         reason = f"counts that do not add up to {commit.entries} entries at {len(mask)} rows"
         raise DamagedShardError("target", commit.shard, reason)
     if ((counts > 0) != mask).any() or counts.max(initial=0) > entries_per_row(spec, "target"):
-        reason = "counts that are 0 at a row that counts, above 0 at another row, or too large"
+        reason = "counts that are 0 at a row that counts, above 0 at a row that does not, or too large"
         raise DamagedShardError("target", commit.shard, reason)
     # Token ids rise within a row, so the last id is the largest, and the other ids need not be decoded.
     if codec.last_ids(arrays["gaps"], counts).max(initial=0) >= spec.tokenizer.vocab_size:
@@ -128,7 +129,7 @@ def check_losses(commit: Commit, arrays: Mapping[str, NDArray[Any]], mask: NDArr
 
 def _check_counted(commit: Commit, mask: NDArray[np.bool_]) -> None:
     if (counted := int(mask.sum())) != commit.counted:
-        reason = f"a commit record with counted={commit.counted}, not the {counted} of the loss mask"
+        reason = f"a commit record with counted={commit.counted}, although the loss mask counts {counted} rows"
         raise DamagedShardError(commit.layer, commit.shard, reason)
 
 
@@ -144,7 +145,7 @@ def _check_floats(
 ) -> None:
     if len(values) != len(mask) or not np.isnan(values[~mask]).all():
         raise DamagedShardError(
-            layer, commit.shard, f"{name} of a wrong number of rows, or not NaN at a row that does not count"
+            layer, commit.shard, f"{name} with the wrong number of rows, or with a value at a row that does not count"
         )
     # Comparisons with NaN are false, so NaN is refused too.
     if not ((values[mask] >= least) & (values[mask] <= most)).all():

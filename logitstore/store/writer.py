@@ -108,8 +108,8 @@ def add_layer(storage: Storage, spec: StoreSpec, layer: str, layer_spec: TargetS
     # Another job may have written the spec of this layer since the check above, so the spec is checked again.
     if read_attributes(storage, layer) is None or not check_layer(storage, layer, layer_spec):
         raise IdentityError(
-            f"layer {layer!r} must be created by one job at a time, got another job that created it with another model "
-            "at the same time; stop one of the two"
+            f"layer {layer!r} must be created by one job at a time, but another job has just created it with another "
+            "model; stop one of the two jobs"
         )
     make_room(storage, _with(spec, layer_spec), layer)
 
@@ -302,7 +302,7 @@ class LayerWriter:
         if not _is_readable(commit):
             raise ValueError(
                 f"set_aside must fit in a commit record, got {len(commit.set_aside)} of {documents} documents in shard "
-                f"{shard}; find out why they fail, the first with: {next(iter(commit.set_aside.values()), '')}"
+                f"{shard}; find out why these fail; the first one: {next(iter(commit.set_aside.values()), '')}"
             )
         # Computing the values can take long, and another job may have replaced the spec meanwhile.
         self._check_still_ours()
@@ -338,6 +338,6 @@ class LayerWriter:
         stored = None if found is None else stored_spec(type(self._own), found, self._layer)
         if stored is None or maker(stored) != self._made_by:
             raise IdentityError(
-                f"another job started layer {self._layer!r} in {self._storage.url} again with another model while it "
-                "was written; stop one of the two jobs"
+                f"another job replaced layer {self._layer!r} in {self._storage.url} with one of another model while "
+                "this job was writing it; stop one of the two jobs"
             )

@@ -65,7 +65,7 @@ def test_info_names_documents_set_aside_by_their_number_in_the_store(url, capsys
     set_documents_aside(url, 0, {1: "RuntimeError: of the first shard"})
     set_documents_aside(url, 2, {0: "ValueError: \x1b[2Jof the third\nsecond line"})
     text = shown(url, capsys)
-    assert "  documents set aside: 2; the model failed with them, and they are read as masked\n" in text
+    assert "  documents set aside: 2; the model failed on them, and readers get them with loss mask 0\n" in text
     assert "    document 1: RuntimeError: of the first shard\n" in text
     assert "    document 4: ValueError: ?[2Jof the third second line\n" in text
     facts = json.loads(shown(url, capsys, "--json"))["layers"]["target"]
@@ -84,7 +84,7 @@ def test_info_lists_at_most_max_shown_items_and_counts_the_others(url, made, cap
     text = shown(url, capsys)
     assert text.count("    document ") == 2
     assert text.count("    and 1 more\n") == 2
-    assert "  shards set aside: 3; they failed again and again, and the same dump tries them again\n" in text
+    assert "  shards set aside: 3; every attempt failed, and the next run of the same dump tries them again\n" in text
     assert text.count("    shard ") == 2
     assert "shard 0 (3 times, 2" in text
     assert "): boom 0\n" in text

@@ -295,7 +295,7 @@ def test_actor_that_cannot_load_its_models_does_not_stop_the_others(run, failing
     first = run(*failing.arguments(url, "--num_actors", "2"))
     assert (first.status, first.summary["shards_done"]) == (0, undisturbed.num_shards)
     assert not (failing.folder / "one cannot load").exists()
-    line = "an actor could not load the models and is started again: RuntimeError: no room on this device"
+    line = "an actor could not load the models; it is started again: RuntimeError: no room on this device"
     assert first.log.count(line) == 1
     assert payload(url) == payload(failing.url)
 
@@ -315,9 +315,9 @@ def test_job_ends_when_actors_can_no_longer_load_the_models(run, failing, undist
     stopped = run(*failing.arguments(url))
     assert stopped.status == 1
     reason = "RuntimeError: the device is gone and will not come back"
-    assert f"an actor could not load the models and is started again: {reason}" in stopped.log
+    assert f"an actor could not load the models; it is started again: {reason}" in stopped.log
     assert stopped.errors.strip().splitlines()[-1] == (
-        f"error: no actor could load the models: {reason}; fix that and run the same command again"
+        f"error: no actor could load the models: {reason}. Fix the cause and run the same command again"
     )
     missing = logitstore.open(url).layers["target"].missing
     assert shard in missing

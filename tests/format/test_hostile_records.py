@@ -198,9 +198,9 @@ def first_masked(value):
 VALUES = {
     "ids": ("tokens", {"ids": at(3, stores.VOCAB)}, "token ids beyond the vocabulary"),
     "ids huge": ("tokens", {"ids": at(3, 2**32 - 1)}, "token ids beyond the vocabulary"),
-    "mask 2": ("tokens", {"loss_mask": at(0, 2)}, "a loss mask that is not 0 or 1"),
-    "mask 255": ("tokens", {"loss_mask": lambda mask: mask * 255}, "a loss mask that is not 0 or 1"),
-    "mask at the end": ("tokens", {"loss_mask": at(-1, 1)}, "a loss mask that is not 0 or 1"),
+    "mask 2": ("tokens", {"loss_mask": at(0, 2)}, "a loss mask with values other than 0 and 1"),
+    "mask 255": ("tokens", {"loss_mask": lambda mask: mask * 255}, "a loss mask with values other than 0 and 1"),
+    "mask at the end": ("tokens", {"loss_mask": at(-1, 1)}, "a loss mask with values other than 0 and 1"),
     "length 0": ("tokens", {"lengths": lambda x: np.append(x[:-2], [0, x[-1] + x[-2]])}, "outside 1 to 12 tokens"),
     "length beyond": ("tokens", {"lengths": lambda x: np.append(np.zeros(len(x) - 1), x.sum())}, "outside 1 to 12"),
     "lengths beyond": ("tokens", {"lengths": lambda x: x + 2**31}, "lengths that add up to .* rows, not"),
@@ -223,7 +223,7 @@ VALUES = {
     "tail": ("target", {"tail": first_counted(0.5)}, "tail that is NaN or out of range"),
     "tail NaN": ("target", {"tail": first_counted(np.nan)}, "tail that is NaN or out of range"),
     "tail inf": ("target", {"tail": first_counted(np.inf)}, "tail that is NaN or out of range"),
-    "tail where masked": ("target", {"tail": first_masked(-1)}, "tail of a wrong number of rows, or not NaN at a row"),
+    "tail where masked": ("target", {"tail": first_masked(-1)}, "tail with the wrong number of rows, or with a value"),
     "label": ("target", {"label_logprob": first_counted(3e38)}, "label_logprob that is NaN or out of range"),
     "label NaN": ("target", {"label_logprob": first_counted(np.nan)}, "label_logprob that is NaN or out of range"),
     "entropy": ("target", {"entropy": first_counted(-1)}, "entropy that is NaN or out of range"),
@@ -232,7 +232,7 @@ VALUES = {
     "ce": ("losses/ref", {"ce": first_counted(-1)}, "ce that is NaN or out of range"),
     "ce NaN": ("losses/ref", {"ce": first_counted(np.nan)}, "ce that is NaN or out of range"),
     "ce inf": ("losses/ref", {"ce": first_counted(np.inf)}, "ce that is NaN or out of range"),
-    "ce where masked": ("losses/ref", {"ce": first_masked(1)}, "ce of a wrong number of rows, or not NaN at a row"),
+    "ce where masked": ("losses/ref", {"ce": first_masked(1)}, "ce with the wrong number of rows, or with a value"),
     "label of losses": ("losses/ref", {"label_logprob": first_counted(2)}, "label_logprob that is NaN or out of range"),
 }  # fmt: skip
 

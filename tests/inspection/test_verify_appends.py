@@ -82,7 +82,7 @@ def test_unfinished_append_is_shown_and_is_not_damage(half, more, capsys):
 
 
 def test_repair_gives_up_an_unfinished_append_and_another_can_follow(half, made, more, other, tmp_path, capsys):
-    with pytest.raises(IdentityError, match="is under way or unfinished, so"):
+    with pytest.raises(IdentityError, match="is running or was left unfinished, so"):
         prepare_tokens(half, made, other, append=True)
     assert verify(half, "--repair") == 0
     assert f"repaired: append of {more}: given up" in capsys.readouterr().out

@@ -304,7 +304,7 @@ def test_repeated_dump_after_repair_writes_only_the_damaged_shards_again(url, ma
     assert missing(url) == damaged
     shown = capsys.readouterr().out
     assert "repaired: target/entropy/zarr.json: written anew" in shown
-    assert "next: run each dump of this store again as it was run; it writes " in shown
+    assert "next: run each dump of this store again with the same options; the dumps write " in shown
     command = ["--store", str(url), "--data", made.data, "--target", made.target, "--scheme", "sample"]
     command += ["--num_draws", "6", "--seed", "1", "--reference", f"reference={made.reference}"]
     command += ["--num_proc", "1", "--num_actors", "1", "--cpus_per_actor", "1", "--batch_tokens", "256"]

@@ -64,7 +64,7 @@ def add(storage, documents):
     try:
         write_part(storage, spec, documents, append=True)
     except IdentityError as error:
-        if "is under way or unfinished" not in str(error):
+        if "is running or was left unfinished" not in str(error):
             raise
         return False
     return True

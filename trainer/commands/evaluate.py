@@ -4,7 +4,7 @@
     logitstore evaluate --store URL --draft MODEL             from the cache, without the target
     logitstore evaluate --target MODEL --draft MODEL --data DATA --store URL      both
 
-Each record of DATA gives one prompt: its `messages` up to the last assistant turn, its `prompt`, or the first half of
+Each record of DATA gives one prompt: its `messages` before the last assistant turn, its `prompt`, or the first half of
 its `text` or `input_ids`, but at most 64 tokens. With a `loss_mask`, the prompt is the `input_ids` before the first one
 whose mask is 1.
 """

@@ -1,7 +1,7 @@
 """Trains a draft from a store. The target is not needed, and not loaded.
 
   logitstore train --store URL --draft MODEL --output_dir DIR [--selection adaspec --reference NAME]
-  logitstore train run.yaml [--output_dir OTHER ...]               # keys are names of flags; flags win
+  logitstore train run.yaml [--output_dir OTHER ...]               # keys are names of flags; flags override the file
   torchrun --nproc_per_node 8 -m trainer.commands.train ...        # one process for each GPU
   ray job submit --working-dir . -- python jobs/train_draft.py ... --num_workers 8      # the same on a Ray cluster
 
@@ -17,6 +17,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerState
 
 from logitstore.commands.user_errors import command, leave, refusals, say, user_errors
@@ -147,6 +148,9 @@ def run(argv: Sequence[str] | None = None) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     run(argv)
+    # Without this call, the threads of gloo may abort a rank that ends, and torchrun then reports a failed training.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

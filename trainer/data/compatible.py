@@ -27,8 +27,8 @@ def check_losses_given(column: str, losses: Mapping[str, str]) -> str:
     """
     if column not in losses:
         raise ValueError(
-            f"losses must name the stores' losses that {column} is read from, got losses={dict(losses)}; add the name, "
-            f"for example {{{column!r}: 'reference'}}"
+            f"losses must contain {column}, got losses={dict(losses)}; add the name of the stored losses, for "
+            f"example {{{column!r}: 'reference'}}"
         )
     return losses[column]
 
@@ -56,8 +56,8 @@ def check_complete(store: Store, layer: str) -> None:
         total = store.spec.num_shards
         committed = total - store.layers[layer].num_missing
         raise LayerNotFoundError(
-            f"layer {layer!r} must have all of its {total} shards, got {committed} in {store.url} (shard "
-            f"{missing[0].start} is the first missing); run the dump again to finish it"
+            f"layer {layer!r} must have all of its {total} shards, got {committed} in {store.url} (the "
+            f"first missing shard is {missing[0].start}); run the dump again to finish it"
             f"{explain_missing(store.storage, layer)}"
         )
     if stale := store.layers[layer].stale:

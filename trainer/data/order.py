@@ -267,7 +267,7 @@ def check_window(window: int) -> None:
     """Raises ValueError unless a shuffle window has between 1 and `MAX_WINDOW` shards."""
     if not 1 <= window <= MAX_WINDOW:
         raise ValueError(
-            f"shuffle_window must be between 1 and {MAX_WINDOW} (twice as many shards stay decoded in memory), "
+            f"shuffle_window must be between 1 and {MAX_WINDOW} (the shards of two windows stay in memory), "
             f"got shuffle_window={window}; for a wider shuffle, dump with a larger --shard_rows"
         )
 

@@ -142,7 +142,7 @@ def make_deal(args: TrainingArguments, order: PackOrder, batch_size: int | None 
     )
     if not deal.num_steps(order.packs_per_epoch):
         raise ValueError(
-            f"dataloader_drop_last must be False where an epoch has fewer packs than a step, got True with "
+            f"dataloader_drop_last must be False if an epoch has fewer packs than a step, got True with "
             f"{order.packs_per_epoch} packs and steps of {deal.packs_per_step}; omit it, or give a smaller "
             "--per_device_train_batch_size"
         )

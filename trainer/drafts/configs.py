@@ -57,7 +57,8 @@ def read_settings(given: Sequence[str]) -> tuple[str | None, Settings]:
             base = word
         else:
             raise ValueError(
-                f"draft_config must be one file or folder and key=value pairs, got {base} and {word}; give one of them"
+                f"draft_config must have at most one word that is not a key=value pair, got {base} and {word}; omit "
+                "one of them"
             )
     return base, settings
 
@@ -210,7 +211,7 @@ def _check_known(settings: Iterable[str], known: set[str]) -> None:
             # With a cutoff of 0 there is always a nearest key to name.
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
             raise ValueError(
-                f"draft_config must have keys that the architecture knows, got {key}; the nearest is {near[0]}"
+                f"draft_config must have keys that the architecture knows, got {key}; the most similar one is {near[0]}"
             )
 
 
@@ -223,4 +224,4 @@ def _contradiction(asked: str, error: Exception) -> ValueError:
     """Returns the error for a configuration whose values contradict each other."""
     # Validation errors have several lines, of which the last one gives the reason.
     said = str(error).strip().rpartition("\n")[2].strip().removeprefix("ValueError: ").rstrip(".")
-    return ValueError(f"draft must have a configuration with values that agree, got {asked} ({said}); change a value")
+    return ValueError(f"the values of the draft's configuration must agree, got {asked} ({said}); change a value")

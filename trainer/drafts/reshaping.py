@@ -36,19 +36,20 @@ def chosen_layers(text: str, num_layers: int) -> tuple[int, ...]:
         words.pop()
     if not all(word.isdecimal() for word in words):
         raise ValueError(
-            f"draft_layers must be a number of layers, or layer numbers with commas between, got draft_layers={text}; "
-            "give 4, or 0,9,18,27"
+            f"draft_layers must be a number of layers, or layer numbers separated by commas, got draft_layers={text}; "
+            "examples: 4, or 0,9,18,27"
         )
     numbers = tuple(int(word) for word in words)
     if "," not in text:
         if not 1 <= numbers[0] <= num_layers:
             raise ValueError(
-                f"draft_layers must be between 1 and the model's {num_layers}, got draft_layers={text}; give fewer"
+                f"draft_layers must be between 1 and the model's {num_layers}, got draft_layers={text}; change it"
             )
         return tuple(np.linspace(0, num_layers - 1, numbers[0]).round().astype(int).tolist())
     if list(numbers) != sorted(set(numbers)) or numbers[-1] >= num_layers:
         raise ValueError(
-            f"draft_layers must be ascending numbers from 0 to {num_layers - 1}, got draft_layers={text}; change them"
+            f"draft_layers must be layer numbers in ascending order, each from 0 to {num_layers - 1}, got "
+            f"draft_layers={text}; change them"
         )
     return numbers
 
@@ -204,7 +205,7 @@ def pad_vocabulary(model: PreTrainedModel, padded_vocab_size: int, vocab_size: i
     if rows != [padded_vocab_size] * 2:
         raise ValueError(
             f"pad_vocab_size needs a model whose embeddings can be resized, got draft={model.name_or_path} "
-            f"({type(model).__name__}), where resizing gives {rows} rows; omit --pad_vocab_size"
+            f"({type(model).__name__}), which have {rows[0]} and {rows[1]} rows after resizing; omit --pad_vocab_size"
         )
     settle_padding(model, vocab_size)
 

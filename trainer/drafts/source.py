@@ -199,10 +199,10 @@ def context_note(config: PreTrainedConfig, spec: StoreSpec) -> str | None:
     # Rotary positions are computed, so they have no limit. Learned positions are rows of a table of fixed size.
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     remedy = (
-        f"its positions are rotary, so max_position_embeddings={other} in its config.json lets it draft further, but "
-        "its proposals are less accurate there"
+        f"the draft's positions are rotary, so with max_position_embeddings={other} in its config.json it can draft "
+        "beyond that length, but less accurately"
         if rotary
-        else "its positions are not rotary, and probably cannot be extended"
+        else "the draft's positions are not rotary, and probably cannot be extended"
     )
     return (
         f"the draft's max_position_embeddings is {own}, but that of the target ({name}) is {other}: after {own} "
@@ -223,7 +223,7 @@ def vocabulary_note(num_embeddings: int, spec: StoreSpec) -> str | None:
         return None
     return (
         f"the draft's vocab_size is {num_embeddings}, but the target's is {spec.target.model.padded_vocab_size}: vLLM "
-        f"needs equal sizes; if the target's is larger, --pad_vocab_size {LIKE_TARGET} pads the draft's embeddings"
+        f"needs equal sizes; if the target's vocab_size is larger, --pad_vocab_size {LIKE_TARGET} pads the draft's"
     )
 
 

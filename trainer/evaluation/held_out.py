@@ -124,7 +124,7 @@ class HeldOut(Dataset[tuple[int, int]]):
         """Raises ValueError if this dataset cannot compute a metric."""
         if metric.removeprefix("eval_") not in self.metrics:
             raise ValueError(
-                f"metric_for_best_model must be {' or '.join(self.metrics)} where a store has no target rows, got "
+                f"metric_for_best_model must be {' or '.join(self.metrics)} if a store has no finished target, got "
                 f"metric_for_best_model={metric}; give --metric_for_best_model {self.metrics[-1]}"
             )
 

@@ -136,7 +136,7 @@ class DraftTrainer(Trainer):
         steps = self.accelerator.gather(own).tolist()
         if len(set(steps)) > 1:
             raise ValueError(
-                f"resume_from_checkpoint must find the same checkpoint on every rank, got steps={steps} by rank; give "
+                f"resume_from_checkpoint must find the same checkpoint on every rank, got the steps {steps}; give "
                 "an --output_dir that all machines share, a folder or a URL"
             )
 

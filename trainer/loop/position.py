@@ -146,7 +146,7 @@ def read_position(checkpoint: str | Path, order: PackOrder) -> Position:
     if found.get("order") != order.fingerprint:
         raise ValueError(
             f"order of documents must be the same as in the run to resume, got {order.packs_per_epoch} packs per epoch "
-            f"and {found.get('packs_per_epoch')} in {checkpoint}, which has other documents or another order; "
+            f"here and {found.get('packs_per_epoch')} in {checkpoint}: the documents or their order are different; "
             "read the same unchanged stores with the same --seed, --data_seed, --shuffle_window, --store_weights, "
             "--packing, --pack_length and --eval_fraction, or start a new run in another --output_dir"
         )

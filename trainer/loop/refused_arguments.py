@@ -34,7 +34,7 @@ UNSUPPORTED: dict[str, tuple[object, str]] = {
     "save_only_model": (False, "a run cannot be resumed from such a checkpoint"),
     "fp16": (False, "bf16 is supported; with fp16, the gradient of the head would overflow"),
     "auto_find_batch_size": (False, "after an out-of-memory error it would repeat the steps already trained on"),
-    "enable_jit_checkpoint": (False, "it would save in the middle of a step; save_steps does not"),
+    "enable_jit_checkpoint": (False, "it would save in the middle of a step; use save_steps instead"),
     "prediction_loss_only": (False, "evaluations never gather predictions"),
     "do_predict": (False, "this trainer makes no predictions"),
     "label_names": (None, "batches come from the store and have fixed names"),
@@ -102,8 +102,8 @@ def check_supported(values: Mapping[str, object]) -> None:
         )
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
         raise ValueError(
-            f"optim must be one that waits for the whole gradient, got optim={optimizer} (the denominator of a step is "
-            "only known at its end); give adamw_torch_fused"
+            f"optim must be one that updates the weights after the whole backward pass, got optim={optimizer} (before, "
+            "the denominator of the step is not known); give adamw_torch_fused"
         )
     for name, (least, below) in RANGES.items():
         if values[name] is not None and not least <= values[name] < below:  # type: ignore[operator]
@@ -145,7 +145,7 @@ def check_training_arguments(args: TrainingArguments) -> None:
     if metric is not None and args.greater_is_better != (wanted := greater_is_better(metric)):
         raise ValueError(
             f"greater_is_better must be {wanted} with metric_for_best_model={metric}, got greater_is_better="
-            f"{args.greater_is_better}; change it"
+            f"{args.greater_is_better}; omit it"
         )
     for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name):
@@ -154,7 +154,7 @@ def check_training_arguments(args: TrainingArguments) -> None:
             )
     if args.n_gpu > 1:
         raise ValueError(
-            f"processes must be as many as GPUs, got one process for {args.n_gpu} GPUs; start the job with "
+            f"the number of processes must equal that of GPUs, got one for {args.n_gpu} GPUs; start the job with "
             f"torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
         )
 

@@ -78,7 +78,7 @@ class Remote:
         except Exception as error:  # Each driver raises the exceptions of its own service library.
             kind = StorageRefusedError if is_refusal(error) else StorageError
             raise kind(
-                f"url must be one that can be read and written, got url={self.url} ({type(error).__name__}: "
+                f"url must be readable and writable, got url={self.url} ({type(error).__name__}: "
                 f"{' '.join(str(error).split()):.300}); check the bucket, the credentials and --storage_options"
             ) from error
 

@@ -124,11 +124,11 @@ def read_run(path: Path, known: set[str]) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else f"not YAML ({type(error).__name__})"
         raise ValueError(f"run file must be a readable YAML file, got {path}: {reason}; see --help") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"run file must be a file of `name: value` lines, got {path}, which holds something else")
+        raise ValueError(f"run file must contain only `name: value` lines, got {path} with other contents")
     if unknown := sorted(set(values) - known):
         near = difflib.get_close_matches(unknown[0], known, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"run file must have the names of flags only, got {unknown[0]!r} in {path}{meant}; see --help")
+        raise ValueError(f"run file may contain only names of flags, got {unknown[0]!r} in {path}{meant}; see --help")
     return {k: v if v is None or isinstance(v, list | dict) else str(v) for k, v in values.items()}
 
 
@@ -198,8 +198,8 @@ def find_finished(held: Held, training: TrainingArguments) -> TrainerState | Non
         return state
     if not held.finished() and str(training.resume_from_checkpoint).lower() == "true":
         raise ValueError(
-            f"{wanted.partition('=')[0]} must not go beyond the finished run in {held.where} (step "
-            f"{state.global_step}), which has no checkpoint to resume from, got {wanted}; give another --output_dir"
+            f"the finished run in {held.where} (step {state.global_step}) has no checkpoint from which it could go on "
+            f"to {wanted}; give another --output_dir"
         )
     return None
 

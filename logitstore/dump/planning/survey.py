@@ -181,9 +181,9 @@ def _measured(
         f"{count_of(fewest.rows, 'row')} of which {fewest.counted:,} count{'s' if fewest.counted == 1 else ''}"
     )
     if failed := len(drawn.documents) - fewest.documents:
-        text += f"; documents left out because a model fails with them: {failed:,}"
+        text += f"; {count_of(failed, 'document')} left out because a model fails on them"
     if drawn.share < 1 and fewest.records == 1:
-        text += "; only one record was measured: how much others differ is not known"
+        text += "; only one record was measured, so the variation between records is unknown"
     elif drawn.share < 1:
         text += f"; ranges of entries and bytes: two standard errors to either side, from {fewest.records:,} records"
     return [one.cost for one in found], text

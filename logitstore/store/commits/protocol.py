@@ -98,8 +98,8 @@ def publish(storage: Storage, commit: Commit, objects: Mapping[str, bytes | None
         return winner.commit
     raise StorageError(
         f"shard {shard} of layer {layer!r} is not committed after {MAX_ROUNDS} rounds of the commit protocol; check "
-        "that every machine sees finished writes at once, and that few jobs write this store, then run the same "
-        "command again"
+        "that a finished write is visible to all machines at once, and that few jobs write this store, then run the "
+        "same command again"
     )
 
 
@@ -172,9 +172,11 @@ def _parse(found: object, commit: Commit) -> Winner:
     attempt, objects, name, record = (found[field] for field in ("attempt", "objects", "name", "commit"))
     names = [array.name for array in layout.layer_arrays(commit.layer)]
     if not isinstance(objects, list) or not all(array in names for array in objects):
-        raise FormatError(f"winner file must name objects of {commit.layer}, got {objects!r:.80}; delete that file")
+        raise FormatError(f"winner file must list arrays of {commit.layer}, got {objects!r:.80}; delete that file")
     if not isinstance(attempt, str) or not re.fullmatch("[0-9a-f]{32}", attempt):
-        raise FormatError(f"winner file must name an attempt, got {attempt!r:.80}; delete that file")
+        raise FormatError(
+            f"winner file must have an attempt of 32 hexadecimal digits, got {attempt!r:.80}; delete that file"
+        )
     if not isinstance(name, str) or not isinstance(record, str):
         raise FormatError(f"winner file must hold a commit record as text, got {record!r:.80}; delete that file")
     # JSON allows lone surrogates, which cannot be encoded. They are replaced, and the record then fails its checksum.

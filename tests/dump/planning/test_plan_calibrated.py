@@ -72,7 +72,7 @@ ROWS, COUNTED = sum(map(len, GOOD)), sum(len(ids) - 1 for ids in GOOD)
 def test_document_that_the_target_fails_with_is_left_out_of_the_plan(capsys, monkeypatch, broken, place):
     documents = [*GOOD[:place], [3, BAD["target"], 4], *GOOD[place:]]
     text, found = calibrated(capsys, monkeypatch, broken, documents)
-    left_out = "documents left out because a model fails with them: 1"
+    left_out = "1 document left out because a model fails on them"
     assert text == f"{len(GOOD)} documents, {ROWS} rows of which {COUNTED} count; {left_out}"
     assert found["rows_per_s"] == ROWS
     _, without = calibrated(capsys, monkeypatch, broken, GOOD)
@@ -85,7 +85,7 @@ def test_documents_that_models_fail_with_are_left_out_of_shards_of_any_size(caps
     documents = [*long, [3, BAD["target"], *range(10, 72)], [3, BAD["reference"], *range(10, 72)]]
     options = ["--reference", f"ref={broken / 'reference'}", "--shard_rows", shard_rows]
     text, found = calibrated(capsys, monkeypatch, broken, documents, *options)
-    left_out = "documents left out because a model fails with them: 2"
+    left_out = "2 documents left out because a model fails on them"
     assert text == f"{len(long)} documents, {64 * len(long)} rows of which {63 * len(long)} count; {left_out}"
     assert found["rows_per_s"] == (64 if shard_rows == 64 else 64 * len(long))
 
@@ -178,7 +178,7 @@ def test_range_of_a_partial_calibration_contains_the_full_one(tiny, capsys, sche
 
 def test_calibration_with_one_record_states_that_no_range_is_known(tiny, capsys):
     facts = planned(capsys, *options_of(tiny, "--calibrate", 1, "--scheme", "topk"))
-    assert facts["calibrated"].endswith("; only one record was measured: how much others differ is not known")
+    assert facts["calibrated"].endswith("; only one record was measured, so the variation between records is unknown")
     (found,) = facts["schemes"]
     assert found["bytes"][0] == found["bytes"][1]
 

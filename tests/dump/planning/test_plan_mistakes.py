@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
             ["--reference", "ref"],
             "reference must be NAME=MODEL, got reference=ref; example: --reference ref=path/to/it",
         ),
-        (["--reference", "a/b={reference}"], "reference name must be letters, digits, dots, dashes or underscores"),
+        (["--reference", "a/b={reference}"], "reference name must consist of at most 64 letters, digits"),
         (["--storage_options", "nowhere.json"], "storage_options must be a JSON file, got storage_options=now"),
     ],
 )
@@ -144,6 +144,6 @@ def test_missing_model_is_named_with_the_next_step(tiny, capsys, option):
 @pytest.mark.parametrize("value", ["bogus", "flash_attention_9"])
 def test_unknown_attn_implementation_is_refused_with_one_line(tiny, capsys, value):
     line = refused(capsys, *options_of(tiny, "--calibrate", 3, "--attn_implementation", value))
-    start = f"error: attn_implementation must be one that target={tiny.target} can run with here, got "
+    start = f"error: attn_implementation must be one that works with target={tiny.target} here, got "
     assert line.startswith(f"{start}attn_implementation={value} (")
     assert line.endswith("is not supported); omit it, or give sdpa or eager")

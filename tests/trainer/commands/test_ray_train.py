@@ -128,7 +128,7 @@ def test_invalid_input_is_one_line_from_the_driver_or_a_worker(cluster, argument
     )  # fmt: skip
     (line,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert (found.returncode, found.stdout) == (2, "")
-    assert line.startswith("error: dataloader_drop_last must be False where an epoch has fewer packs than a step")
+    assert line.startswith("error: dataloader_drop_last must be False if an epoch has fewer packs than a step")
     assert "Traceback" not in but_rays_own(found.stderr)
 
     def no_ray(*args, **kwargs):
@@ -140,7 +140,7 @@ def test_invalid_input_is_one_line_from_the_driver_or_a_worker(cluster, argument
         (["--draft", str(tmp_path / "none")], {}, "draft must be a Hugging Face id or a folder with a config.json"),
         (["--reference", "other"], {}, "reference must be one of ['reference']"),
         (["--num_workers", "0"], {}, "num_workers must be at least 1, got num_workers=0"),
-        ([], {"WORLD_SIZE": "1"}, "num_workers needs a process that torchrun did not start, got num_workers"),
+        ([], {"WORLD_SIZE": "1"}, "num_workers must be omitted under torchrun, got num_workers"),
     ):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)

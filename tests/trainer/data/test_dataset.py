@@ -325,7 +325,7 @@ def test_unknown_reference_is_refused_and_existing_ones_are_named(small_store):
 
 @pytest.mark.parametrize("column", ["reference_ce", "initial_ce"])
 def test_column_without_a_losses_name_is_refused(small_store, column):
-    expected = rf"losses must name the stores' losses that {column} is read from, got losses=\{{\}}"
+    expected = rf"losses must contain {column}, got losses=\{{\}}"
     with pytest.raises(ValueError, match=expected):
         dataset(small_store, columns=[column])
 

@@ -131,12 +131,14 @@ def test_overrides_apply_to_the_config_of_the_named_draft(tiny, spec):
 
 
 def test_invalid_configurations_are_refused(spec, tiny, tmp_path):
-    refused(spec, "the architecture knows, got hiden_size; the nearest is hidden_size", config=("hiden_size=8",))
+    refused(
+        spec, "the architecture knows, got hiden_size; the most similar one is hidden_size", config=("hiden_size=8",)
+    )
     refused(spec, "hidden_size=30.*not a multiple of the number of attention heads", config=("hidden_size=30",))
     refused(spec, "num_key_value_heads=3", config=("num_key_value_heads=3",))
     refused(spec, "hidden_size=abc", config=("hidden_size=abc",))
     refused(spec, "each key once, got hidden_size twice", config=("hidden_size=8", "hidden_size=16"))
-    refused(spec, "one file or folder and key=value pairs, got a and b", config=("a", "b"))
+    refused(spec, "at most one word that is not a key=value pair, got a and b", config=("a", "b"))
     refused(spec, "draft_config must be a Hugging Face id or a folder", config=(str(tmp_path / "none"),))
     refused(spec, "vocab_size must be at least the tokenizer's 512", config=("vocab_size=100",))
     refused(spec, "max_position_embeddings=64; add max_position_embeddings=512", config=("max_position_embeddings=64",))

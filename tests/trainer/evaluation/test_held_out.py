@@ -154,7 +154,7 @@ def test_store_without_a_target_is_evaluated_by_label_nll_only(draft, no_target,
         rows = np.flatnonzero(mask)
         nll.extend(-dense_logprobs(draft.eval(), ids)[rows, ids[rows + 1]])
     assert found["label_nll"] == pytest.approx(np.mean(nll), rel=1e-5)
-    with pytest.raises(ValueError, match="metric_for_best_model must be label_nll where a store has no target rows"):
+    with pytest.raises(ValueError, match="metric_for_best_model must be label_nll if a store has no finished target"):
         held_out.check_metric("alpha_estimate")
 
 
@@ -378,7 +378,7 @@ BAD = {
     ),
     "no target": (
         ["--store", "{no_target}", "--objective", "label_nll", "--eval_strategy", "epoch"],
-        "metric_for_best_model must be label_nll where a store has no target rows, got metric_for_best_model=alpha",
+        "metric_for_best_model must be label_nll if a store has no finished target, got metric_for_best_model=alpha",
     ),
     "fsdp": (["--fsdp", "full_shard"], "fsdp must be None, got fsdp=full_shard (the loss "),
     "deepspeed": (["--deepspeed", "ds.json"], "deepspeed must be None, got deepspeed=ds.json (the loss "),

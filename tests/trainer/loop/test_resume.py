@@ -150,8 +150,8 @@ def test_finished_model_without_checkpoints_is_not_overwritten(tiny, tiny_store,
     before = contents(tmp_path)
     cases = {
         "learning_rate must be 0.01 as in": ["--max_steps", "2", "--learning_rate", "0.5"],
-        "max_steps must not go beyond the finished run in": ["--max_steps", "4"],
-        "num_train_epochs must not go beyond the finished run in": ["--num_train_epochs", "2"],
+        "has no checkpoint from which it could go on to max_steps=4; give": ["--max_steps", "4"],
+        "has no checkpoint from which it could go on to num_train_epochs=2; give": ["--num_train_epochs", "2"],
         "output_dir must hold a run to resume, got": ["--output_dir", tiny.draft],
     }
     for message, extra in cases.items():
@@ -204,6 +204,6 @@ def test_resume_with_other_documents_is_refused(tiny, tmp_path, capsys):
         train_command.run([*argv, "--max_steps", "4"])
     assert exit_.value.code == 2
     err = capsys.readouterr().err
-    assert "order of documents must be the same as in the run to resume, got 20 packs per epoch and 20 in " in err
-    assert "/checkpoint-2, which has other documents or another order; read the same unchanged stores" in err
+    assert "order of documents must be the same as in the run to resume, got 20 packs per epoch here and 20 in " in err
+    assert "/checkpoint-2: the documents or their order are different; read the same unchanged stores" in err
     assert contents(tmp_path / "out") == before

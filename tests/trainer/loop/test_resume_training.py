@@ -224,7 +224,7 @@ def test_callback_states_can_be_restored(draft, tiny_store, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataloader_drop_last": True, "per_device_train_batch_size": 25}, "dataloader_drop_last must be False where"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 25}, "dataloader_drop_last must be False if"),
         ({"ignore_data_skip": True}, "ignore_data_skip must be False, got ignore_data_skip=True"),
         ({"dataloader_in_order": False}, "dataloader_in_order must be True, got dataloader_in_order=False"),
     ],

@@ -205,7 +205,7 @@ BAD = {
     ),
     "unfinished target": (
         ["--store", "{f}/unfinished"],
-        "layer 'target' must have all of its 3 shards, got 2 in {f}/unfinished (shard 1 is the first missing)",
+        "layer 'target' must have all of its 3 shards, got 2 in {f}/unfinished (the first missing shard is 1)",
     ),
     "unfinished losses": (
         ["--store", "{f}/unscored", "--selection", "adaspec", "--reference", "reference"],
@@ -274,7 +274,7 @@ def test_invalid_input_exits_with_one_line_and_status_2(name, tiny, tiny_store, 
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("typo.yaml", "run file must have the names of flags only, got 'keeep' in {f}/typo.yaml"),
+        ("typo.yaml", "run file may contain only names of flags, got 'keeep' in {f}/typo.yaml"),
         ("list.yaml", "run file must be a file of `name: value` lines, got {f}/list.yaml"),
         ("broken.yaml", "run file must be a readable YAML file, got {f}/broken.yaml: not YAML (ParserError)"),
         ("word.yaml", "argument --keep: invalid float value: 'some'"),

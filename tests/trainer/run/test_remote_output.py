@@ -249,7 +249,7 @@ def test_files_that_cannot_be_uploaded_are_kept(wanted, arguments, fs, proxy, wh
     monkeypatch.setattr(Remote, "upload", full)
     status, line = refused(argv, capsys)
     assert status == 1
-    assert f"url must be one that can be read and written, got url={url} (PermissionError: " in line
+    assert f"url must be readable and writable, got url={url} (PermissionError: " in line
     kept = local_folder(url)
     assert f"the trained files are kept in {kept} on " in line
     assert line.endswith(f"; resume with --resume_from_checkpoint {kept}/checkpoint-4\n")
