@@ -25,14 +25,14 @@ actor answers these calls even while its other threads are busy."""
 
 
 class Pool:
-    """A fixed number of places, with one actor at each. If an actor dies, a new actor can be started at its place.
+    """A fixed number of slots, with one actor in each. If an actor dies, a new actor can be started in its slot.
 
     Ray starts an actor when a node has room for it, and the actor then loads its models. Both steps may take long, or
     never end. No shard may be handed to an actor before both steps are done.
     """
 
     def __init__(self, storage: Storage, plan: DumpPlan) -> None:
-        """Starts an actor at every place. Does not wait until the actors are ready."""
+        """Starts an actor in every slot. Does not wait until the actors are ready."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num, cpus, gpus = size(nodes, plan)
         if num > (most := room(nodes, cpus, gpus)):
@@ -53,29 +53,29 @@ class Pool:
             "num_threads": None if gpus else max(1, int(cpus)),
         }
         self.actors: list[Any] = [None] * num
-        """The actor at each place; None at a place that was given up."""
+        """The actor in each slot; None in a slot that was given up."""
         self.starting: dict[Any, int] = {}
         """Place of each actor that is starting. The key is a Ray object reference: it becomes ready when the start
         ends, and `ray.get` raises if the start failed."""
-        for place in range(num):
-            self._start(place)
+        for slot in range(num):
+            self._start(slot)
 
-    def _start(self, place: int) -> None:
+    def _start(self, slot: int) -> None:
         # Ray must not retry calls by itself, because only the dispatcher counts attempts and knows what is committed.
         kind: Any = ray.remote(concurrency_groups={PROGRESS: 1})  # type: ignore[call-overload]  # missing in its types
         actor: Any = kind(ShardDumper).options(**self._options).remote(**self._arguments)
-        self.actors[place] = actor
-        self.starting[actor.__ray_ready__.remote()] = place
+        self.actors[slot] = actor
+        self.starting[actor.__ray_ready__.remote()] = slot
 
-    def replace(self, place: int) -> None:
-        """Ends the actor at a place and starts a new one there."""
-        ray.kill(self.actors[place])  # An actor that is alive but out of reach would keep its GPU.
-        self._start(place)
+    def replace(self, slot: int) -> None:
+        """Ends the actor in a slot and starts a new one there."""
+        ray.kill(self.actors[slot])  # An actor that is alive but out of reach would keep its GPU.
+        self._start(slot)
 
-    def give_up(self, place: int) -> None:
-        """Ends the actor at a place. The place then stays empty."""
-        ray.kill(self.actors[place])
-        self.actors[place] = None
+    def give_up(self, slot: int) -> None:
+        """Ends the actor in a slot. The slot then stays empty."""
+        ray.kill(self.actors[slot])
+        self.actors[slot] = None
 
     def stop(self) -> None:
         """Ends all actors."""

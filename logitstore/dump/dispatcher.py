@@ -65,10 +65,10 @@ class _Run:
 
     def loop(self) -> None:
         while not self.schedule.is_done:
-            for place, shard in self.schedule.hand_out():
-                actor = self.pool.actors[place]
+            for slot, shard in self.schedule.hand_out():
+                actor = self.pool.actors[slot]
                 result = actor.dump.remote(shard, self.todo.layers, self.todo.shards[shard])
-                self.running[result] = (actor, place, shard)
+                self.running[result] = (actor, slot, shard)
             finished, _ = ray.wait([*self.pool.starting, *self.running], num_returns=1, timeout=PROGRESS_S)
             if not finished:
                 self.show_progress()
@@ -84,19 +84,19 @@ class _Run:
             return
         answered, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0) if self.asked else ([], [])
         for answer in answered:
-            place = self.asked.pop(answer)
+            slot = self.asked.pop(answer)
             try:
                 shares = ray.get(answer)
             except RayError:  # The actor died. Its shards fail too, and `settle` deals with them.
                 continue
-            here = {shard for _, at, shard in self.running.values() if at == place}
+            here = {shard for _, at, shard in self.running.values() if at == slot}
             for shard in here & shares.keys():
                 self.show(shard, int(shares[shard] * self.rows[shard]))
         # An actor is asked again only after it has answered, so that requests to a slow actor do not pile up.
-        for place in {at for _, at, _ in self.running.values()} - set(self.asked.values()):
-            actor = self.pool.actors[place]
+        for slot in {at for _, at, _ in self.running.values()} - set(self.asked.values()):
+            actor = self.pool.actors[slot]
             if actor is not None:
-                self.asked[actor.progress.options(concurrency_group=PROGRESS).remote()] = place
+                self.asked[actor.progress.options(concurrency_group=PROGRESS).remote()] = slot
 
     def show(self, shard: int, rows: int) -> None:
         """Sets how many rows of a shard the progress bar counts as done."""
@@ -104,13 +104,13 @@ class _Run:
         if 0 < rows < self.rows[shard]:
             self.shown[shard] = rows
 
-    def open(self, started: Any, place: int) -> None:  # noqa: ANN401
-        """Opens the place of an actor if the actor has started. If the start failed, counts a failure of the place."""
+    def open(self, started: Any, slot: int) -> None:  # noqa: ANN401
+        """Opens the slot of an actor if the actor has started. If the start failed, counts a failure of the slot."""
         try:
             ray.get(started)
         except RayError as error:
             if not (isinstance(error, ActorDiedError) and error.actor_init_failed):
-                self.blame(place, None, f"its process died, perhaps for lack of memory ({_line(error)})", is_lost=True)
+                self.blame(slot, None, f"its process died, perhaps for lack of memory ({_line(error)})", is_lost=True)
                 return
             # Ray passes on an error in the actor's constructor only as text.
             starts = [found.start() for found in RAISED.finditer(str(error))]
@@ -118,13 +118,13 @@ class _Run:
             name, _, reason = raised.partition(": ")
             if name.rpartition(".")[2] in {kind.__name__ for kind in FATAL}:
                 raise DumpError(reason) from error
-            self.blame(place, None, raised, is_lost=True)
+            self.blame(slot, None, raised, is_lost=True)
         else:
             self.bar.set_description("dump")
-            self.schedule.open(place)
+            self.schedule.open(slot)
 
-    def settle(self, result: Any, actor: Any, place: int, shard: int) -> None:  # noqa: ANN401
-        is_there = self.pool.actors[place] is actor  # False if the actor was replaced in the meantime.
+    def settle(self, result: Any, actor: Any, slot: int, shard: int) -> None:  # noqa: ANN401
+        is_there = self.pool.actors[slot] is actor  # False if the actor was replaced in the meantime.
         try:
             written = ray.get(result)
         except RayTaskError as error:
@@ -133,23 +133,23 @@ class _Run:
                 raise DumpError(_line(cause)) from error
             if isinstance(cause, DamagedShardError):
                 way_out = "`logitstore verify --repair` takes it back, and the dump then writes it again"
-                self.fail(place, shard, f"layer {cause.layer!r} is damaged: {cause.reason}; {way_out}", again=False)
+                self.fail(slot, shard, f"layer {cause.layer!r} is damaged: {cause.reason}; {way_out}", again=False)
                 return
             # A ValueError is caused by the documents, so that another attempt would fail too. Other errors, such as
             # those of a bucket or a device, may be gone at the next attempt.
             again = not isinstance(cause, ValueError)
-            self.fail(place, shard, f"{type(cause).__name__}: {_line(cause)}", again=again)
+            self.fail(slot, shard, f"{type(cause).__name__}: {_line(cause)}", again=again)
             if is_there:
-                self.blame(place, shard, _line(cause), is_lost=isinstance(cause, torch.AcceleratorError))
+                self.blame(slot, shard, _line(cause), is_lost=isinstance(cause, torch.AcceleratorError))
         except RayError as error:
-            self.fail(place, shard, f"its actor died ({_line(error)})", again=True)
+            self.fail(slot, shard, f"its actor died ({_line(error)})", again=True)
             if is_there:
-                self.blame(place, shard, _line(error), is_lost=True)
+                self.blame(slot, shard, _line(error), is_lost=True)
         else:
-            self.finish(place, shard, written)
+            self.finish(slot, shard, written)
 
-    def finish(self, place: int, shard: int, written: list[Commit]) -> None:
-        self.schedule.finish(place, shard)
+    def finish(self, slot: int, shard: int, written: list[Commit]) -> None:
+        self.schedule.finish(slot, shard)
         self.show(shard, int(self.rows[shard]))
         if not written:  # The shard was committed already: by another job, or by an actor that died afterwards.
             self.report.shards_skipped += 1
@@ -158,32 +158,32 @@ class _Run:
         self.report.rows += int(self.rows[shard])
         self.report.entries += sum(commit.entries for commit in written)
 
-    def blame(self, place: int, shard: int | None, reason: str, *, is_lost: bool) -> None:
-        """Counts a failure of a place. Gives the place up if it failed too often.
+    def blame(self, slot: int, shard: int | None, reason: str, *, is_lost: bool) -> None:
+        """Counts a failure of a slot. Gives the slot up if it failed too often.
 
-        If the place is not given up, and its actor is lost, a new actor is started there.
+        If the slot is not given up, and its actor is lost, a new actor is started there.
 
         Args:
-            place: The place where the failure happened.
+            slot: The slot where the failure happened.
             shard: The shard that failed; None if the actor could not be started.
             reason: The cause of the failure in one line.
             is_lost: Whether the actor has become unusable.
 
         Raises:
-            DumpError: The last place is given up, but some shards are neither finished nor set aside.
+            DumpError: The last slot is given up, but some shards are neither finished nor set aside.
         """
-        if not self.schedule.blame(place, shard):
+        if not self.schedule.blame(slot, shard):
             if shard is None:
                 logger.warning("an actor could not load the models; it is started again: %s", reason)
             if is_lost:
-                self.schedule.close(place)
-                self.pool.replace(place)
+                self.schedule.close(slot)
+                self.pool.replace(slot)
             return
-        self.pool.give_up(place)
+        self.pool.give_up(slot)
         # The failed shard may have been the last one. The dump then ends normally.
         if self.schedule.is_done:
             return
-        if self.schedule.has_places:
+        if self.schedule.has_slots:
             logger.error(
                 "an actor was given up after too many failures; the dump goes on with one actor fewer: %s",
                 reason,
@@ -197,9 +197,9 @@ class _Run:
                 "same command again; finished shards are kept"
             )
 
-    def fail(self, place: int, shard: int, reason: str, *, again: bool) -> None:
+    def fail(self, slot: int, shard: int, reason: str, *, again: bool) -> None:
         self.show(shard, 0)
-        if not self.schedule.fail(place, shard, again=again):
+        if not self.schedule.fail(slot, shard, again=again):
             logger.warning("shard %d is tried again: %s", shard, reason)
             return
         logger.error("shard %d is set aside: %s", shard, reason)

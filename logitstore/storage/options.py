@@ -49,7 +49,7 @@ def storage_options(path: str | None) -> dict[str, Any] | None:
     if path.lstrip().startswith("{"):
         raise ValueError(
             "storage_options must be the path of a JSON file, got JSON itself (not shown); "
-            f"write it to a file, or to the environment variable {VARIABLE}"
+            f"save it to a file and give the path, or put it into the environment variable {VARIABLE}"
         )
     shown = f"storage_options={path}"
     return _parsed(_content(path, "storage_options", shown), "storage_options", shown)

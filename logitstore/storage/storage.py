@@ -92,7 +92,7 @@ class Storage:
         if self.is_local:
             self._url = Url(path)  # absolute, because a process that unpickles this may run in another folder
             if os.path.exists(path) and not os.path.isdir(path):
-                raise ValueError(f"url must be a folder or a URL, got url={self.url}, which is a file; give another")
+                raise ValueError(f"url must be a folder or a URL, got url={self.url}, which is a file; give a folder")
         self._has_answered = False
         self.cache: ReadThroughCache | None = None
         if cache is not None and not self.is_local:

@@ -191,8 +191,8 @@ class Catalog:
         }.get(layer, "dump the losses again, which replaces the stale ones")
         if commit.made_by != (now := self.layers[layer].made_by):
             raise IdentityError(
-                f"shard {shard} of layer {layer!r} must be made as the layer's spec says ({now[:19]}), got a shard "
-                f"made by another job with another spec ({commit.made_by[:19]}); {way_out}"
+                f"shard {shard} of layer {layer!r} must be made with the layer's spec ({now[:19]}), got a shard that "
+                f"another job made with another spec ({commit.made_by[:19]}); {way_out}"
             )
         below = layout.below(layer)
         if below is None:

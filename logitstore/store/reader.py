@@ -290,7 +290,7 @@ class Store:
         return other
 
     def read_smaller(self, *, k: int | None, mass: float | None) -> Store:
-        """Returns this store read with fewer entries per row, or the store itself if both arguments are None.
+        """Returns a view of this store whose rows have fewer entries, or the store itself if both options are None.
 
         Args:
             k: Maximum number of entries of a row; None keeps the stored limit.

@@ -115,7 +115,7 @@ RECORDS = {
     "computed from nothing": (with_value(computed_from=None), "must be computed from"),
     "made_by": (with_value(made_by="\x1b[2J" * 100), "must be made as the layer's spec says"),
     "checksums a list": (with_value(checksums=[]), r"checksums=\[\]"),
-    "checksums others": (with_value(checksums={}), "checksums of other arrays"),
+    "checksums others": (with_value(checksums={}), "checksums are not those"),
     "checksum deep": (lambda r: r["checksums"].update(tail=[[[[1]]]]), "malformed checksums"),
     "checksum long": (lambda r: r["checksums"].update(tail="0" * 10**6), "malformed checksums"),
     "checksum": (lambda r: r["checksums"].update(tail="00000000"), "tail with checksum"),
@@ -131,8 +131,8 @@ RECORDS = {
     "set_aside many": (lambda r: r.update(set_aside={str(i): "x" for i in range(50_000)}), "more set aside than"),
     "set_aside other": (with_value(set_aside={"0": "x"}), "with counted="),
     "set_aside none": (with_value(set_aside={}), "with counted="),
-    "counted fewer": (with_value(counted=1), "with counted=1, not"),
-    "fewer rows": (with_value(rows=3, documents=5), "more documents or counted rows than rows"),
+    "counted fewer": (with_value(counted=1), "with counted=1, although"),
+    "fewer rows": (with_value(rows=3, documents=5), "more documents than rows"),
 }
 
 

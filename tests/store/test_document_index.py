@@ -177,7 +177,7 @@ def test_record_without_digests_is_refused(url):
     stores.change_record(url, "tokens", 1, forget)
     store = logitstore.open(url)
     for read in (store.documents, lambda: store.read_shard(1)):
-        with pytest.raises(DamagedShardError, match=r"shard 1 of layer 'tokens'.*with checksums of other arrays"):
+        with pytest.raises(DamagedShardError, match=r"shard 1 of layer 'tokens'.*whose checksums are not those"):
             read()
 
 

@@ -20,11 +20,11 @@ def handed_out(schedule):
     return list(schedule.hand_out())
 
 
-def scheduled(shards, num_places, failed_before=()):
+def scheduled(shards, num_slots, failed_before=()):
     """Returns a schedule whose actors have all started."""
-    schedule = Schedule(shards, num_places, failed_before)
-    for place in range(num_places):
-        schedule.open(place)
+    schedule = Schedule(shards, num_slots, failed_before)
+    for slot in range(num_slots):
+        schedule.open(slot)
     return schedule
 
 
@@ -34,15 +34,15 @@ def test_every_actor_gets_one_shard_before_any_gets_two():
     assert handed_out(schedule) == []
     schedule.finish(1, 1)
     assert handed_out(schedule) == [(1, 4)]
-    for place, shard in ((0, 0), (0, 2), (1, 3), (1, 4)):
+    for slot, shard in ((0, 0), (0, 2), (1, 3), (1, 4)):
         assert not schedule.is_done
-        schedule.finish(place, shard)
+        schedule.finish(slot, shard)
     assert schedule.is_done
 
 
 def test_failed_shard_is_retried_last_on_another_actor_and_alone():
     schedule = scheduled(range(6), 2)
-    handed_out(schedule)  # 0 and 2 at place 0, 1 and 3 at place 1
+    handed_out(schedule)  # 0 and 2 at slot 0, 1 and 3 at slot 1
     assert not schedule.fail(0, 0, again=True)
     assert not schedule.fail(0, 2, again=True)
     assert handed_out(schedule) == [(0, 4), (0, 5)]
@@ -52,7 +52,7 @@ def test_failed_shard_is_retried_last_on_another_actor_and_alone():
     assert handed_out(schedule) == [(1, 0)]
     schedule.finish(0, 4)
     schedule.finish(0, 5)
-    assert handed_out(schedule) == []  # 2 failed at place 0, and waits for place 1
+    assert handed_out(schedule) == []  # 2 failed at slot 0, and waits for slot 1
     schedule.finish(1, 0)
     assert handed_out(schedule) == [(1, 2)]
 
@@ -90,9 +90,9 @@ def test_actor_whose_shards_all_fail_is_given_up():
     schedule = scheduled(range(100), 2)
     handed_out(schedule)
     assert [schedule.blame(0, 0) for _ in range(MAX_ATTEMPTS)] == [False, False, True]
-    assert schedule.has_places
+    assert schedule.has_slots
     assert [schedule.blame(1, 1), schedule.blame(1, None), schedule.blame(1, 3)] == [False, False, True]
-    assert not schedule.has_places
+    assert not schedule.has_slots
 
 
 def test_actor_that_has_finished_a_shard_may_fail_more_often():
@@ -119,7 +119,7 @@ def test_failed_restart_counts_against_the_actor_after_a_shard_that_failed_befor
     assert not schedule.blame(0, 1)
     schedule.close(0)
     assert [schedule.blame(0, None) for _ in range(MAX_IN_A_ROW)] == [False] * (MAX_IN_A_ROW - 1) + [True]
-    assert not schedule.has_places
+    assert not schedule.has_slots
     assert not schedule.is_done
 
 
@@ -165,17 +165,17 @@ def test_last_shards_wait_for_starting_actors():
 
 def test_all_actors_are_given_up_when_none_can_start():
     schedule = Schedule(range(9), 3, ())
-    assert [schedule.blame(place, None) for place in (0, 0, 2)] == [False] * 3
-    assert schedule.has_places
+    assert [schedule.blame(slot, None) for slot in (0, 0, 2)] == [False] * 3
+    assert schedule.has_slots
     assert schedule.blame(1, None)
-    assert not schedule.has_places
+    assert not schedule.has_slots
 
 
 def test_actor_that_cannot_start_does_not_affect_the_others():
     schedule = Schedule(range(9), 2, ())
     schedule.open(1)
     assert [schedule.blame(0, None) for _ in range(MAX_ATTEMPTS)] == [False] * (MAX_ATTEMPTS - 1) + [True]
-    assert schedule.has_places
+    assert schedule.has_slots
     assert handed_out(schedule) == [(1, 0), (1, 1)]
 
 
@@ -249,9 +249,9 @@ def test_record_with_the_longest_reason_can_be_read(storage):
 
 @pytest.mark.parametrize("layer", ["../x", "losses/../../x", "losses/", "target/x"])
 def test_names_that_are_not_layers_are_refused(storage, layer):
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must consist of"):
         set_aside.read_set_aside(storage, layer)
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must consist of"):
         set_aside.record(storage, layer, 0, "", 1)
 
 

@@ -282,7 +282,7 @@ def test_malformed_metadata_is_refused(copy, change, message):
         ({"rows": -1}, "negative counts"),
         ({"rows": "3"}, "rows='3'"),
         ({"more": 1}, "missing or unknown fields"),
-        ({"checksums": {}}, "checksums of other arrays"),
+        ({"checksums": {}}, "whose checksums are not those"),
         ({"rows": 10**9}, "a commit record named 000001-.*, but with the content of 000001-.*-1000000000r-"),
         ({"digest": "sha256:0"}, "digest='sha256:0'"),
         ({"set_aside": {"first": "why"}}, "malformed set_aside"),

@@ -118,14 +118,15 @@ def row_acceptance(
     Args:
         logprobs: Float32 [N, V], logprobs of the draft, normalised over the true vocabulary.
         stored: The N decoded rows.
-        least: The same entries, with the lowest probabilities that their codes stand for.
-        most: The same entries, with the highest probabilities that their codes stand for.
+        least: The entries of `stored`, each with the lowest probability that its code can stand for.
+        most: The entries of `stored`, each with the highest probability that its code can stand for.
         kept_from: Tokens with at least this probability are always kept and never drawn; inf if the scheme of the
             store has no such limit.
 
     Returns:
-        The values of the N rows. For every target distribution p that the codes stand for, sum_v min(p_v, q_v) lies
-        between alpha_lower and alpha_upper; q is the distribution of the draft.
+        The acceptance figures of the N rows, among them the bounds alpha_lower and alpha_upper. For every target
+        distribution p that agrees with the codes, sum_v min(p_v, q_v) lies between these bounds. Here, q is the
+        distribution of the draft.
     """
     kept, log_tail = on_support(logprobs, stored)
     q, q_tail = kept.exp().where(stored.used, 0.0), log_tail.exp()

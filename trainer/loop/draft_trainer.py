@@ -1,8 +1,7 @@
 """DraftTrainer: transformers' Trainer, changed to train a draft on the documents of a store, without the target.
 
 Trainer provides ranks, mixed precision, accumulation, schedules, checkpoints and logging. This module adds the loss,
-the order of the documents, more logged statistics and the evaluation. The draft is saved as an ordinary Hugging Face
-model.
+the order of the documents, more logged statistics and the evaluation. The draft is saved as a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class DraftTrainer(Trainer):
             args: Training arguments of transformers.
             dataset: The documents to train on, in the order of the training.
             tokenizer: The tokenizer that is saved with the draft.
-            held_out: Documents for all evaluations: the final one, and those that `args` requests. None for no
-                evaluations.
+            held_out: Documents for all evaluations, the final one included; None for no evaluations.
             denominator: Name of the number by which the weighted loss sum of a step is divided; see `DENOMINATORS`.
             queue_rows: Number of recent rows that each row competes with if the rule's scope is `queue`.
             remote: Copies finished checkpoints to a URL; None keeps checkpoints on the local disk only.
@@ -143,12 +141,7 @@ class DraftTrainer(Trainer):
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader[Any]
     ) -> tuple[int, int, int, int, int, int, int]:
-        """Computes the numbers of epochs, steps, packs and micro-batches that Trainer needs.
-
-        Returns:
-            Epochs in the run, steps per epoch, packs per epoch, packs in the run, packs per step, micro-batches per
-            epoch, and steps in the run. The numbers for the run include the part before a resume.
-        """
+        """Returns the numbers of epochs, steps, packs and micro-batches. Totals include the part before a resume."""
         deal, packs = self._deal, self._dataset.order.packs_per_epoch
         max_steps = args.max_steps
         if max_steps <= 0:
@@ -196,8 +189,7 @@ class DraftTrainer(Trainer):
     ) -> None:
         """Trains on the packs that are left of an epoch.
 
-        Trainer gets these packs as if they were a full epoch. In a resumed run, it therefore restores the random state
-        before the first of these packs.
+        Trainer gets these packs as a full epoch, so in a resumed run it restores the random state before the first one.
         """
         order, deal = self._dataset.order, self._deal
         packs = self._begin.packs if epoch == self._begin.epoch else 0

@@ -153,8 +153,8 @@ class Steps:
 
         Args:
             state: The saved state.
-            window: Whether to restore the sums that were not logged yet. They belong to one rank, so they are only
-                valid if the number of ranks is unchanged.
+            window: Whether to also restore the sums that were not logged yet. These sums belong to one rank, so they
+                are valid only if the number of ranks is unchanged.
         """
         device = self._accelerator.device
         # The queue and the totals are the same on all ranks, so the saved state of any rank can be used.

@@ -47,8 +47,7 @@ def rows_at_once(split: SplitLM, hidden: Tensor) -> int:
     """Returns the number of rows in a chunk, for hidden states [N, H].
 
     Each chunk reads the head's weight, and adds to the weight's gradient. On a CPU, these two passes over memory take
-    most of the time if a chunk has fewer than H / 2 rows. With H / 2 rows, the logits have half as many values
-    as the weight.
+    most of the time if a chunk has fewer than H / 2 rows. With H / 2 rows, the logits are half as large.
     """
     return max(split.rows_per_chunk, hidden.shape[-1] // 2)
 
@@ -298,8 +297,7 @@ def _chunk(head: _LinearHead, hidden: Tensor, task: _Task, rows: slice) -> tuple
     losses, grad_kept, grad_tail, grad_label = _losses_and_gradients(task, part, kept, tail, label, weights)
 
     # log q_k = z_k - log sum exp z has the derivative 1[v = k] - q_v with respect to z_v. For the tail T, log q_t =
-    # log sum_T exp z - log sum exp z has the derivative 1[v in T] q_v / q_t - q_v. This derivative is used even where
-    # q_t is below TAIL_FLOOR.
+    # The derivative of log sum_T exp z - log sum exp z is 1[v in T] q_v / q_t - q_v, also where q_t < TAIL_FLOOR.
     if part is None or kept is None or places is None or grad_kept is None:
         gradient = values.mul_(-grad_label / mass)
     else:

@@ -49,7 +49,7 @@ likeliest token, int64."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """N rows whose loss mask is 1, with the values from which a selection computes their scores."""
+    """N rows whose loss mask is 1, with the values that a selection needs to score them."""
 
     support: Support | None
     """The target's rows; None if the target is not read."""

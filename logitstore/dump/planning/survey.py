@@ -68,7 +68,7 @@ def run(
     Args:
         args: Parsed options of the command.
         schemes: Schemes to compare.
-        references: Hugging Face id or folder of each reference whose losses are planned too, by name of the reference.
+        references: Maps the name of each reference whose losses are planned too to its Hugging Face id or folder.
         max_length: Largest number of tokens in a document.
 
     Returns:

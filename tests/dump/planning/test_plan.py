@@ -206,7 +206,7 @@ def test_help_explains_rows_per_s_and_calibrate(tiny, capsys):
     """The rows/s that a dump prints are those of all its actors, so the help tells the user to divide them."""
     assert cli.main(["plan", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "the rows/s that a dump printed, over its --num_actors" in text
+    assert "the rows/s that a dump printed, divided by its --num_actors" in text
     assert "only --calibrate needs its weights" in text
 
 

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
         (["--seed", "1"], "seed needs --scheme, got seed=1 without it; add the --scheme that has this option"),
         (
             ["--reference", "ref"],
-            "reference must be NAME=MODEL, got reference=ref; example: --reference ref=path/to/it",
+            "reference must be NAME=MODEL, got reference=ref; example: --reference ref=path/to/model",
         ),
         (["--reference", "a/b={reference}"], "reference name must consist of at most 64 letters, digits"),
         (["--storage_options", "nowhere.json"], "storage_options must be a JSON file, got storage_options=now"),

@@ -147,7 +147,7 @@ def test_invalid_configurations_are_refused(spec, tiny, tmp_path):
     refused(spec, "draft must be given, got none")
     for text, match in (("[1]", "JSON object with a model_type"), ("{}", "no model_type"), ("{", "JSON object"),
                         ('{"model_type": "lama"}', "JSON object with a model_type"),
-                        ('{"model_type": "llama", "hiden_size": 8}', "nearest is hidden_size")):  # fmt: skip
+                        ('{"model_type": "llama", "hiden_size": 8}', "most similar one is hidden_size")):  # fmt: skip
         file = tmp_path / "bad.json"
         file.write_text(text)
         refused(spec, match, config=(str(file),))

@@ -275,7 +275,7 @@ def test_invalid_input_exits_with_one_line_and_status_2(name, tiny, tiny_store, 
     ("file", "message"),
     [
         ("typo.yaml", "run file may contain only names of flags, got 'keeep' in {f}/typo.yaml"),
-        ("list.yaml", "run file must be a file of `name: value` lines, got {f}/list.yaml"),
+        ("list.yaml", "run file must contain only `name: value` lines, got {f}/list.yaml"),
         ("broken.yaml", "run file must be a readable YAML file, got {f}/broken.yaml: not YAML (ParserError)"),
         ("word.yaml", "argument --keep: invalid float value: 'some'"),
         ("none.yaml", "run file must be a readable YAML file, got {f}/none.yaml: No such file or directory"),
