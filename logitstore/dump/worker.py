@@ -232,7 +232,7 @@ class ShardDumper:
 
         Returns:
             The commit record that is valid after this call. If another writer was first, this is the record of that
-            writer. None if the valid record is useless.
+            writer. None if that record is useless (see `dump`).
         """
         computed_from = shard.tokens_digest if layer == "target" else shard.target_digest
         # A retry may fail with other documents than before, for example on a smaller device. It replaces a commit only

@@ -133,10 +133,10 @@ def _refusal(what: str, rule: str, name: str, error: Exception, next_step: str) 
 
 @contextmanager
 def loading_bars(wanted: bool) -> Iterator[None]:
-    """Context manager that hides the progress bars of transformers for loading and saving weights.
+    """Context manager that hides transformers' bars for loading and saving weights, unless they are wanted.
 
     Args:
-        wanted: Whether to leave the bars on.
+        wanted: Whether to show the bars.
     """
     # Bars that were off before must stay off afterwards.
     if wanted or not logging.is_progress_bar_enabled():

@@ -202,8 +202,8 @@ class Catalog:
         index = self.layers[below].index if below in self.layers else None
         if index is None or (place := index.find(shard)) is None:
             raise LayerNotFoundError(
-                f"layer {below!r} must hold shard {shard}, from which layer {layer!r} was computed, got no such shard "
-                f"in {self.storage.url}; run the dump again to write the missing shard"
+                f"layer {below!r} in {self.storage.url} must have shard {shard}, because layer {layer!r} has a shard "
+                "that was computed from it; run the dump again to write the missing shard"
             )
         if shard in index.contested:
             raise DamagedShardError(below, shard, "several commit records")

@@ -11,4 +11,5 @@ if __name__ == "__main__":
     for argv in json.loads(sys.argv[1]):
         train_command.run(argv)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     run(argv)
     # Without this call, the threads of gloo may abort a rank that ends, and torchrun then reports a failed training.
+    # The ranks wait for each other, because a rank that leaves early would break the connections of the others.
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return 0
 

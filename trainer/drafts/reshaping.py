@@ -43,7 +43,8 @@ def chosen_layers(text: str, num_layers: int) -> tuple[int, ...]:
     if "," not in text:
         if not 1 <= numbers[0] <= num_layers:
             raise ValueError(
-                f"draft_layers must be between 1 and the model's {num_layers}, got draft_layers={text}; change it"
+                f"draft_layers must be between 1 and {num_layers}, the number of layers of the model, got "
+                f"draft_layers={text}; change it"
             )
         return tuple(np.linspace(0, num_layers - 1, numbers[0]).round().astype(int).tolist())
     if list(numbers) != sorted(set(numbers)) or numbers[-1] >= num_layers:

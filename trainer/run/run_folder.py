@@ -145,10 +145,10 @@ def write_state(folder: Path, state: TrainerState) -> None:
 
 
 def check_same_run(held: Held, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Checks that a resumed run has the same arguments as the run in the output.
+    """Checks that a resumed run has the same arguments as the run in the output folder.
 
     Args:
-        held: The output.
+        held: Contents of the output folder of that run.
         before: Arguments in the output's run.yaml.
         now: Arguments of the resumed run.
 
@@ -171,7 +171,7 @@ def find_finished(held: Held, training: TrainingArguments) -> TrainerState | Non
     """Returns the state of a finished run; None if the output holds no run, or if the run still has steps to do.
 
     Args:
-        held: The output. Its run.yaml, if it exists, must have passed `check_same_run`.
+        held: Contents of the output folder. Its run.yaml, if it exists, must have passed `check_same_run`.
         training: Training arguments of the resumed run, which set the number of its steps.
 
     Raises:
@@ -208,7 +208,7 @@ def find_checkpoint(held: Held, wanted: str) -> str | None:
     """Returns the checkpoint to resume from; None to start from the draft.
 
     Args:
-        held: The output.
+        held: Contents of the output folder of that run.
         wanted: "true" for the last finished checkpoint of the output, or the path or URL of a checkpoint.
 
     Returns:

@@ -175,7 +175,7 @@ def _parse(found: object, commit: Commit) -> Winner:
         raise FormatError(f"winner file must list arrays of {commit.layer}, got {objects!r:.80}; delete that file")
     if not isinstance(attempt, str) or not re.fullmatch("[0-9a-f]{32}", attempt):
         raise FormatError(
-            f"winner file must have an attempt of 32 hexadecimal digits, got {attempt!r:.80}; delete that file"
+            f"winner file must hold an attempt id of 32 hexadecimal digits, got {attempt!r:.80}; delete that file"
         )
     if not isinstance(name, str) or not isinstance(record, str):
         raise FormatError(f"winner file must hold a commit record as text, got {record!r:.80}; delete that file")
