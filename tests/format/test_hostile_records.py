@@ -113,7 +113,7 @@ RECORDS = {
     "digest long": (with_value(digest="sha256:" + "0" * 10**6), "digest="),
     "computed_from": (with_value(computed_from="sha256:" + "0" * 64), "must be computed from|several|stale"),
     "computed from nothing": (with_value(computed_from=None), "must be computed from"),
-    "made_by": (with_value(made_by="\x1b[2J" * 100), "must be made as the layer's spec says"),
+    "made_by": (with_value(made_by="\x1b[2J" * 100), "must be made with the layer's spec"),
     "checksums a list": (with_value(checksums=[]), r"checksums=\[\]"),
     "checksums others": (with_value(checksums={}), "checksums are not those"),
     "checksum deep": (lambda r: r["checksums"].update(tail=[[[[1]]]]), "malformed checksums"),

@@ -3,13 +3,9 @@
 import json
 import sys
 
-import torch
-
 from trainer.commands import train as train_command
 
 if __name__ == "__main__":
     for argv in json.loads(sys.argv[1]):
         train_command.run(argv)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    train_command.end_process_group()

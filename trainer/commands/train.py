@@ -12,6 +12,7 @@ Every flag of transformers.TrainingArguments works too: --help_all shows them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -148,12 +149,22 @@ def run(argv: Sequence[str] | None = None) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     run(argv)
-    # Without this call, the threads of gloo may abort a rank that ends, and torchrun then reports a failed training.
-    # The ranks wait for each other, because a rank that leaves early would break the connections of the others.
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    end_process_group()
     return 0
+
+
+def end_process_group() -> None:
+    """Closes the connections between the ranks of a torchrun, if there are any. All ranks must call this function.
+
+    Otherwise a thread of gloo may still run when the interpreter ends. The thread then aborts the process, and torchrun
+    reports a failed training.
+    """
+    if torch.distributed.is_initialized():
+        # A rank that leaves early would break the connections of the others.
+        torch.distributed.barrier()
+        # The threads end with the last reference to the group, which the trainer holds in reference cycles.
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
