@@ -112,6 +112,6 @@ def _shortened(lines: list[str], total: int) -> Iterator[str]:
 
 
 def _say(prefix: str, lines: Iterable[str]) -> None:
-    """Prints lines to stderr, without control characters that a foreign store could send to the terminal."""
+    """Prints lines to stderr, without the control characters that text from an untrusted store may contain."""
     for line in lines:
         print(prefix + re.sub(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]+", " ", line), file=sys.stderr)

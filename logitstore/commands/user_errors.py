@@ -102,10 +102,10 @@ def leave(status: int) -> NoReturn:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Context manager that ends the process with one line and status 2 on a ValueError or a LogitStoreError.
+    """Context manager that ends the process with one line on a ValueError or a LogitStoreError.
 
-    These errors mean a bad argument, or a store that does not fit the request. A damaged store is not a mistake in the
-    arguments: its status is 1.
+    The exit status is 1 if the store is damaged, and otherwise 2: an argument is wrong, or the store does not fit the
+    request.
 
     Use this context manager only for the checks at the start of a command. Later errors are not the user's mistake and
     must keep their traceback.
@@ -152,7 +152,7 @@ def end(error: Exception | str, status: int) -> NoReturn:
 
 
 def say(lines: Iterable[str]) -> None:
-    """Prints lines to stdout, without control characters that a foreign store could send to the terminal."""
+    """Prints lines to stdout, without the control characters that text from an untrusted store may contain."""
     for line in lines:
         print(plain(line))
 

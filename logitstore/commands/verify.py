@@ -47,7 +47,7 @@ def parser() -> Parser:
 
 @command("verify only reads; a repair that was stopped is finished by running the same command again")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 if there is damage, 2 on a mistake in the arguments."""
+    """Runs the command. Returns its exit status: 0 on success, 1 if there is damage, 2 if the arguments are wrong."""
     with user_errors():
         args = parser().parse_args(argv)
         check_num_threads(args.num_threads)  # `verify` checks this too, but only after the bar was drawn.

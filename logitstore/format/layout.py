@@ -103,7 +103,7 @@ def losses_layer(name: str) -> str:
 
 
 def capacity(array: ArraySpec, shard_rows: int, k: int) -> int:
-    """Returns the number of values of an array that one shard has room for.
+    """Returns how many values of an array fit in one shard.
 
     Args:
         array: The array.

@@ -171,8 +171,9 @@ def soft_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
 def estimated_cross_entropy(support: Support, kept: Tensor, tail: Tensor) -> Tensor:
     """Computes the training loss of each row.
 
-    For truncated rows, this is `soft_cross_entropy`. For drawn entries, it is -sum_S w log q: an unbiased estimate of
-    the cross entropy over the whole vocabulary, with an unbiased gradient (arXiv 2503.16870).
+    For truncated rows, this is `soft_cross_entropy`. For drawn entries, it is the sum of -w log q over the
+    entries: an unbiased estimate of the cross entropy over the whole vocabulary, with an unbiased gradient (arXiv
+    2503.16870).
 
     Args:
         support: N rows of the target p, with weights w if entries were drawn.

@@ -168,14 +168,14 @@ def _entries_to_reach(
 
 
 def drop(rows: Rows, chosen: NDArray[np.bool_]) -> Rows:
-    """Drops entries of truncated rows, and adds their probability to the tail mass.
+    """Drops the entries of truncated rows that are not chosen, and adds their probability to the tail mass.
 
     Args:
         rows: Rows without weights.
         chosen: [E]: whether each entry is kept. A row that has entries must keep at least one of them.
 
     Returns:
-        N rows with the kept entries.
+        The same rows with the kept entries only.
     """
     there = rows.counts > 0
     firsts = rows.offsets[:-1][there]

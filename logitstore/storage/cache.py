@@ -90,7 +90,7 @@ class ReadThroughCache:
         if max_bytes <= 0:
             raise ValueError(
                 f"max_bytes must be positive, got max_bytes={max_bytes}; "
-                "give the bytes that the local cache may take, or omit the folder to read without a cache"
+                "give the bytes that the local cache may take, or omit the cache folder to use no cache"
             )
         self._fs = fs
         # Absolute, because a process that unpickles this cache may have another working directory.

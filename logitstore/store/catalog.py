@@ -61,7 +61,7 @@ class Layer:
 
     @property
     def gaps(self) -> list[range]:
-        """Runs of consecutive shards that are not committed yet, in order."""
+        """Ranges of consecutive shards that are not committed yet, in order."""
         # Only committed shards are examined, so that a long run of missing shards costs no time.
         edges = np.concatenate([[-1], self.index.upto(self.num_shards).shards, [self.num_shards]])
         (before,) = np.nonzero(np.diff(edges) > 1)
@@ -104,7 +104,7 @@ class Catalog:
         if attributes is None:
             raise StoreNotFoundError(
                 f"url must lead to a store, got url={storage.url}, which has no zarr.json; check the "
-                "path, or give --data and --target to the dump to create a store there"
+                "path, or create a store there by a dump with --data and --target"
             )
         spec = stored_spec(StoreSpec, attributes, "store")
         # Other jobs may add layers at the same time, so losses are read before the target. A losses layer is added

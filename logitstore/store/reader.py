@@ -265,8 +265,7 @@ class Store:
         If `scheme` is the stored scheme, the returned store has all entries and the losses. Otherwise the returned
         store has no losses, because the losses were computed on all stored entries.
 
-        `scheme` is always applied to the stored rows. If this store is already read with a smaller scheme, `scheme` may
-        therefore keep more entries than that scheme.
+        `scheme` always applies to the stored rows, even if this store is itself the result of `read_as`.
 
         Args:
             scheme: A `topk` or `nucleus` scheme. Every row must store all entries that this scheme keeps.

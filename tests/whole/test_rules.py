@@ -208,7 +208,7 @@ def test_tests_import_no_test_and_no_private_name_of_the_product():
 
 
 def loaded(code):
-    """Which slow packages a piece of code loads."""
+    """Returns the slow packages that a piece of code loads."""
     slow = ("torch", "ray", "transformers", "datasets", "matplotlib")
     code = f"import sys\n{code}\nprint([m for m in {slow} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -224,6 +224,13 @@ def test_help_and_inspection_load_neither_torch_nor_ray_nor_transformers(tiny_st
     for argv in (["--help"], ["dump", "--help"], ["plan", "--help"], ["info", tiny_store], ["fidelity", tiny_store]):
         code += f"assert main({argv!r}) == 0\n"
     assert loaded(code) == []
+
+
+def test_help_of_all_commands_loads_neither_numpy_nor_zarr():
+    """A command handles Ctrl-C only after the imports of `logitstore.commands.main`, so these must be quick."""
+    code = "from logitstore.commands.main import main\nmain(['--help'])\nimport sys\n"
+    code += "assert not {'numpy', 'zarr', 'fsspec'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_scoring_and_trainer_load_no_ray():

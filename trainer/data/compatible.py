@@ -81,7 +81,7 @@ def check_alike(stores: Sequence[Store], *, reads_target: bool, losses: Iterable
             (drawn or truncated). If two stores differ, the message names both of them.
     """
     if not stores:
-        raise ValueError("stores must hold at least one store, got none; add --store")
+        raise ValueError("at least one store must be given, got none; add --store")
     first = stores[0]
     losses = tuple(losses)
     for store in stores[1:]:

@@ -63,7 +63,7 @@ class Deal:
             yield range(start + rank, min(start + size, used), self.ranks)
 
     def _used(self, packs: int) -> int:
-        """Returns how many of `packs` packs are trained on: all, or with `drop_last` only those in full steps."""
+        """Returns how many of `packs` packs are trained on: all, or only those in full steps if `drop_last` is set."""
         return self.num_steps(packs) * self.packs_per_step if self.drop_last else packs
 
 
@@ -86,8 +86,8 @@ class Position:
 
         Args:
             packs_per_epoch: Number of packs in an epoch.
-            deal: Division of the packs from this position on.
-            max_steps: Number of optimizer steps in the whole run, including those before this position.
+            deal: Division of the packs after the current position.
+            max_steps: Number of optimizer steps in the whole run, including those before the current position.
 
         Returns:
             Number of epochs since the run began. If the run ends within an epoch, that epoch is counted.
@@ -109,7 +109,7 @@ class Position:
 
         Args:
             packs_per_epoch: Number of packs in an epoch.
-            deal: Division of the packs from this position on.
+            deal: Division of the packs after the current position.
             epochs: Number of epochs since the run began; not necessarily an integer. With 2.5, for example, the run
                 ends after half of the packs of the third epoch.
         """

@@ -43,7 +43,7 @@ def read_settings(given: Sequence[str]) -> tuple[str | None, Settings]:
         The file, folder or id (None if only pairs are given), and the values of the pairs, keyed by their keys.
 
     Raises:
-        ValueError: More than one word is not a `key=value` pair, or a key is given twice.
+        ValueError: Two or more of the words are not `key=value` pairs, or a key is given twice.
     """
     base: str | None = None
     settings: Settings = {}

@@ -21,8 +21,8 @@ def chosen_layers(text: str, num_layers: int) -> tuple[int, ...]:
     """Parses the value of --draft_layers.
 
     Args:
-        text: Either the numbers of the layers to keep, counted from 0, in ascending order and separated by commas. Or,
-            without a comma, how many layers to keep; these are spaced evenly from the first layer to the last.
+        text: Either the indices of the layers to keep (counted from 0, in ascending order, separated by commas), or a
+            single number: how many layers to keep, spaced evenly from the first layer to the last.
         num_layers: Number of layers of the model.
 
     Returns:

@@ -136,11 +136,10 @@ def measure_acceptance(
         ValueError: An argument is out of its range, or a model's vocabulary is smaller than the tokenizer's.
     """
     check_settings(mode=mode, gamma=gamma, max_new_tokens=max_new_tokens)
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError(
-            f"prompts must hold at least one prompt, and each at least one token, got {len(prompts)} prompts; remove "
-            "the empty ones"
-        )
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none; give at least one")
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"every prompt must have at least one token, got prompts[{empty[0]}] without any; remove it")
     for name, model in (("target", target), ("draft", draft)):
         if (size := model.config.get_text_config().vocab_size) < vocab_size:
             raise ValueError(

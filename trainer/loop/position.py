@@ -111,7 +111,7 @@ class AtTheEnd(TrainerCallback):
 
 
 def note_callbacks(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> None:
-    """Writes the states of callbacks into the trainer state. Trainer itself does this only for a checkpoint.
+    """Writes the states of callbacks into the trainer state. Trainer itself does this only when it saves a checkpoint.
 
     Args:
         state: The state that is changed.

@@ -154,8 +154,8 @@ def check_training_arguments(args: TrainingArguments) -> None:
             )
     if args.n_gpu > 1:
         raise ValueError(
-            f"the number of processes must equal that of GPUs, got one for {args.n_gpu} GPUs; start the job with "
-            f"torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
+            f"the number of processes must equal the number of GPUs, got one for {args.n_gpu} GPUs; start the job "
+            f"with torchrun --nproc_per_node {args.n_gpu}, or choose a GPU with CUDA_VISIBLE_DEVICES"
         )
 
 

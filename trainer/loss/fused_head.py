@@ -209,7 +209,7 @@ class _Task:
         return None if self.support is None else self.support[rows]
 
     def losses(self, part: Support | None, kept: Tensor | None, tail: Tensor | None, label: Tensor) -> Tensor:
-        """Returns the objective [n] of a chunk for the draft's logprobs of entries [n, K], tail [n] and label [n]."""
+        """Returns the objective [n] of a chunk from logprobs of the draft: entries [n, K], tail [n] and label [n]."""
         share, divergence = self.objective.label_weight, self.objective.divergence
         if divergence is None or part is None or kept is None or tail is None:
             return -label

@@ -128,7 +128,9 @@ def read_run(path: Path, known: set[str]) -> dict[str, Any]:
     if unknown := sorted(set(values) - known):
         near = difflib.get_close_matches(unknown[0], known, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"run file may contain only names of flags, got {unknown[0]!r} in {path}{meant}; see --help")
+        raise ValueError(
+            f"keys of the run file must be names of flags, got {unknown[0]!r} in {path}{meant}; see --help"
+        )
     return {k: v if v is None or isinstance(v, list | dict) else str(v) for k, v in values.items()}
 
 

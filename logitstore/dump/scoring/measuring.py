@@ -238,7 +238,7 @@ def measure_losses(exact: Exact, draft: Exact, rows: Rows) -> dict[str, float]:
 
 
 def check_budget(fidelity: Mapping[str, float], spec: TargetSpec, max_kl: float | None, shard: int) -> None:
-    """Checks that storing the target's rows of a shard loses no more than the budget.
+    """Checks that a shard's target rows lose no more than `max_kl` when they are stored.
 
     The loss is the mean of kl_codes + kl_tail over the measured rows. Only truncated rows have a budget: if entries are
     drawn, nothing except rounding is lost on average.

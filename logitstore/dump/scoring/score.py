@@ -133,7 +133,7 @@ def score_target(
 
 @torch.no_grad()
 def score_again(lm: SplitLM, shard: Shard, rows: NDArray[np.intp]) -> Exact:
-    """Runs the target a second time, on each document alone, to measure the target's numerical noise (the control).
+    """Runs the target a second time, on each document alone. This run, the control, measures the numerical noise.
 
     Args:
         lm: The target.

@@ -344,7 +344,7 @@ def test_stale_shards_are_refused_before_reading(small_store, tmp_path, layer):
 
 
 def test_incompatible_stores_are_refused(small_store, drawn_store, tmp_path):
-    with pytest.raises(ValueError, match="stores must hold at least one store, got none; add --store"):
+    with pytest.raises(ValueError, match="at least one store must be given, got none; add --store"):
         DocumentDataset([])
     expected = f"got kind of entries=truncated in {small_store} and kind of entries=drawn in {drawn_store}; omit one"
     with pytest.raises(ValueError, match=expected):

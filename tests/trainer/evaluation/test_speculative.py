@@ -197,8 +197,8 @@ def test_measuring_leaves_the_models_unchanged(models, prompts):
         ({"max_new_tokens": 1}, "max_new_tokens=1"),
         ({"mode": "beam"}, "mode=beam"),
         ({"vocab_size": 521}, "vocab_size=520"),
-        ({"prompts": []}, "got 0 prompts"),
-        ({"prompts": [[3], []]}, "got 2 prompts"),
+        ({"prompts": []}, "prompts must hold at least one prompt, got none"),
+        ({"prompts": [[3], []]}, r"got prompts\[1\] without any; remove it"),
     ],
 )
 def test_invalid_arguments_are_refused(models, change, message):

@@ -274,7 +274,7 @@ def test_invalid_input_exits_with_one_line_and_status_2(name, tiny, tiny_store, 
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("typo.yaml", "run file may contain only names of flags, got 'keeep' in {f}/typo.yaml"),
+        ("typo.yaml", "keys of the run file must be names of flags, got 'keeep' in {f}/typo.yaml"),
         ("list.yaml", "run file must contain only `name: value` lines, got {f}/list.yaml"),
         ("broken.yaml", "run file must be a readable YAML file, got {f}/broken.yaml: not YAML (ParserError)"),
         ("word.yaml", "argument --keep: invalid float value: 'some'"),
