@@ -177,7 +177,7 @@ class _Writing:
             raise IdentityError(
                 f"an append of {holder.data.source} ({_short(holder.data.documents)}) is running or was left "
                 f"unfinished, so {self.own.source} ({_short(self.own.documents)}) cannot be appended now; finish the "
-                f"other append by --data {holder.data.source} --append, or discard it with `logitstore verify --repair`"
+                f"other append with --data {holder.data.source} --append, or discard it: `logitstore verify --repair`"
             )
         # Shards after the store's end are checked twice. The first check comes before this job writes, because another
         # job may have written some of them. The second check comes before all of them become part of the store.

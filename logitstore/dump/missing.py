@@ -68,8 +68,8 @@ def check_makers(storage: Storage, made_by: Mapping[str, str]) -> None:
         found = "none" if attributes is None else maker(stored_spec(kind, attributes, layer))
         if found != wanted:
             raise IdentityError(
-                f"another job replaced layer {layer!r} in {storage.url} with one of another model ({found[:19]} "
-                f"instead of {wanted[:19]}); stop one of the two jobs"
+                f"another job replaced layer {layer!r} in {storage.url}, and uses another model ({found[:19]} instead "
+                f"of {wanted[:19]}); stop one of the two jobs"
             )
 
 

@@ -128,7 +128,7 @@ class ShardDumper:
             layers: Layers to fill, in any order: `target` and `losses/<name>`. Without `target`, losses are computed on
                 the target rows that are stored already.
             retry: Names of commit records that set documents aside. Their layers are computed again even if the commits
-                are not useless. Such a commit is replaced only if the documents that are set aside now are a proper
+                are not useless. Such a commit is replaced only if the documents that this call sets aside are a proper
                 subset of the documents that the commit sets aside.
 
         Returns:

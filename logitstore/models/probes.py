@@ -105,8 +105,8 @@ def _compare(lm: SplitLM, head: nn.Module, ids: Tensor, hidden: Tensor, factor: 
     if not torch.allclose(whole, halves, rtol=2e-2, atol=2e-2 * size, equal_nan=True):
         raise ValueError(
             f"model must compute its logits from its last hidden states and its output embedding alone, got {_name(lm)}"
-            f", whose logits differ from those by up to {float((whole - halves).abs().max()):.3g}; this architecture "
-            "is not supported"
+            f", whose logits differ by up to {float((whole - halves).abs().max()):.3g} from logits computed so; "
+            "this architecture is not supported"
         )
 
 

@@ -338,6 +338,6 @@ class LayerWriter:
         stored = None if found is None else stored_spec(type(self._own), found, self._layer)
         if stored is None or maker(stored) != self._made_by:
             raise IdentityError(
-                f"another job replaced layer {self._layer!r} in {self._storage.url} with one of another model while "
-                "this job was writing it; stop one of the two jobs"
+                f"another job replaced layer {self._layer!r} in {self._storage.url} while this job was writing it, and "
+                "uses another model; stop one of the two jobs"
             )

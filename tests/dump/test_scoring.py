@@ -182,5 +182,5 @@ def test_model_that_changes_the_logits_of_its_head_is_refused(tmp_path, tiny):
         return output
 
     model.forward = doubled
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM\), whose logits differ from those by up to"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\), whose logits differ by up to"):
         check_halves(SplitLM(model, VOCAB_SIZE))

@@ -275,12 +275,12 @@ def test_late_shard_of_a_replaced_layer_is_refused_and_replaced(storage, tiny):
     assert logitstore.verify(logitstore.open(storage.url)) == []
     todo = find_todo(logitstore.open(storage.url), ["target"], retry_set_aside=True)
     assert list(todo.shards) == [1, 2]
-    with pytest.raises(IdentityError, match=r"another job replaced layer 'target' in .* with one of another model"):
+    with pytest.raises(IdentityError, match=r"another job replaced layer 'target' in .* uses another model"):
         dumper(storage, ModelSource(name=tiny.target), made_by={"target": late._made_by["target"]})
     del late._writers["target"]._check_still_ours
-    with pytest.raises(IdentityError, match=r"another job replaced layer 'target' in .* with one of another model"):
+    with pytest.raises(IdentityError, match=r"another job replaced layer 'target' in .* uses another model"):
         late.dump(0, ["target"])
-    with pytest.raises(IdentityError, match=r"another job replaced layer 'target' in .* with one of another model"):
+    with pytest.raises(IdentityError, match=r"another job replaced layer 'target' in .* uses another model"):
         late.dump(1, ["target"])
     assert logitstore.open(storage.url).reader.commit("target", 0) == record
 

@@ -85,7 +85,7 @@ ALONE = {
 }
 NOT_THERE = ("gemma2", "sdpa")
 REFUSED = {
-    "bert": (BertConfig(**SMALL, is_decoder=True), "logits differ from those by up to"),
+    "bert": (BertConfig(**SMALL, is_decoder=True), "logits differ by up to"),
     "electra": (ElectraConfig(**SMALL, embedding_size=16, is_decoder=True), "which has another step between the two"),
     "xlnet": (XLNetConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layer=2, n_head=4, d_inner=48), "must be causal"),
 }
@@ -126,7 +126,7 @@ def test_check_finds_a_wrong_softcap_or_scale_despite_small_logits(change):
         lm.softcap = 30.0
     else:
         lm.scale = 1.1
-    with pytest.raises(ValueError, match=r"model=gemma \(GemmaForCausalLM\), whose logits differ from those by up to"):
+    with pytest.raises(ValueError, match=r"model=gemma \(GemmaForCausalLM\), whose logits differ by up to"):
         check_halves(lm)
 
 

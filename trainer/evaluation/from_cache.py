@@ -45,7 +45,7 @@ and of this module."""
 
 @dataclass(frozen=True, kw_only=True)
 class CachedAcceptance:
-    """Means over a store's rows with loss mask 1. The text before each row is a document's text, never the draft's."""
+    """Averages over the rows of a store with loss mask 1. The context of each row is the text of a document."""
 
     documents: int
     """Number of documents read."""

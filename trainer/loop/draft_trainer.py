@@ -187,7 +187,7 @@ class DraftTrainer(Trainer):
         epochs_trained: int,
         steps_trained_in_current_epoch: int,
     ) -> None:
-        """Trains on the packs that are left of an epoch.
+        """Trains on the remaining packs of an epoch.
 
         Trainer gets these packs as a full epoch, so in a resumed run it restores the random state before the first one.
         """

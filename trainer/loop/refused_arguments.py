@@ -97,7 +97,7 @@ def check_supported(values: Mapping[str, object]) -> None:
     optimizer = str(getattr(values["optim"], "value", values["optim"]))
     if optimizer.startswith("schedule_free"):
         raise ValueError(
-            f"optim must be one that trains the weights that are evaluated and saved, got optim={optimizer}; give "
+            f"optim must train the same weights that are evaluated and saved, got optim={optimizer}; give "
             "adamw_torch_fused"
         )
     if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):

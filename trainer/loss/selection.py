@@ -150,7 +150,7 @@ def score_gap_static(candidates: Candidates) -> Tensor:
 
 
 def score_draft_entropy(candidates: Candidates) -> Tensor:
-    """Returns the draft's entropy (SE-KD, arXiv 2602.01395, which keeps 0.2 of each document's rows)."""
+    """Returns the draft's entropy. SE-KD (arXiv 2602.01395) keeps the highest 20 % of each document."""
     return candidates["draft_entropy"]
 
 

@@ -132,7 +132,7 @@ def assumed(scheme: Scheme, vocab_size: int) -> Cost:
 
 
 def _entries(scheme: Scheme, which: int) -> float:
-    """Returns the mean number of entries in a row. `which` is the target in the tables: 0 confident, 1 uncertain."""
+    """Returns the mean number of entries in a row, for the confident target (`which` is 0) or the uncertain one (1)."""
     if scheme.name == "topk":
         return float(scheme.k)
     if scheme.name == "nucleus":

@@ -165,20 +165,18 @@ def _parse(found: object, commit: Commit) -> Winner:
         FormatError: The content is malformed.
         DamagedShardError: The commit record in the content is malformed, or belongs to another shard.
     """
-    if not isinstance(found, dict) or set(found) != {"attempt", "objects", "name", "commit"}:
+    fields = found if isinstance(found, dict) else {}
+    attempt, objects, name, record = (fields.get(field) for field in ("attempt", "objects", "name", "commit"))
+    arrays = [array.name for array in layout.layer_arrays(commit.layer)]
+    if (
+        len(fields) != 4
+        or not (isinstance(attempt, str) and re.fullmatch("[0-9a-f]{32}", attempt))
+        or not (isinstance(objects, list) and all(array in arrays for array in objects))
+        or not (isinstance(name, str) and isinstance(record, str))
+    ):
         raise FormatError(
-            f"winner file must have the fields attempt, objects, name and commit, got {found!r:.80}; delete that file"
+            f"winner file must hold an attempt and its commit record, got {found!r:.80}; delete that file"
         )
-    attempt, objects, name, record = (found[field] for field in ("attempt", "objects", "name", "commit"))
-    names = [array.name for array in layout.layer_arrays(commit.layer)]
-    if not isinstance(objects, list) or not all(array in names for array in objects):
-        raise FormatError(f"winner file must list arrays of {commit.layer}, got {objects!r:.80}; delete that file")
-    if not isinstance(attempt, str) or not re.fullmatch("[0-9a-f]{32}", attempt):
-        raise FormatError(
-            f"winner file must hold an attempt id of 32 hexadecimal digits, got {attempt!r:.80}; delete that file"
-        )
-    if not isinstance(name, str) or not isinstance(record, str):
-        raise FormatError(f"winner file must hold a commit record as text, got {record!r:.80}; delete that file")
     # JSON allows lone surrogates, which cannot be encoded. They are replaced, and the record then fails its checksum.
     return Winner(
         attempt=attempt,

@@ -139,7 +139,7 @@ BAD = {
     "half weights": (["--dtype", "float16"], "dtype must be one of ['auto', 'float32', 'bfloat16'], got dtype=float16"),
     "find": (["--auto_find_batch_size", "true"], "auto_find_batch_size must be False, got auto_find_batch_size=True"),
     "in time": (["--enable_jit_checkpoint", "true"], "enable_jit_checkpoint must be False, got enable_jit_checkpoint="),
-    "free": (["--optim", "schedule_free_adamw"], "optim must be one that trains the weights that are evaluated and "),
+    "free": (["--optim", "schedule_free_adamw"], "optim must train the same weights that are evaluated and "),
     "not there": (
         ["--optim", "adamw_bnb_8bit"],
         "optim must be one that this installation can create, got optim=adamw_bnb_8bit ",

@@ -39,9 +39,10 @@ def compare(name, support, logits):
     expected.sum().backward()
     got.sum().backward()
     torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-5)
-    # The draft's tail mass is 1 minus a float32 sum, so it is off by up to 2**-23, and p_t / q_t by that over q_t.
+    # Float32 rounds the logits and the sum of the kept probabilities. The draft's tail mass is 1 minus this sum, so its
+    # absolute error does not shrink with the tail mass, and the gradient has the relative error in p_t / q_t.
     q_tail = 1 - logits.softmax(-1).gather(1, support.token_ids).where(support.used, 0).sum(-1)
-    lost = support.tail * 2**-23 / q_tail.clamp_min(TAIL_FLOOR)
+    lost = support.tail * 2**-22 * (1 + logits.abs().amax(-1)) / q_tail.clamp_min(TAIL_FLOOR)
     assert ((other.grad - one.grad).abs() <= 5e-5 + 2e-4 * one.grad.abs() + lost[:, None]).all()
 
 
