@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import sys
@@ -45,6 +46,10 @@ def command(kept: str, *, extra: str = "") -> Callable[[Main], Main]:
     def decorate(main: Main) -> Main:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
+            # Python has no stream where the caller closed the file.
+            for name in ("stdout", "stderr"):
+                if getattr(sys, name) is None:
+                    setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
             try:
                 try:
                     return main(argv)
@@ -62,6 +67,10 @@ def command(kept: str, *, extra: str = "") -> Callable[[Main], Main]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return NOBODY_READS
             except (KeyboardInterrupt, Exception) as error:
+                if isinstance(error, OSError) and not _was_interrupted(error) and _stdout_fails():
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    print(f"error: the output cannot be written to stdout ({error.strerror})", file=sys.stderr)
+                    return 1
                 if not _was_interrupted(error):
                     raise
                 # Nothing is shut down here: interrupted libraries would print tracebacks of their own threads. `leave`
@@ -73,6 +82,17 @@ def command(kept: str, *, extra: str = "") -> Callable[[Main], Main]:
         return run
 
     return decorate
+
+
+def _stdout_fails() -> bool:
+    """Returns whether stdout cannot be written, for example because it is a file on a full disk."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except io.UnsupportedOperation:  # Tests replace stdout by an object without a file.
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

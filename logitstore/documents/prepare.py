@@ -85,6 +85,8 @@ def prepare(
 
     attributes = read_attributes(storage, "")
     stored = None if attributes is None else stored_spec(StoreSpec, attributes, "store")
+    if stored is None:
+        writer.check_free(storage)
     # The columns are not known yet. This first spec is made only to refuse bad options before any data are read.
     spec = spec_of("text", "all")
     if stored is not None:

@@ -82,7 +82,7 @@ def read_prompts(
                     ) from error
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(
-                        f"{columns[0]} must make a prompt, got {str(record.get(columns[0]))!r:.80} in "
+                        f"{columns[0]} must give a prompt, got {str(record.get(columns[0]))!r:.80} in "
                         f"{records.place(index)} ({str(error)[:80]}); fix or remove that record"
                     ) from error
                 if 0 < len(ids) <= room:

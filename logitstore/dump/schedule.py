@@ -84,8 +84,8 @@ class Schedule:
         """Yields pairs (slot, shard) to start now.
 
         Every open slot gets a first shard before any slot gets a second shard. For each slot that is not open yet,
-        one waiting shard is reserved, so that the slot has a shard as soon as it opens. Reserved shards are not handed
-        out as second shards, but may be handed out as first shards.
+        one waiting shard is reserved, so that the slot has a shard as soon as it opens. Reserved shards are never
+        handed out as second shards. Any slot without a shard may get them.
         """
         for depth in range(1, SHARDS_IN_FLIGHT + 1):
             num_kept = 0 if depth == 1 else len(self._slots - self._open)

@@ -195,8 +195,8 @@ class ShardDumper:
 
         Returns:
             The values to write; the shard as readers will see it; and the exact distributions of the measured rows. In
-            the returned shard, documents that are set aside are masked. The shard has target rows only if there are
-            references, because only references need these rows.
+            the returned shard, documents that are set aside are masked. The returned shard has target rows only if
+            losses of reference models are computed too, because nothing else needs these rows.
         """
         if self._target is None or self._target_spec is None:
             raise ValueError(f"target must be loaded before its rows are computed, got none for shard {shard.index}")

@@ -29,7 +29,7 @@ LARGEST = 1e12
 
 
 def is_measured(layer: str, values: Mapping[Any, Any], counted: int) -> bool:
-    """Returns whether the fidelity sums of a commit record have the right names and possible values.
+    """Returns whether the fidelity sums of a commit record have the expected names and possible values.
 
     Args:
         layer: Layer of the record.

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from logitstore.errors import FormatError, IdentityError
 from logitstore.format.codebook import LEVELS, Codebook
-from logitstore.format.schemes import Scheme
+from logitstore.format.schemes import Scheme, describe
 
 FORMAT_VERSION = 1
 """Version of the on-disk format that this code reads and writes."""
@@ -352,8 +352,18 @@ def check_same(stored: object, given: object, what: str, next_step: str) -> None
     """
     for f in dataclasses.fields(stored):  # type: ignore[arg-type]
         old, new = getattr(stored, f.name), getattr(given, f.name)
+        # Messages about a model or a scheme show what a user would give, and not only the field that differs.
+        if isinstance(old, ModelSpec) and old.revision != new.revision:
+            revisions = [f"{each.name} (revision {each.revision[:19]})" for each in (old, new)]
+            raise IdentityError(
+                f"{what}.{f.name} must be {revisions[0]} as in the store, got {revisions[1]}; {next_step}"
+            )
+        if isinstance(old, Scheme) and old != new:
+            raise IdentityError(
+                f"{what}.{f.name} must be {describe(old)} as in the store, got {describe(new)}; {next_step}"
+            )
         # Nested specs are compared by field, because they have informational fields of their own.
         if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
             check_same(old, new, f"{what}.{f.name}", next_step)
-        elif old != new and (f.name not in INFORMATIONAL or isinstance(stored, Scheme)):
+        elif old != new and f.name not in INFORMATIONAL:
             raise IdentityError(f"{what}.{f.name} must be {old!r} as in the store, got {f.name}={new!r}; {next_step}")

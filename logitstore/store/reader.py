@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logitstore.errors import IdentityError, LayerNotFoundError
+from logitstore.errors import IdentityError, LayerNotFoundError, nearest
 from logitstore.format import layout
 from logitstore.format.schemes import Scheme, check_smaller, describe, smaller
 from logitstore.rows.shard_arrays import Part
@@ -206,8 +206,9 @@ class Store:
             )
         if name not in self.spec.losses:
             raise LayerNotFoundError(
-                f"reference must be one of {sorted(self.spec.losses)} in {self.url}, got reference={name}; "
-                f"add it with `logitstore dump --store {self.url} --reference {name}=MODEL`"
+                f"reference must be one of {sorted(self.spec.losses)} in {self.url}, got reference={name}"
+                f"{nearest(name, self.spec.losses)}; add it with `logitstore dump --store {self.url} --reference "
+                f"{name}=MODEL`"
             )
         return layout.losses_layer(name)
 

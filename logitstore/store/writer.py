@@ -19,7 +19,7 @@ from logitstore.format.spec import LossSpec, StoreSpec, TargetSpec, check_room, 
 from logitstore.format.strict_json import parse_json
 from logitstore.rows.shard_arrays import entries_per_row
 from logitstore.store.catalog import read_attributes, stored_spec
-from logitstore.store.commits import protocol
+from logitstore.store.commits import appends, protocol, set_aside
 from logitstore.store.commits.index import find_commit, read_index
 
 if TYPE_CHECKING:
@@ -37,8 +37,24 @@ MAX_RECORD_BYTES = 2**20
 this size can name about 4,000 documents that were set aside, with the reasons. If more documents of one shard fail,
 there is probably a common cause, so the writer refuses the shard."""
 
+FOLDERS = ("tokens", "target", "losses", "commits", protocol.STAGING, appends.FOLDER, set_aside.FOLDER)
+"""Names of the folders in the root of a store."""
 OTHER_STORE = "give that value, or another --store"
 """Next step that error messages suggest if a store was made from other data, another model or other options."""
+
+
+def check_free(storage: Storage) -> None:
+    """Checks that a store can be created: the root has no files, or only those of a store that has lost its zarr.json.
+
+    Raises:
+        ValueError: The root holds other files.
+    """
+    foreign = [name for name in storage.names("") if name not in FOLDERS and not name.startswith(".")]
+    if foreign:
+        raise ValueError(
+            f"store must be a new or empty folder, or a store, got store={storage.url}, which holds other files, such "
+            f"as {foreign[0]}; give another --store"
+        )
 
 
 def create_store(storage: Storage, spec: StoreSpec) -> None:

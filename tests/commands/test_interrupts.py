@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -77,3 +78,18 @@ def test_interrupts_exits_and_closed_pipes_become_statuses(capsys):
     assert raising(SystemExit(3))() == 3
     with pytest.raises(SystemExit, match="text"):
         raising(SystemExit("text"))()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_output_that_cannot_be_written_is_one_line(tiny_store):
+    """A full disk behind stdout is reported, and closed streams are not used."""
+    command = [sys.executable, "-m", "logitstore.commands.main", "info", tiny_store]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "error: the output cannot be written to stdout (No space left on device)\n"
+    for closed, status in ((">&-", 0), ("2>&-", 0)):
+        shell = subprocess.run(
+            f"{shlex.join(command)} {closed}", shell=True, capture_output=True, text=True, check=False
+        )
+        assert (shell.returncode, shell.stderr) == (status, "")

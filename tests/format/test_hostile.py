@@ -187,7 +187,7 @@ def test_more_than_10000_appends_are_refused(reader, url):
     Path(url, "appends").mkdir()
     for i in range(10_001):
         os.close(os.open(Path(url, f"appends/{i + 1:06d}.json"), os.O_CREAT | os.O_WRONLY))
-    check(reader, url, refused("at most 10000, got"))
+    check(reader, url, refused("at most 10000 appends, got"))
 
 
 def test_store_with_16_million_absent_shards_is_read_quickly(reader, url):

@@ -137,12 +137,12 @@ def test_every_scheme_option_is_part_of_the_identity_of_a_layer(name):
     for option, value in GIVEN[name].items():
         other = TargetSpec(model=stores.MODEL, scheme=make_scheme(name, {option: value}))
         assert maker(other) != maker(spec)
-        with pytest.raises(IdentityError, match=f"target.scheme.{option} must be .* as in the store, got {option}="):
+        with pytest.raises(IdentityError, match=r"target.scheme must be .* as in the store, got "):
             check_same(spec, other, "target", "give another --store")
 
 
 def test_scheme_name_is_part_of_the_identity_of_a_layer():
     sample, hybrid = (TargetSpec(model=stores.MODEL, scheme=DEFAULTS[name]) for name in ("sample", "hybrid"))
     assert maker(sample) != maker(hybrid)
-    with pytest.raises(IdentityError, match=r"target.scheme.name must be 'sample' as in the store, got name='hybrid'"):
+    with pytest.raises(IdentityError, match=r"target.scheme must be sample, .* as in the store, got hybrid, "):
         check_same(sample, hybrid, "target", "give another --store")

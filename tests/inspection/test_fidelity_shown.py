@@ -50,8 +50,8 @@ def test_dump_above_its_budget_stops_with_one_line(job, tiny, tmp_path, capfd):
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(
         r"max_kl must be at least the nats that a row loses when it is stored, got max_kl=0.001, but the \d\d measured "
-        r"rows of shard \d+ lose 0\.\d+ on average \(kl_codes \+ kl_tail\); give a larger --max_kl, or a larger --k "
-        r"with another --store$",
+        r"rows of shard \d+ lose 0\.\d+ on average \(kl_codes \+ kl_tail\); give a larger --max_kl, or start "
+        r"another --store with a larger --k$",
         line,
     )
     assert not logitstore.open(tmp_path / "c.zarr").layers["target"].committed

@@ -27,7 +27,16 @@ from logitstore.storage.options import storage_options, without_credentials
 from trainer.commands.train_arguments import full_help, help_text, parse, read_values, repeated
 from trainer.run.dry_run import describe
 from trainer.run.output import open_output
-from trainer.run.run_folder import RUN, check_new, check_same_run, figures, find_checkpoint, find_finished, result_lines
+from trainer.run.run_folder import (
+    RUN,
+    check_new,
+    check_own,
+    check_same_run,
+    figures,
+    find_checkpoint,
+    find_finished,
+    result_lines,
+)
 from trainer.run.train import first_lines, make_module, make_trainer, prepare, train
 
 if TYPE_CHECKING:
@@ -63,7 +72,9 @@ def find_start(held: Held, training: TrainingArguments, values: dict[str, Any]) 
     if RUN in held.names:
         before = read_values([str(held.folder / RUN)])
         check_same_run(held, before, values | {"store": [without_credentials(url) for url in values["store"]]})
-    return find_finished(held, training) or find_checkpoint(held, wanted)
+    found = find_finished(held, training) or find_checkpoint(held, wanted)
+    check_own(held)
+    return found
 
 
 def _finish(

@@ -116,7 +116,7 @@ def check_supported(values: Mapping[str, object]) -> None:
         )
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
         raise ValueError(
-            "ACCELERATE_MIXED_PRECISION must be bf16 or no, got fp16; launch with another --mixed_precision"
+            "ACCELERATE_MIXED_PRECISION must be 'bf16' or 'no', got 'fp16'; launch with --mixed_precision bf16 or no"
         )
     for name, meant in LAUNCHED.items():
         if parse_flag_from_env(name):

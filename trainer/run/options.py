@@ -200,7 +200,7 @@ class RunArguments:
         for name, least in {"eval_documents": 1, "queue_rows": 1, "num_workers": 1, "early_stopping": 1}.items():
             found = next(getattr(part, name) for part in vars(self).values() if hasattr(part, name))
             if found is not None and found < least:
-                raise ValueError(f"{name} must be at least {least}, got {name}={found}; omit it")
+                raise ValueError(f"{name} must be at least {least}, got {name}={found}; give a larger value")
         check_eval_fraction(self.store.eval_fraction)
         check_window(self.batches.shuffle_window)
         self.objective()  # Raises ValueError if the options of the objective do not fit.

@@ -246,23 +246,35 @@ def _same_place(one: str, other: str) -> bool:
 
 
 def check_new(held: Held) -> None:
-    """Raises ValueError if an output holds a run, a model or a store, or is a file."""
-    other = ""
-    if held.folder.is_file():
-        other = "is a file"
-    elif "zarr.json" in held.names:
-        other = "holds a store"
-    elif MODEL in held.names and RUN not in held.names:
-        other = "holds a model"
-    if other:
+    """Raises ValueError if an output holds anything that a run could overwrite, or is a file."""
+    if MODEL in held.names and RUN not in held.names and "zarr.json" not in held.names:
         raise ValueError(
-            f"output_dir must be new or empty, got output_dir={held.where}, which {other}; give another --output_dir"
+            f"output_dir must be new or empty, got output_dir={held.where}, which holds a model; give "
+            "another --output_dir"
         )
+    check_own(held)
     has_checkpoints = any(name.startswith(checkpoints.PREFIX) for name in held.names)
     if has_checkpoints or MODEL in held.names:
         raise ValueError(
             f"output_dir must be new or empty, got output_dir={held.where}, which holds a run; give another "
             "--output_dir, or --resume_from_checkpoint true to resume that run"
+        )
+
+
+def check_own(held: Held) -> None:
+    """Raises ValueError if an output holds files of which none is a run's, or is a file."""
+    # A killed start leaves a partial run.yaml. Checkpoints alone may be a copy of those of a run.
+    own = (RUN, checkpoints.PREFIX, ".")
+    other = ""
+    if held.folder.is_file():
+        other = "is a file"
+    elif "zarr.json" in held.names:
+        other = "holds a store"
+    elif RUN not in held.names and (foreign := sorted(name for name in held.names if not name.startswith(own))):
+        other = f"holds other files, such as {foreign[0]}"
+    if other:
+        raise ValueError(
+            f"output_dir must be new or empty, got output_dir={held.where}, which {other}; give another --output_dir"
         )
 
 

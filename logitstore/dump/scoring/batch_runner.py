@@ -97,9 +97,8 @@ def run_batches(
         batch_tokens: Largest number of tokens in a forward pass, including padding.
         launch: Runs the model on a batch. Returns the results in chunks of rows: a list with one tuple of tensors, on
             the device, for each chunk.
-        collect: Receives a batch and its results on the host. The results are one array of N rows for each position in
-            the tuples of `launch`, in which the rows of all chunks are joined. Called once for each batch that was
-            computed, in any order.
+        collect: Receives a batch and its results on the host: one array of N rows for each tensor in a tuple from
+            `launch`, with the rows of all chunks. Called once for each batch that was computed, in any order.
 
     Returns:
         For each document that fails, the reason. The keys are the numbers of the documents in the shard. A document

@@ -259,7 +259,7 @@ def check_budget(fidelity: Mapping[str, float], spec: TargetSpec, max_kl: float 
         raise FidelityError(
             f"max_kl must be at least the nats that a row loses when it is stored, got max_kl={max_kl:g}, but the "
             f"{fidelity['rows']:.0f} measured rows of shard {shard} lose {found:.3g} on average (kl_codes + kl_tail); "
-            f"give a larger --max_kl, or a larger {larger} with another --store"
+            f"give a larger --max_kl, or start another --store with a larger {larger}"
         )
 
 

@@ -50,7 +50,9 @@ def read_appends(storage: Storage, spec: StoreSpec) -> tuple[Append, ...]:
     # An append begins where the append before it ends, so records after a missing number cannot be used.
     names = list(itertools.takewhile(found.__contains__, (f"{number:06d}.json" for number in itertools.count(1))))
     if len(names) > MAX_APPENDS:
-        raise FormatError(f"appends must be at most {MAX_APPENDS}, got {len(names)}; this is not a logitstore store")
+        raise FormatError(
+            f"a store must have at most {MAX_APPENDS} appends, got {len(names)}; logitstore did not write this folder"
+        )
     paths = [f"{FOLDER}/{name}" for name in names]
     appends = []
     end = spec.num_shards

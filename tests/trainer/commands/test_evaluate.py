@@ -99,7 +99,7 @@ def test_prompts_from_a_parquet_table_equal_the_dumped_conversations(tiny, tmp_p
         (None, WHY, "target must have a chat template for messages", False),
         ("{% for m in %}", WHY, "target must have a chat template that compiles", False),
         ("{{ messages.no.such }}", WHY, "in line 1 of .*fix the template", False),
-        (CHATTY, [{"content": "why"}], "messages must make a prompt.*in line 1 of ", True),
+        (CHATTY, [{"content": "why"}], "messages must give a prompt.*in line 1 of ", True),
         (CHATTY, ["why"], "not a list of objects with role and content", True),
     ],
 )

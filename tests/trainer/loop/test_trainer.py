@@ -186,6 +186,8 @@ def misfits(tiny, tiny_store, tmp_path_factory):
     shutil.copytree(tiny.draft, folder / "short_draft")
     config = json.loads((folder / "short_draft" / "config.json").read_text())
     (folder / "short_draft" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "README.md").write_text("not a model card")
     (folder / "taken").mkdir()
     (folder / "taken" / "config.json").write_text("{}")
     (folder / "stopped" / "checkpoint-5").mkdir(parents=True)
@@ -236,6 +238,14 @@ BAD = {
     "denominator": (["--denominator", "1"], "denominator must be one of ['kept', 'masked'], got denominator=1"),
     "window": (["--shuffle_window", "9"], "shuffle_window must be between 1 and 4"),
     "taken": (["--output_dir", "{f}/taken"], "output_dir must be new or empty, got output_dir={f}/taken, which holds"),
+    "foreign": (
+        ["--output_dir", "{f}/foreign"],
+        "got output_dir={f}/foreign, which holds other files, such as README.md",
+    ),
+    "foreign, resumed": (
+        ["--output_dir", "{f}/foreign", "--resume_from_checkpoint", "true"],
+        "got output_dir={f}/foreign, which holds other files, such as README.md",
+    ),
     "stopped": (["--output_dir", "{f}/stopped"], "output_dir must be new or empty, got output_dir={f}/stopped"),
     "checkpoint": (
         ["--resume_from_checkpoint", "{f}/stopped/checkpoint-5"],
