@@ -36,7 +36,8 @@ class Main(Protocol):
 def command(kept: str, *, extra: str = "") -> Callable[[Main], Main]:
     """Decorates the `main` of a command, so that Ctrl-C and a closed output pipe end it without a traceback.
 
-    After Ctrl-C, `main` prints one line and returns 130. If the output pipe is closed, `main` returns 141.
+    After Ctrl-C, `main` prints one line and returns 130. If the output pipe is closed, `main` returns 141. If stdout
+    cannot be written, for example because a disk is full, `main` prints one line and returns 1.
 
     Args:
         kept: Text that is printed after Ctrl-C. It says which results are kept and how to continue.
@@ -67,17 +68,17 @@ def command(kept: str, *, extra: str = "") -> Callable[[Main], Main]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return NOBODY_READS
             except (KeyboardInterrupt, Exception) as error:
-                if isinstance(error, OSError) and not _was_interrupted(error) and _stdout_fails():
+                if _was_interrupted(error):
+                    # Nothing is shut down here: interrupted libraries would print tracebacks of their own threads.
+                    # `leave` then ends the process at once.
+                    with contextlib.suppress(OSError):
+                        print(f"\nstopped: {kept}", file=sys.stderr, flush=True)
+                    return INTERRUPTED
+                if isinstance(error, OSError) and _stdout_fails():
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                     print(f"error: the output cannot be written to stdout ({error.strerror})", file=sys.stderr)
                     return 1
-                if not _was_interrupted(error):
-                    raise
-                # Nothing is shut down here: interrupted libraries would print tracebacks of their own threads. `leave`
-                # then ends the process at once.
-                with contextlib.suppress(OSError):
-                    print(f"\nstopped: {kept}", file=sys.stderr, flush=True)
-                return INTERRUPTED
+                raise
 
         return run
 
