@@ -60,6 +60,14 @@ def tiny_store(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def made(tiny, tmp_path_factory):
+    """A store with drawn entries and its inputs, written by the dump's worker. Tests copy it before they change it."""
+    from tests.helpers.dumped import make
+
+    return make(tmp_path_factory.mktemp("made"), tiny)
+
+
+@pytest.fixture(scope="session")
 def measured(tiny, tiny_store, tmp_path_factory):
     """URLs of finished stores with losses, one for each scheme, keyed by scheme name; written by the dump's worker."""
     from tests.helpers.measured import make

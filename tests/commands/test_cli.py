@@ -18,13 +18,8 @@ from logitstore.storage.storage import Storage
 from logitstore.store import writer
 from logitstore.store.commits import set_aside
 from logitstore.store.take_back import take_back
-from tests.helpers.dumped import documents, make, prepare_tokens, record, write_data
+from tests.helpers.dumped import documents, prepare_tokens, record, write_data
 from tests.helpers.paths import ROOT
-
-
-@pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("cli"), tiny)
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ import pytest
 
 import logitstore
 from logitstore.commands import main as cli
-from tests.helpers.dumped import make
 
 
 @pytest.fixture(scope="module")
-def drawn(tiny, tmp_path_factory):
+def drawn(made):
     """URL of a store with drawn rows."""
-    return make(tmp_path_factory.mktemp("drawn"), tiny).url
+    return made.url
 
 
 def exported(url, shard, tmp_path, capsys):

@@ -24,16 +24,11 @@ from logitstore.rows.shard_arrays import entries_per_row
 from logitstore.rows.tokens import encode_tokens
 from logitstore.storage.storage import Storage
 from logitstore.store import writer
-from tests.helpers.dumped import ARRAYS, LAYERS, contents, make, missing, record, times, write_missing
+from tests.helpers.dumped import ARRAYS, LAYERS, contents, missing, record, times, write_missing
 from tests.helpers.paths import ROOT
 
 FIRST, SECOND = 2, 3
 """The shards that the tests damage."""
-
-
-@pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("damage"), tiny)
 
 
 @pytest.fixture
